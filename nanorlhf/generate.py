@@ -1,0 +1,226 @@
+"""KV-cached sampling: generate() draws samples, beam_search() the most likely (or most diverse) continuations.
+
+`python -m nanorlhf.generate RUN [RUN...] --prompt "..."` prints samples of any checkpoint folders, side by side.
+"""
+
+import dataclasses
+
+import numpy as np
+import torch
+
+from nanorlhf.kernels import filter_logits, sample
+from nanorlhf.model import Cache, Transformer
+from nanorlhf.run import UserError
+
+
+@dataclasses.dataclass
+class Samples:
+    """Responses only, right padded: row p*num_samples + i is sample i of prompt p. A response holds its EOS."""
+    tokens: torch.Tensor      # [R, T] int64
+    logprobs: torch.Tensor    # [R, T] float32, in the distribution sampled from; 0 outside the mask
+    mask: torch.Tensor        # [R, T] bool: response tokens up to and including EOS
+    finished: torch.Tensor    # [R] bool: ended by EOS or a stop string, not by max_new_tokens
+
+    def responses(self):
+        """The rows as lists of ids, without padding."""
+        return [row[:n].tolist() for row, n in zip(self.tokens.cpu(), self.mask.sum(1).tolist())]
+
+
+@torch.no_grad()
+def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, num_samples=1, seed=0, stop=(),
+             tokenizer=None, batch_size=256):
+    """Samples num_samples responses of at most max_new_tokens to each prompt (lists of ids, none empty).
+
+    temperature 0 is greedy; top_k 0 and top_p 1 are off. stop: strings which end a response once they stand in its text
+    (needs the tokenizer; the text up to and including the string is kept). With a tokenizer, ids beyond its vocabulary are
+    never drawn. Row r uses the random stream (seed, r) and nothing else, so neither its neighbours nor batch_size, the
+    number of rows decoded at once, changes what is drawn. Raises UserError where a prompt leaves no room in the context.
+    """
+    if stop and tokenizer is None:
+        raise ValueError("stop strings need a tokenizer")
+    device, context = model.embed.weight.device, model.config.context
+    for i, prompt in enumerate(prompts):
+        if not prompt:
+            raise UserError(f"prompt {i} is empty: begin it with a token (encode_prompt gives one)")
+        if len(prompt) + max_new_tokens > context:
+            raise UserError(f"prompt {i} has {len(prompt)} tokens: with {max_new_tokens} new ones it does not fit the "
+                            f"context of {context}")
+    R = len(prompts) * num_samples
+    uniform = np.empty((R, max_new_tokens), dtype=np.float32)
+    for row in range(R):
+        uniform[row] = np.random.Generator(np.random.Philox(key=[seed, row])).random(max_new_tokens, dtype=np.float32)
+    pad = model.config.pad_id or 0
+    out = Samples(torch.full((R, max_new_tokens), pad, device=device), torch.zeros(R, max_new_tokens, device=device),
+                  torch.zeros(R, max_new_tokens, dtype=torch.bool, device=device), torch.zeros(R, dtype=torch.bool, device=device))
+    by_length = sorted(range(len(prompts)), key=lambda p: len(prompts[p]))             # little padding within a chunk
+    size = max(1, batch_size // num_samples)
+    options = dict(temperature=temperature, top_k=top_k, top_p=top_p)
+    for first in range(0, len(prompts), size):
+        chunk = by_length[first:first + size]
+        rows = torch.tensor([p * num_samples + i for p in chunk for i in range(num_samples)], device=device)
+        u = torch.from_numpy(uniform[rows.cpu()]).to(device)
+        _decode(model, [prompts[p] for p in chunk], rows, u, num_samples, out, options, stop, tokenizer)
+    longest = int(out.mask.sum(1).max()) if R else 0
+    return Samples(out.tokens[:, :longest], out.logprobs[:, :longest], out.mask[:, :longest], out.finished)
+
+
+def prefill(model, prompts, num_samples, max_new_tokens):
+    """Runs each prompt once. Returns the cache and the logits of the first new token, [P, V] float32."""
+    device = model.embed.weight.device
+    lengths = torch.tensor([len(p) for p in prompts], device=device)
+    tokens = torch.zeros(len(prompts), max(map(len, prompts)), dtype=torch.long)
+    for row, prompt in zip(tokens, prompts):
+        row[:len(prompt)] = torch.tensor(prompt)
+    cache = Cache(lengths, num_samples, max_new_tokens)
+    hidden = model(tokens.to(device), cache)
+    return cache, model.logits(hidden[torch.arange(len(prompts), device=device), lengths - 1]).float()
+
+
+def _decode(model, prompts, rows, uniform, n, out, options, stop, tokenizer):
+    """Decodes one batch into rows `rows` of `out`. Finished rows leave the batch: the cache is compacted as they do."""
+    eos, V = model.config.eos_id, min(model.config.vocab_size, tokenizer.vocab_size if tokenizer else 1 << 60)
+    T = uniform.shape[1]
+    cache, logits = prefill(model, prompts, n, T)
+    logits = logits.repeat_interleave(n, 0)                                            # [R, V]
+    alive = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
+    check_every = 1 if rows.device.type == "cpu" else 16                               # asking a GPU makes it wait
+    for t in range(T):
+        token, logprob = sample(logits[:, :V], uniform[:, t], **options)
+        out.tokens[rows, t] = torch.where(alive, token, out.tokens[rows, t])
+        out.logprobs[rows, t] = torch.where(alive, logprob, 0.0)
+        out.mask[rows, t] = alive
+        if eos is not None:
+            alive = alive & (token != eos)
+        if stop:
+            alive = alive & ~_stopped(out, rows, t, stop, tokenizer)
+        if t + 1 == T:
+            break
+        if (t + 1) % check_every == 0:
+            grid = alive.view(-1, n)
+            most, prompts_left = int(grid.sum(1).max()), grid.any(1).nonzero()[:, 0]
+            if most == 0:
+                break
+            if len(prompts_left) * most <= 0.75 * len(rows):                           # worth copying the cache
+                first = (~grid).to(torch.uint8).argsort(dim=1, stable=True)[prompts_left, :most]   # the living first
+                kept = (prompts_left[:, None] * n + first).flatten()
+                cache.keep(prompts_left, kept, most)
+                out.finished[rows[~alive]] = True
+                n, rows, alive, token, uniform = most, rows[kept], alive[kept], token[kept], uniform[kept]
+        logits = model.logits(model(token[:, None], cache)[:, 0]).float()
+    out.finished[rows] |= ~alive
+
+
+def _stopped(out, rows, t, stop, tokenizer):
+    """Whether each row's text holds a stop string that ends in token t. Decodes no more of the row than could matter."""
+    back = max(len(s.encode()) for s in stop) + 4                                      # a token is at least one byte
+    tails = out.tokens[rows, max(0, t - back):t + 1].tolist()
+    return torch.tensor([any(s in tokenizer.decode(tail) for s in stop) for tail in tails], device=rows.device)
+
+
+@torch.no_grad()
+def beam_search(model, prompts, max_new_tokens, num_beams=4, num_groups=1, diversity_penalty=0.0, temperature=1.0,
+                length_penalty=1.0, batch_size=64):
+    """The num_beams best finished hypotheses of each prompt, best first: list (prompts) of lists of ids, EOS included.
+
+    Beam search over sums of log softmax(logits / temperature); a finished hypothesis scores sum / length^length_penalty.
+    With num_groups > 1, diverse beam search (Vijayakumar 2016, arXiv 1610.02424): the groups advance in turn, and a group's
+    scores lose diversity_penalty for every earlier group's beam that took the same token at this step. RRHF's BP is
+    num_groups=1; its DP is num_groups=num_beams=4, penalty 1.0, temperature 0.8.
+    """
+    if num_beams % num_groups:
+        raise UserError(f"{num_beams} beams do not divide into {num_groups} groups")
+    order = sorted(range(len(prompts)), key=lambda p: len(prompts[p]))
+    results = [None] * len(prompts)
+    size = max(1, batch_size // num_beams)
+    for first in range(0, len(prompts), size):
+        chunk = order[first:first + size]
+        found = _beams(model, [prompts[p] for p in chunk], max_new_tokens, num_beams, num_groups, diversity_penalty,
+                       temperature, length_penalty)
+        for p, hypotheses in zip(chunk, found):
+            results[p] = hypotheses
+    return results
+
+
+def _beams(model, prompts, T, n, groups, penalty, temperature, length_penalty):
+    P, b, eos = len(prompts), n // groups, model.config.eos_id
+    cache, logits = prefill(model, prompts, n, T)
+    device, V = logits.device, logits.shape[-1]
+    logits = logits.repeat_interleave(n, 0)
+    scores = torch.zeros(P, groups, b, device=device)
+    scores[:, :, 1:] = -torch.inf                                                      # all beams of a group start alike
+    tokens = torch.zeros(P, n, 0, dtype=torch.long, device=device)
+    finished = [[[] for _ in range(groups)] for _ in range(P)]                         # (score, ids) per prompt and group
+    everyone = torch.arange(P, device=device)
+    for t in range(T):
+        logp = filter_logits(logits, temperature).log_softmax(-1).view(P, groups, b, V)
+        taken = torch.zeros(P, V, device=device)
+        parents, chosen = torch.zeros(P, n, dtype=torch.long, device=device), torch.zeros(P, n, dtype=torch.long, device=device)
+        for g in range(groups):
+            candidate = scores[:, g, :, None] + logp[:, g]                             # [P, b, V], what a beam is worth
+            ranked = candidate - penalty * taken[:, None]                              # what it is chosen by
+            top = ranked.view(P, -1).topk(min(2 * b, b * V), dim=1).indices            # 2b: at most b of them can be EOS
+            worth = candidate.view(P, -1).gather(1, top)
+            for p in range(P):
+                k = 0
+                for rank, (index, value) in enumerate(zip(top[p].tolist(), worth[p].tolist())):
+                    beam, token = g * b + index // V, index % V
+                    if value == -torch.inf or k == b:
+                        continue
+                    if token == eos:
+                        if rank < b:
+                            ids = tokens[p, beam].tolist() + [eos]
+                            finished[p][g].append((value / len(ids) ** length_penalty, ids))
+                        continue
+                    parents[p, g * b + k], chosen[p, g * b + k], scores[p, g, k] = beam, token, value
+                    taken[p, token] += 1
+                    k += 1
+                scores[p, g, k:] = -torch.inf
+        tokens = torch.cat([tokens.gather(1, parents[..., None].expand_as(tokens)), chosen[..., None]], -1)
+        # A group is done when it holds b hypotheses that no living beam can still beat.
+        done = all(len(f) >= b and sorted(s for s, _ in f)[-b] >= float(scores[p, g].max()) / (t + 1) ** length_penalty
+                   for p in range(P) for g, f in enumerate(finished[p]))
+        if done or t + 1 == T:
+            break
+        cache.keep(everyone, (everyone[:, None] * n + parents).flatten(), n)
+        logits = model.logits(model(chosen.view(-1, 1), cache)[:, 0]).float()
+    results = []
+    for p in range(P):
+        best = []
+        for g in range(groups):
+            alive = [(float(s) / tokens.shape[2] ** length_penalty, tokens[p, g * b + k].tolist())
+                     for k, s in enumerate(scores[p, g]) if s > -torch.inf]
+            best += sorted(finished[p][g] + alive, key=lambda pair: -pair[0])[:b]
+        results.append([ids for _, ids in sorted(best, key=lambda pair: -pair[0])])
+    return results
+
+
+def main():
+    import argparse
+    from nanorlhf.data import encode_prompt, load_tokenizer
+    parser = argparse.ArgumentParser(prog="python -m nanorlhf.generate", description="Prints samples of checkpoint folders.")
+    parser.add_argument("runs", nargs="+", help="checkpoint folders")
+    parser.add_argument("--prompt", action="append", required=True, help="text to continue (several may be given)")
+    parser.add_argument("--max_new_tokens", type=int, default=64)
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--top_k", type=int, default=0)
+    parser.add_argument("--top_p", type=float, default=1.0)
+    parser.add_argument("--num_samples", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--stop", action="append", default=[], help="string that ends a response (several may be given)")
+    options = parser.parse_args()
+    from nanorlhf.run import pick_device
+    try:
+        models = [(r, Transformer.from_pretrained(r).to(pick_device("auto")), load_tokenizer(r)) for r in options.runs]
+        for prompt in options.prompt:
+            print(f"\n=== {prompt}")
+            for run, model, tokenizer in models:
+                found = generate(model, [encode_prompt(tokenizer, prompt)], options.max_new_tokens, options.temperature,
+                                 options.top_k, options.top_p, options.num_samples, options.seed, options.stop, tokenizer)
+                for ids, finished in zip(found.responses(), found.finished.tolist()):
+                    print(f"--- {run}\n{tokenizer.decode(ids)}{'' if finished else ' [...]'}")
+    except UserError as error:
+        raise SystemExit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""The three kernels the scripts stand on: log-probabilities of given tokens, sampling, attention while decoding.
+
+Each is written here once in plain torch, to be read, and runs on any device. None of them ever holds an [N, V] tensor of
+log-probabilities (token_logprobs), waits for the device (sample), or copies a prompt's keys for each of its samples
+(decode_attention).
+
+Letters: N tokens, D width, V vocabulary, R rows, P prompts, n samples a prompt (R = P*n), H heads, K key-value heads,
+G = H/K query heads per key-value head, S prompt positions, T new positions, E head width.
+"""
+
+import torch
+
+TILE = 2**22  # logits held at once: 16 MiB in float32, which stays near the cache and is 2% of a [4096, 50257] matrix
+
+
+def _matmul32(a, b):
+    """a @ b accumulated and returned in float32 (float64 stays float64): bf16 logits would lose the small differences."""
+    if a.dtype in (torch.float32, torch.float64):
+        return a @ b
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    """Streams over tiles of the vocabulary: forward keeps the log-sum-exp of each token, backward recomputes the tiles."""
+
+    @staticmethod
+    def tiles(hidden, weight, bias, temperature):
+        """Yields (first, last, weight tile, logits tile / temperature [N, last-first])."""
+        width = max(1024, TILE // max(1, len(hidden)))
+        for first in range(0, len(weight), width):
+            w = weight[first:first + width].to(hidden.dtype)
+            z = _matmul32(hidden, w.T)
+            if bias is not None:
+                z += bias[first:first + width]
+            if temperature != 1.0:
+                z /= temperature
+            yield first, first + len(w), w, z
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, temperature, with_entropy):
+        f = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        top = torch.full((len(hidden),), -torch.inf, dtype=f, device=hidden.device)   # running maximum  [N]
+        total, mean, picked = torch.zeros_like(top), torch.zeros_like(top), torch.zeros_like(top)
+        for first, last, _, z in _TokenLogprobs.tiles(hidden, weight, bias, temperature):
+            local = targets - first
+            inside = (local >= 0) & (local < last - first)
+            picked = torch.where(inside, z.gather(1, local.clamp(0, last - first - 1)[:, None])[:, 0], picked)
+            new_top = torch.maximum(top, z.amax(1))
+            rescale = (top - new_top).exp()
+            e = (z - new_top[:, None]).exp_() if with_entropy else z.sub_(new_top[:, None]).exp_()
+            total = total * rescale + e.sum(1)
+            if with_entropy:
+                mean = mean * rescale + e.mul_(z).sum(1)                               # sum of exp(z - top) * z
+            top = new_top
+        lse = top + total.log()
+        ctx.save_for_backward(hidden, weight, bias, targets, lse)
+        ctx.temperature = temperature
+        entropy = lse - mean / total if with_entropy else None                         # H = lse - E[z]
+        if with_entropy:
+            ctx.mark_non_differentiable(entropy)
+        return picked - lse, entropy
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        # d log p(y) / dz = 1[z = y] - p, so each tile of the logits' gradient needs only the saved log-sum-exp.
+        hidden, weight, bias, targets, lse = ctx.saved_tensors
+        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
+        grad = (grad.to(lse.dtype) / ctx.temperature)[:, None]
+        d_hidden = torch.zeros(hidden.shape, dtype=lse.dtype, device=hidden.device) if need_hidden else None
+        d_weight = torch.empty_like(weight) if need_weight else None
+        d_bias = torch.empty_like(bias) if bias is not None and need_bias else None
+        for first, last, w, z in _TokenLogprobs.tiles(hidden, weight, bias, ctx.temperature):
+            local = targets - first
+            inside = (local >= 0) & (local < last - first)
+            dz = z.sub_(lse[:, None]).exp_().mul_(-grad)
+            dz.scatter_add_(1, local.clamp(0, last - first - 1)[:, None], torch.where(inside[:, None], grad, 0.0))
+            if d_bias is not None:
+                d_bias[first:last] = dz.sum(0)
+            dz = dz.to(hidden.dtype)
+            if need_weight:
+                d_weight[first:last] = _matmul32(dz.T, hidden)
+            if need_hidden:
+                d_hidden = d_hidden.addmm_(dz, w) if dz.dtype == d_hidden.dtype else d_hidden + _matmul32(dz, w)
+        return d_hidden.to(hidden.dtype) if need_hidden else None, d_weight, d_bias, None, None, None
+
+
+def token_logprobs(hidden, weight, targets, bias=None, temperature=1.0, entropy=False):
+    """log p(target) under softmax((hidden @ weight.T + bias) / temperature), without an [N, V] tensor.
+
+    hidden [..., D]; weight [V, D]; targets [...] int64 in [0, V); bias [V] or None. Returns float32 [...] in nats (float64
+    for float64 input), differentiable in hidden, weight and bias. With entropy=True returns (log p, entropy [...]); the
+    entropy carries no gradient, it is for logging. Under autocast the products are taken in the autocast type and
+    accumulated in float32.
+    """
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        hidden = hidden.to(torch.get_autocast_dtype(device))
+    with torch.autocast(device, enabled=False):
+        logp, h = _TokenLogprobs.apply(hidden.reshape(-1, hidden.shape[-1]), weight, bias, targets.reshape(-1),
+                                       float(temperature), entropy)
+    return (logp.view(targets.shape), h.view(targets.shape)) if entropy else logp.view(targets.shape)
+
+
+def filter_logits(logits, temperature=1.0, top_k=0, top_p=1.0):
+    """logits / temperature, then -inf outside the top_k most likely tokens and outside the smallest set whose probability
+    reaches top_p (the token that crosses it stays in). logits [R, V]; top_k 0 and top_p 1 are off."""
+    logits = logits / temperature
+    if 0 < top_k < logits.shape[-1]:
+        kth = logits.topk(top_k, dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    if top_p < 1.0:
+        ordered, index = logits.sort(dim=-1, descending=True)
+        p = ordered.softmax(-1)
+        outside = p.cumsum(-1) - p >= top_p                                            # mass before the token
+        logits = logits.masked_fill(torch.zeros_like(outside).scatter(-1, index, outside), -torch.inf)
+    return logits
+
+
+def sample(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
+    """Draws one token a row by inverting the cumulative distribution at `uniform`; greedy at temperature 0.
+
+    logits [R, V]; uniform [R] float32 in [0, 1), one number a row, so that a row's draw does not depend on its neighbours
+    (torch.multinomial would also draw V exponentials a row). Returns tokens [R] int64 and their log-probabilities [R]
+    float32 in the distribution sampled from: filtered and renormalised, 0 when greedy.
+    """
+    logits = logits.float()
+    if temperature == 0:
+        return logits.argmax(-1), torch.zeros(len(logits), device=logits.device)
+    logits = filter_logits(logits, temperature, top_k, top_p)
+    lse = logits.logsumexp(-1, keepdim=True)
+    cdf = (logits - lse).exp_().cumsum(-1)
+    total = cdf[:, -1:]
+    # Strictly below the total, or rounding could pick a token of probability zero at the end of the vocabulary.
+    point = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    tokens = torch.searchsorted(cdf, point, right=True)                                # [R, 1]
+    return tokens[:, 0], (logits.gather(1, tokens) - lse)[:, 0]
+
+
+def decode_attention(q, prefix_k, prefix_v, prefix_bias, suffix_k, suffix_v):
+    """Attention of one new position a row over its prompt and its own earlier tokens.
+
+    q [R, H, E]; prefix_k, prefix_v [P, K, S, E], stored once for the n = R/P samples of a prompt; prefix_bias
+    [P, 1, 1, 1, S], 0 at real prompt positions and -inf at padding; suffix_k, suffix_v [R, K, T, E]. Returns [R, H*E].
+    One softmax spans both parts; only the products are split, so the prompt's keys are read once for all its samples.
+    """
+    R, H, E = q.shape
+    P, K, S, _ = prefix_k.shape
+    n, G, T = R // P, H // K, suffix_k.shape[2]
+    q = q * E**-0.5
+    by_prompt = q.view(P, n, K, G, E).transpose(1, 2)                                  # [P, K, n, G, E]
+    on_prefix = (by_prompt.reshape(P, K, n * G, E) @ prefix_k.mT).view(P, K, n, G, S) + prefix_bias
+    on_suffix = (q.view(R, K, G, E) @ suffix_k.mT).view(P, n, K, G, T).transpose(1, 2)
+    p = torch.cat([on_prefix, on_suffix], -1).softmax(-1, dtype=torch.float32).to(q.dtype)
+    out = (p[..., :S].reshape(P, K, n * G, S) @ prefix_v).view(P, K, n, G, E).transpose(1, 2)
+    out = out.reshape(R, K, G, E) + p[..., S:].transpose(1, 2).reshape(R, K, G, T) @ suffix_v
+    return out.reshape(R, H * E)

@@ -1,0 +1,541 @@
+"""THE model file: one decoder transformer, its scalar-headed twins, the KV cache, checkpoints in and out.
+
+The decoder is configured, never subclassed: a family of checkpoints is one entry of FAMILIES, which says how its
+config.json maps to ModelConfig and what it calls our parameters. Weights are float32 in memory; lower precision is autocast.
+
+Letters: B batch, T time, D width, V vocabulary, H heads, K key-value heads, E head width.
+"""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from nanorlhf.kernels import decode_attention, token_logprobs
+from nanorlhf.run import UserError, write_json, written_whole
+
+
+@dataclasses.dataclass
+class ModelConfig:
+    vocab_size: int
+    family: str = "gpt2"            # how folders are written: a key of FAMILIES
+    context: int = 1024             # longest sequence, in tokens
+    width: int = 768                # D
+    layers: int = 12
+    heads: int = 12                 # H
+    kv_heads: int = 12              # K; fewer than H is grouped-query attention
+    head_dim: int = 64              # E
+    ffn: int = 3072                 # inner width of the MLP
+    norm: str = "layernorm"         # or rmsnorm
+    norm_eps: float = 1e-5
+    positions: str = "learned"      # or rotary
+    rope_theta: float = 10000.0
+    rope_scaling: dict | None = None  # Llama 3's: factor, low_freq_factor, high_freq_factor, original_max_position_embeddings
+    activation: str = "gelu_tanh"   # a key of ACTIVATIONS
+    gated: bool = False             # act(gate(x)) * up(x), as SwiGLU
+    qkv_bias: bool = True
+    out_bias: bool = True
+    mlp_bias: bool = True
+    tied: bool = True               # the output head is the embedding
+    bos_id: int | None = None
+    eos_id: int | None = None
+    pad_id: int | None = None
+    init_std: float = 0.02
+
+    @classmethod
+    def for_family(cls, family, width, **fields):
+        """A new model's config in the style of a family: gpt2, or llama with its MLP of about the same size."""
+        if family == "llama":
+            fields = dict(ffn=-(-8 * width // 3 // 16) * 16, norm="rmsnorm", positions="rotary", activation="silu", gated=True,
+                          qkv_bias=False, out_bias=False, mlp_bias=False) | fields
+        elif family != "gpt2":
+            raise UserError(f"--family {family}: not one that train_sft.py makes from scratch: gpt2, llama")
+        return cls(family=family, width=width, **({"ffn": 4 * width} | fields))
+
+
+ACTIVATIONS = {"gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "gelu": F.gelu, "relu": F.relu, "silu": F.silu}
+
+
+def make_norm(c):
+    return {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}[c.norm](c.width, eps=c.norm_eps)
+
+
+class Attention(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = c.heads, c.kv_heads, c.head_dim
+        self.qkv = nn.Linear(c.width, (c.heads + 2 * c.kv_heads) * c.head_dim, bias=c.qkv_bias)
+        self.out = nn.Linear(c.heads * c.head_dim, c.width, bias=c.out_bias)
+
+    def forward(self, x, rope, cache, layer):
+        B, T, _ = x.shape
+        heads = self.qkv(x).view(B, T, -1, self.head_dim).transpose(1, 2)              # [B, H+2K, T, E]
+        q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
+        if rope is not None:
+            q, k = rotate(q, *rope), rotate(k, *rope)
+        if cache is not None and cache.filled:                                         # one new token a row
+            y = cache.attend(layer, q[:, :, 0], k[:, :, 0], v[:, :, 0])[:, None]       # [B, 1, H*E]
+        else:
+            if cache is not None:
+                cache.store_prefix(layer, k, v)
+            # Right padding: a real position never sees what comes after it, so causality is all the mask there is.
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.kv_heads != self.heads)
+            y = y.transpose(1, 2).reshape(B, T, -1)
+        return self.out(y)
+
+
+class MLP(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.gated, self.act = c.gated, ACTIVATIONS[c.activation]
+        self.up = nn.Linear(c.width, c.ffn * (2 if c.gated else 1), bias=c.mlp_bias)   # gate first, then up
+        self.down = nn.Linear(c.ffn, c.width, bias=c.mlp_bias)
+
+    def forward(self, x):
+        h = self.up(x)
+        if self.gated:
+            gate, up = h.chunk(2, dim=-1)
+            return self.down(self.act(gate) * up)
+        return self.down(self.act(h))
+
+
+class Block(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.norm1, self.attn, self.norm2, self.mlp = make_norm(c), Attention(c), make_norm(c), MLP(c)
+
+    def forward(self, x, rope, cache, layer):
+        x = x + self.attn(self.norm1(x), rope, cache, layer)
+        return x + self.mlp(self.norm2(x))
+
+
+def rope_table(c):
+    """cos and sin of position * frequency, [context, E/2] float32; Llama 3's scaling stretches the long wavelengths."""
+    frequency = c.rope_theta ** -(torch.arange(0, c.head_dim, 2, dtype=torch.int64).float() / c.head_dim)
+    if s := c.rope_scaling:
+        original = s["original_max_position_embeddings"]
+        wavelength = 2 * math.pi / frequency
+        low, high = s["low_freq_factor"], s["high_freq_factor"]
+        smooth = ((original / wavelength - low) / (high - low)).clamp(0, 1)            # 1 keeps a frequency, 0 divides it
+        frequency = smooth * frequency + (1 - smooth) * frequency / s["factor"]
+    angle = torch.arange(c.context).float()[:, None] * frequency
+    return angle.cos(), angle.sin()
+
+
+def rotate(x, cos, sin):
+    """Rotary position embedding, rotate-half layout: x [B, H, T, E]; cos, sin [B or 1, 1, T, E/2]."""
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+
+
+class Cache:
+    """Keys and values of R = P*n rows: each prompt's once, shared by its n samples, and every row's own new tokens.
+
+    All rows of a batch have decoded the same number of tokens, so a new one goes to the same slot in all of them whatever
+    their prompts' lengths; positions were put into the keys when they were made, so where a key is stored does not matter.
+    """
+
+    def __init__(self, lengths, num_samples, max_new_tokens):
+        self.lengths, self.n, self.capacity = lengths, num_samples, max_new_tokens     # prompt lengths [P]
+        self.prefix, self.suffix, self.t, self.filled = [], [], 0, False
+
+    def store_prefix(self, layer, k, v):
+        self.prefix.append((k.contiguous(), v.contiguous()))                           # [P, K, S, E]
+        R, (_, K, S, E) = len(self.lengths) * self.n, k.shape
+        self.suffix.append((k.new_empty(R, K, self.capacity, E), v.new_empty(R, K, self.capacity, E)))
+        padding = torch.arange(S, device=k.device) >= self.lengths[:, None]
+        self.bias = torch.zeros(padding.shape, device=k.device).masked_fill_(padding, -torch.inf)[:, None, None, None]
+
+    def positions(self):
+        """[R, 1] position of the token being decoded."""
+        return (self.lengths + self.t).repeat_interleave(self.n)[:, None]
+
+    def attend(self, layer, q, k, v):
+        keys, values = self.suffix[layer]
+        keys[:, :, self.t], values[:, :, self.t] = k, v
+        return decode_attention(q, *self.prefix[layer], self.bias, keys[:, :, :self.t + 1], values[:, :, :self.t + 1])
+
+    def keep(self, prompts, rows, n, fork=False):
+        """Keeps these prompts [P'] and rows [P'*n] (indices into the present ones), n a prompt, in this order."""
+        if len(prompts) != len(self.lengths):
+            self.prefix = [(k[prompts], v[prompts]) for k, v in self.prefix]
+            self.lengths, self.bias = self.lengths[prompts], self.bias[prompts]
+        used = slice(0, self.t)
+        for layer, (k, v) in enumerate(self.suffix):
+            new = k.new_empty(len(rows), *k.shape[1:]), v.new_empty(len(rows), *v.shape[1:])
+            new[0][:, :, used], new[1][:, :, used] = k[rows, :, used], v[rows, :, used]
+            self.suffix[layer] = new
+        self.n = n
+
+
+class Transformer(nn.Module):
+    """The decoder. model(tokens [B, T]) -> hidden [B, T, D] after the final norm; model.logits(hidden) -> [..., V]."""
+
+    def __init__(self, config, seed=0, head=True):
+        super().__init__()
+        c = self.config = config
+        self.embed = nn.Embedding(c.vocab_size, c.width)
+        self.positions = nn.Embedding(c.context, c.width) if c.positions == "learned" else None
+        self.blocks = nn.ModuleList(Block(c) for _ in range(c.layers))
+        self.norm = make_norm(c)
+        self.head = nn.Linear(c.width, c.vocab_size, bias=False) if head and not c.tied else None
+        if self.embed.weight.is_meta:             # about to be loaded: see load_weights
+            return
+        self.make_rope()
+        generator = torch.Generator().manual_seed(seed)
+        for name, p in self.named_parameters():
+            if p.dim() > 1:                       # GPT-2's: residual projections are scaled down by the number of residuals
+                std = c.init_std / math.sqrt(2 * c.layers) if name.endswith(("attn.out.weight", "mlp.down.weight")) else c.init_std
+                nn.init.normal_(p, std=std, generator=generator)
+            else:
+                nn.init.constant_(p, 1.0 if "norm" in name and name.endswith("weight") else 0.0)
+
+    def make_rope(self):
+        if self.config.positions == "rotary":
+            for name, table in zip(("cos", "sin"), rope_table(self.config)):
+                self.register_buffer(name, table, persistent=False)
+
+    def forward(self, tokens, cache=None):
+        T = tokens.shape[1]
+        decoding = cache is not None and cache.filled
+        if not decoding and T > self.config.context:
+            raise UserError(f"{T} tokens do not fit this model's context of {self.config.context}")
+        at = cache.positions() if decoding else torch.arange(T, device=tokens.device)[None]  # [R, 1] or [1, T]
+        x = self.embed(tokens)
+        if self.positions is not None:
+            x, rope = x + self.positions(at), None
+        else:
+            rope = self.cos[at][:, None], self.sin[at][:, None]                        # [.., 1, T, E/2]
+        x = self.stack(x, rope) if cache is None else self.cached_stack(x, rope, cache)
+        return self.norm(x)
+
+    def stack(self, x, rope):                     # on its own so that --compile can replace it
+        for block in self.blocks:
+            x = block(x, rope, None, None)
+        return x
+
+    def cached_stack(self, x, rope, cache):
+        for layer, block in enumerate(self.blocks):
+            x = block(x, rope, cache, layer)
+        cache.t += cache.filled
+        cache.filled = True
+        return x
+
+    @property
+    def head_weight(self):                        # [V, D]
+        return self.embed.weight if self.head is None else self.head.weight
+
+    def logits(self, hidden):
+        return F.linear(hidden, self.head_weight)
+
+    def logprobs(self, tokens, mask, temperature=1.0, entropy=False):
+        """log p(token t | tokens before t) / softmax at the temperature, at the masked positions; 0 elsewhere.
+
+        tokens [B, T]; mask [B, T] bool, False at t = 0. Returns float32 [B, T] aligned with tokens (and the entropies with
+        entropy=True). Every log-probability in the project comes from here: rollout, reference, old and new policy alike.
+        Only masked positions reach the output head.
+        """
+        hidden = self(tokens)[:, :-1]
+        where = mask[:, 1:]
+        found = token_logprobs(hidden[where], self.head_weight, tokens[:, 1:][where], temperature=temperature, entropy=entropy)
+        out = [torch.zeros(tokens.shape, dtype=f.dtype, device=f.device).masked_scatter(F.pad(where, (1, 0)), f)
+               for f in (found if entropy else (found,))]
+        return tuple(out) if entropy else out[0]
+
+    @classmethod
+    def from_pretrained(cls, folder):
+        """Loads a checkpoint folder, strictly: every missing, extra or misshaped tensor is named."""
+        config, _ = read_config(folder)
+        with torch.device("meta"):
+            model = cls(config)
+        load_weights(model, folder, head_name="lm_head.weight")
+        return model
+
+    def save_pretrained(self, folder):
+        """Writes config.json and model.safetensors in the family's own layout, which transformers and vLLM load."""
+        save_weights(self, folder, head_name="lm_head.weight", architecture=FAMILIES[self.config.family]["causal"], extra={})
+
+
+class RewardModel(nn.Module):
+    """The same trunk with a scalar head: model(tokens [B, T]) -> a scalar at every position [B, T], float32.
+
+    A fresh head is drawn with std 1/sqrt(D+1) (Stiennon 2020's code); it has no bias, which pairwise data cannot identify.
+    score() reads the last real token, EOS unless truncated, and applies the stored constants: (r - mean) / std.
+    """
+
+    def __init__(self, config, seed=0):
+        super().__init__()
+        self.config = config
+        self.trunk = Transformer(config, seed, head=False)
+        self.head = nn.Linear(config.width, 1, bias=False)
+        self.reward_mean, self.reward_std = 0.0, 1.0
+        if not self.head.weight.is_meta:
+            self.reset_head(seed)
+
+    def reset_head(self, seed):
+        generator = torch.Generator().manual_seed(seed)
+        nn.init.normal_(self.head.weight, std=1 / math.sqrt(self.config.width + 1), generator=generator)
+
+    def forward(self, tokens):
+        hidden = self.trunk(tokens)
+        with torch.autocast(tokens.device.type, enabled=False):                        # rewards differ in small digits
+            return self.head(hidden.float())[..., 0]
+
+    def score(self, tokens, lengths):
+        """Reward of each row [B], read at position lengths-1. tokens [B, T], lengths [B]."""
+        raw = self(tokens).gather(1, (lengths - 1)[:, None])[:, 0]
+        return (raw - self.reward_mean) / self.reward_std
+
+    @classmethod
+    def from_pretrained(cls, folder, fresh_head=False, seed=0):
+        """A reward model's folder; or, with fresh_head, any language model's, whose output head is replaced."""
+        config, raw = read_config(folder)
+        with torch.device("meta"):
+            model = cls(config)
+        if "score.weight" in tensor_index(folder):
+            load_weights(model, folder, head_name="score.weight")
+            model.reward_mean, model.reward_std = float(raw.get("reward_mean", 0.0)), float(raw.get("reward_std", 1.0))
+        elif fresh_head:
+            load_weights(model.trunk, folder, head_name=None)
+            model.head.to_empty(device="cpu")
+            model.reset_head(seed)
+        else:
+            raise UserError(f"{folder} is no reward model (it has no score.weight): train one with train_rm.py")
+        return model
+
+    def save_pretrained(self, folder):
+        """As Transformer's, as a sequence classifier with one label. The stored constants are config.json's reward_mean and
+        reward_std, which other software ignores: there the score is the raw one."""
+        architecture = FAMILIES[self.config.family]["classifier"]
+        save_weights(self, folder, head_name="score.weight", architecture=architecture, extra=dict(
+            id2label={"0": "LABEL_0"}, label2id={"LABEL_0": 0}, problem_type="regression",
+            reward_mean=self.reward_mean, reward_std=self.reward_std))
+
+
+class ValueModel(nn.Module):
+    """V(s_t) at every position [B, T]: a trunk with a scalar head that has a bias."""
+
+    def __init__(self, trunk, weight, bias=0.0):
+        super().__init__()
+        self.trunk = trunk
+        self.head = nn.Linear(weight.shape[1], 1)
+        with torch.no_grad():
+            self.head.weight.copy_(weight)
+            self.head.bias.fill_(bias)
+
+    def forward(self, tokens):
+        hidden = self.trunk(tokens)
+        with torch.autocast(tokens.device.type, enabled=False):
+            return self.head(hidden.float())[..., 0]
+
+    @classmethod
+    def from_pretrained(cls, folder):
+        """From a reward model, whose normalisation goes into the head, so that V starts as the (normalised) reward of the
+        text so far (Stiennon 2020); from a language model, with a head of zeros (Ziegler 2019)."""
+        if "score.weight" in tensor_index(folder):
+            rm = RewardModel.from_pretrained(folder)
+            return cls(rm.trunk, rm.head.weight.detach() / rm.reward_std, -rm.reward_mean / rm.reward_std)
+        rm = RewardModel.from_pretrained(folder, fresh_head=True)
+        return cls(rm.trunk, torch.zeros(1, rm.config.width))
+
+
+# ---------------------------------------------------------------------------------------------- checkpoints in and out
+
+ACTIVATION_NAMES = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu",
+                    "silu": "silu", "swish": "silu"}
+
+
+def read_gpt2(j):
+    D, H = j["n_embd"], j["n_head"]
+    return dict(context=j["n_positions"], width=D, layers=j["n_layer"], heads=H, kv_heads=H, head_dim=D // H,
+                ffn=j.get("n_inner") or 4 * D, norm_eps=j.get("layer_norm_epsilon", 1e-5),
+                activation=j.get("activation_function", "gelu_new"), tied=j.get("tie_word_embeddings", True))
+
+
+def write_gpt2(c):
+    return dict(n_positions=c.context, n_embd=c.width, n_layer=c.layers, n_head=c.heads, n_inner=c.ffn,
+                layer_norm_epsilon=c.norm_eps, activation_function=c.activation, resid_pdrop=0.0, embd_pdrop=0.0,
+                attn_pdrop=0.0)
+
+
+def read_llama(j):
+    rope = j.get("rope_parameters") or {**(j.get("rope_scaling") or {}), "rope_theta": j.get("rope_theta", 10000.0)}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "llama3"):
+        raise UserError(f"rope type {kind!r} is not one that nanorlhf computes: default, llama3")
+    D, H = j["hidden_size"], j["num_attention_heads"]
+    return dict(context=j["max_position_embeddings"], width=D, layers=j["num_hidden_layers"], heads=H,
+                kv_heads=j.get("num_key_value_heads") or H, head_dim=j.get("head_dim") or D // H, ffn=j["intermediate_size"],
+                norm="rmsnorm", norm_eps=j.get("rms_norm_eps", 1e-6), positions="rotary", rope_theta=rope["rope_theta"],
+                rope_scaling={k: rope[k] for k in LLAMA3_ROPE} if kind == "llama3" else None,
+                activation=j.get("hidden_act", "silu"), gated=True, qkv_bias=j.get("attention_bias", False),
+                out_bias=j.get("attention_bias", False), mlp_bias=j.get("mlp_bias", False),
+                tied=j.get("tie_word_embeddings", False))
+
+
+LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+
+def write_llama(c):
+    return dict(max_position_embeddings=c.context, hidden_size=c.width, num_hidden_layers=c.layers,
+                num_attention_heads=c.heads, num_key_value_heads=c.kv_heads, head_dim=c.head_dim, intermediate_size=c.ffn,
+                rms_norm_eps=c.norm_eps, rope_theta=c.rope_theta, hidden_act=c.activation,
+                rope_scaling={"rope_type": "llama3", **c.rope_scaling} if c.rope_scaling else None,
+                attention_bias=c.qkv_bias, mlp_bias=c.mlp_bias)
+
+
+# A family: how config.json is read and written, and what its files call our modules. Several names are the parts of one of
+# our matrices, stacked; `transposed` marks GPT-2's Conv1D, which stores [in, out]; `refused` are options we do not compute.
+FAMILIES = {
+    "gpt2": dict(
+        causal="GPT2LMHeadModel", classifier="GPT2ForSequenceClassification", read=read_gpt2, write=write_gpt2,
+        transposed=True, prefix="transformer.", refused=("scale_attn_by_inverse_layer_idx", "add_cross_attention"),
+        names={"embed": ["wte"], "positions": ["wpe"], "norm": ["ln_f"], "norm1": ["ln_1"], "norm2": ["ln_2"],
+               "attn.qkv": ["attn.c_attn"], "attn.out": ["attn.c_proj"], "mlp.up": ["mlp.c_fc"], "mlp.down": ["mlp.c_proj"]},
+        block="h"),
+    "llama": dict(
+        causal="LlamaForCausalLM", classifier="LlamaForSequenceClassification", read=read_llama, write=write_llama,
+        transposed=False, prefix="model.", refused=(),
+        names={"embed": ["embed_tokens"], "norm": ["norm"], "norm1": ["input_layernorm"], "norm2": ["post_attention_layernorm"],
+               "attn.qkv": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], "attn.out": ["self_attn.o_proj"],
+               "mlp.up": ["mlp.gate_proj", "mlp.up_proj"], "mlp.down": ["mlp.down_proj"]},
+        block="layers"),
+}
+STALE = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")                    # buffers that old files carry
+
+
+def read_config(folder):
+    """config.json -> (ModelConfig, the raw dictionary)."""
+    path = Path(folder) / "config.json"
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{folder} is no checkpoint folder: it has no config.json")
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON: {error}")
+    if not isinstance(raw, dict) or raw.get("model_type") not in FAMILIES:
+        kind = raw.get("model_type") if isinstance(raw, dict) else raw
+        raise UserError(f"{path}: model_type {kind!r} is not one that nanorlhf reads: {', '.join(FAMILIES)}")
+    family = FAMILIES[raw["model_type"]]
+    if wrong := [k for k in family["refused"] if raw.get(k)]:
+        raise UserError(f"{path}: {wrong[0]} is not supported")
+    try:
+        fields = family["read"](raw)
+        fields["vocab_size"] = raw["vocab_size"]
+    except KeyError as error:
+        raise UserError(f"{path}: {error.args[0]} is missing")
+    if fields["activation"] not in ACTIVATION_NAMES:
+        raise UserError(f"{path}: activation {fields['activation']!r} is not one that nanorlhf computes: {', '.join(ACTIVATION_NAMES)}")
+    fields["activation"] = ACTIVATION_NAMES[fields["activation"]]
+    eos = raw.get("eos_token_id")
+    config = ModelConfig(family=raw["model_type"], bos_id=raw.get("bos_token_id"), pad_id=raw.get("pad_token_id"),
+                         eos_id=eos[0] if isinstance(eos, list) else eos, **fields)
+    if config.width <= 0 or config.heads % config.kv_heads or config.head_dim % 2 and config.positions == "rotary":
+        raise UserError(f"{path}: {config.heads} heads, {config.kv_heads} key-value heads and head width {config.head_dim} "
+                        f"do not make an attention layer")
+    return config, raw
+
+
+def tensor_index(folder):
+    """Name of each tensor of a folder -> the file that holds it: model.safetensors, or the shards of its index."""
+    folder = Path(folder)
+    files = [folder / "model.safetensors"]
+    if (index := folder / "model.safetensors.index.json").exists() and not files[0].exists():
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        if outside := [n for n in names if Path(n).name != n]:
+            raise UserError(f"{index}: {outside[0]!r} is not a file of this folder")
+        files = [folder / n for n in names]
+    found = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as f:
+                for name in f.keys():
+                    if name in found:
+                        raise UserError(f"{file}: {name} is in {found[name].name} too")
+                    found[name] = file
+        except FileNotFoundError:
+            raise UserError(f"{file} is missing")
+        except SafetensorError as error:
+            raise UserError(f"{file} is damaged: {error}")
+    return found
+
+
+def their_names(config, name, head_name, prefix):
+    """Names in the family's files for one of our parameters, and whether it is stored transposed there."""
+    if name == "head.weight":
+        return [head_name], False
+    family = FAMILIES[config.family]
+    module, leaf = name.removeprefix("trunk.").rsplit(".", 1)
+    block = ""
+    if module.startswith("blocks."):
+        _, number, module = module.split(".", 2)
+        block = f"{family['block']}.{number}."
+    names = [f"{prefix}{block}{part}.{leaf}" for part in family["names"][module]]
+    return names, family["transposed"] and module.startswith(("attn", "mlp")) and leaf == "weight"
+
+
+def part_sizes(config, name, rows, parts):
+    """Rows of each stored part of one of our stacked matrices."""
+    if parts == 3:
+        kv = config.kv_heads * config.head_dim
+        return [rows - 2 * kv, kv, kv]
+    return [rows // parts] * parts
+
+
+def load_weights(model, folder, head_name):
+    """Fills a model built on the meta device from a folder. One tensor is read at a time, from a memory map."""
+    config, index = model.config, tensor_index(folder)
+    prefix = FAMILIES[config.family]["prefix"]
+    if not any(n.startswith(prefix) for n in index):                                   # the hub's gpt2 files
+        prefix = ""
+    wanted = {name: their_names(config, name, head_name, prefix) for name, _ in model.named_parameters()}
+    known = {n for names, _ in wanted.values() for n in names}
+    missing = sorted(known - index.keys())
+    ignored = {"lm_head.weight"} if head_name is None or config.tied else set()
+    extra = sorted(n for n in index.keys() - known - ignored if not n.endswith(STALE))
+    if missing or extra:
+        parts = [f"{what} {', '.join(names[:5])}{' ...' if len(names) > 5 else ''} ({len(names)})"
+                 for what, names in (("missing", missing), ("not expected", extra)) if names]
+        raise UserError(f"{folder}: tensors do not fit its config.json: {'; '.join(parts)}")
+    handles = {file: safe_open(file, framework="pt") for file in set(index.values())}
+    state = {}
+    for name, parameter in model.named_parameters():
+        names, transposed = wanted[name]
+        sizes = part_sizes(config, name, parameter.shape[0], len(names))
+        tensors = []
+        for n, size in zip(names, sizes):
+            tensor = handles[index[n]].get_tensor(n)
+            shape = [size, *parameter.shape[1:]]
+            if list(tensor.shape) != (shape[::-1] if transposed else shape):
+                raise UserError(f"{folder}: {n} has shape {list(tensor.shape)}, config.json asks for {shape[::-1] if transposed else shape}")
+            tensors.append((tensor.T if transposed else tensor).float())
+        state[name] = (torch.cat(tensors) if len(tensors) > 1 else tensors[0]).contiguous()
+    model.load_state_dict(state, assign=True)
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    getattr(model, "trunk", model).make_rope()
+
+
+def save_weights(model, folder, head_name, architecture, extra):
+    config = model.config
+    family = FAMILIES[config.family]
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        names, transposed = their_names(config, name, head_name, family["prefix"])
+        parts = parameter.detach().cpu().split(part_sizes(config, name, parameter.shape[0], len(names)))
+        tensors.update({n: (p.T if transposed else p).contiguous() for n, p in zip(names, parts)})
+    folder = Path(folder)
+    with written_whole(folder / "model.safetensors") as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"})
+    fields = family["write"](dataclasses.replace(
+        config, activation=next(k for k, v in ACTIVATION_NAMES.items() if v == config.activation)))
+    write_json(folder / "config.json", dict(
+        model_type=config.family, architectures=[architecture], vocab_size=config.vocab_size, tie_word_embeddings=config.tied,
+        bos_token_id=config.bos_id, eos_token_id=config.eos_id, pad_token_id=config.pad_id, torch_dtype="float32",
+        initializer_range=config.init_std, **fields, **extra))

@@ -1,0 +1,324 @@
+"""What no algorithm has to know: options, files that survive a crash, devices, the run folder, resuming, progress."""
+
+import argparse
+import contextlib
+import dataclasses
+import hashlib
+import importlib.metadata
+import inspect
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+
+class UserError(ValueError):
+    """Something the user can put right: shown as one line, without a traceback."""
+
+
+# ---------------------------------------------------------------------------------------------------------- options
+
+def parse_options(Config, description="", argv=None):
+    """Command line -> Config. A field a line; its trailing comment is its help. --lr 1e-5 and --lr=1e-5 both work."""
+    help_of = dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.*)$", inspect.getsource(Config), re.MULTILINE))
+
+    class OneLineParser(argparse.ArgumentParser):
+        def error(self, message):
+            raise SystemExit(f"error: {message} (--help lists the options)")
+
+    parser = OneLineParser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for field in dataclasses.fields(Config):
+        text = f"{help_of.get(field.name, '')} (default: {field.default!r})".replace("%", "%%")
+        if field.type is bool:
+            parser.add_argument(f"--{field.name}", type=_boolean, nargs="?", const=True, default=field.default,
+                                metavar="BOOL", help=text)
+        else:
+            parser.add_argument(f"--{field.name}", type=field.type, default=field.default,
+                                metavar=field.type.__name__.upper(), help=text)
+    return Config(**vars(parser.parse_args(argv)))
+
+
+def _boolean(text):
+    if text.lower() in ("true", "yes", "1", "on"):
+        return True
+    if text.lower() in ("false", "no", "0", "off"):
+        return False
+    raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+
+
+def main(Config, train, description):
+    """Entry point of a script: options, then train(config); what the user can put right is one line and exit code 1."""
+    config = parse_options(Config, description)
+    try:
+        train(config)
+    except UserError as error:
+        raise SystemExit(f"error: {error}")
+    except KeyboardInterrupt:
+        raise SystemExit(f"interrupted; continue with: {Path(sys.argv[0]).name} ... --out {config.out} --resume")
+    except torch.OutOfMemoryError as error:
+        raise SystemExit(f"error: out of memory; lower --micro_batch_size ({str(error).splitlines()[0]})")
+
+
+# ------------------------------------------------------------------------------------------------------------ files
+
+@contextlib.contextmanager
+def written_whole(path):
+    """Yields a temporary path beside `path`, a file or a folder; flushes it to disk and renames it into place at the end.
+
+    A crash at any moment leaves either the old content or the new, never a half-written one.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.writing")
+    if temporary.is_dir():
+        shutil.rmtree(temporary)
+    yield temporary
+    for file in sorted(temporary.rglob("*")) if temporary.is_dir() else [temporary]:
+        with open(file, "rb+") as f:
+            os.fsync(f.fileno())
+    if path.is_dir() and temporary.is_dir():
+        shutil.rmtree(path)                       # rename cannot replace a folder; the new one is already on disk
+    os.replace(temporary, path)
+    if os.name == "posix":
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+
+
+def write_json(path, value):
+    with written_whole(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def write_records(path, records):
+    """JSON lines, one record a line."""
+    with written_whole(path) as temporary:
+        with open(temporary, "w", encoding="utf-8") as f:
+            f.writelines(json.dumps(r, ensure_ascii=False, allow_nan=False) + "\n" for r in records)
+
+
+def read_jsonl(path):
+    """Rows of a log that we wrote ourselves; a last line cut off by a crash is dropped."""
+    rows = []
+    for line in Path(path).read_bytes().split(b"\n") if Path(path).exists() else []:
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows
+
+
+# -------------------------------------------------------------------------------------------------------- one run
+
+def seed_for(seed, *keys):
+    """A 63-bit seed for one purpose: all randomness is a pure function of (seed, purpose, step), none is carried along,
+    so a resumed run draws what the uninterrupted one would have drawn."""
+    words = [seed] + [int.from_bytes(hashlib.sha256(str(k).encode()).digest()[:8], "little") for k in keys]
+    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> 1)
+
+
+def learning_rate(step, total, peak, warmup=0, schedule="linear"):
+    """Rate of update `step` (0-based) of `total`: linear warm-up, then constant, linear to 0 or cosine to 0."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    done = (step - warmup) / max(1, total - warmup)
+    return peak * {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 + 0.5 * math.cos(math.pi * done)}[schedule]
+
+
+def make_optimizer(parameters, name, lr, weight_decay=0.0, eps=1e-8):
+    """adamw, adam or rmsprop (the DPO paper's). Decay acts on matrices only, as usual: not on norms and biases."""
+    parameters = [p for p in parameters if p.requires_grad]
+    groups = [dict(params=[p for p in parameters if p.dim() > 1], weight_decay=weight_decay),
+              dict(params=[p for p in parameters if p.dim() <= 1], weight_decay=0.0)]
+    if name == "rmsprop":
+        return torch.optim.RMSprop(groups, lr=lr, eps=eps)
+    if name not in ("adamw", "adam"):
+        raise UserError(f"--optimizer {name}: not one of adamw, adam, rmsprop")
+    fused = all(p.device.type in ("cuda", "cpu") for p in parameters)
+    return (torch.optim.AdamW if name == "adamw" else torch.optim.Adam)(groups, lr=lr, eps=eps, fused=fused)
+
+
+class Run:
+    """The run folder and the device of one script: metrics.jsonl, samples.jsonl, run.json, checkpoints/, and at the end a
+    checkpoint folder that other software loads. `config` is the script's Config."""
+
+    def __init__(self, config, name):
+        self.config, self.name, self.out = config, name, Path(config.out)
+        self.device = pick_device(config.device)
+        if config.dtype not in ("float32", "bfloat16"):
+            raise UserError(f"--dtype {config.dtype}: not float32 or bfloat16")
+        previous = self.out / "run.json"
+        if config.resume and not previous.exists():
+            raise UserError(f"{self.out} holds no run to resume")
+        if self.out.exists() and any(self.out.iterdir()) and not config.resume:
+            if not config.overwrite:
+                raise UserError(f"{self.out} already holds files: name another --out, or continue with --resume, "
+                                f"or replace it with --overwrite")
+            if not previous.exists():
+                raise UserError(f"{self.out} is not a run folder, so --overwrite does not touch it")
+            shutil.rmtree(self.out)
+        self.finished = config.resume and json.loads(previous.read_text(encoding="utf-8")).get("finished", False)
+        if not config.resume:
+            self._write_run_json(finished=False)
+        self.started, self.printed, self.tokens, self.first_step = time.monotonic(), 0.0, 0, None
+
+    def _write_run_json(self, finished):
+        versions = {p: importlib.metadata.version(p) for p in ("torch", "tiktoken", "numpy", "safetensors")}
+        device = torch.cuda.get_device_name() if self.device.type == "cuda" else f"{platform.machine()}, {os.cpu_count()} cores"
+        write_json(self.out / "run.json", dict(
+            script=self.name, finished=finished, options=dataclasses.asdict(self.config), device=device, commit=git_commit(),
+            python=platform.python_version(), **versions))
+
+    def autocast(self):
+        """Master weights stay float32; --dtype bfloat16 is autocast."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16")
+
+    def prepare(self, model):
+        """Moves a model to the device; with --compile, compiles its stack of layers."""
+        model.to(self.device)
+        if self.config.compile:
+            trunk = getattr(model, "trunk", model)
+            trunk.stack = torch.compile(trunk.stack, dynamic=True)
+        return model
+
+    @staticmethod
+    def every(n, step, total):
+        """Whether something done every n steps (0: never), and after the last, is due after `step` finished steps."""
+        return n > 0 and (step % n == 0 or step == total)
+
+    def step(self, optimizer, lr, max_grad_norm, step, rows, loss):
+        """One guarded optimizer step; returns the gradient norm before clipping (max_grad_norm 0 does not clip).
+
+        A non-finite loss or gradient stops the run here, before the weights change.
+        """
+        parameters = [p for g in optimizer.param_groups for p in g["params"]]
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf))
+        if not (math.isfinite(norm) and math.isfinite(loss)):
+            raise UserError(f"step {step}: loss {loss}, gradient norm {norm}, on rows {list(rows)[:8]} of the data; "
+                            f"the weights were not changed (lower --lr?)")
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    # -- what the run says
+
+    def log(self, step, total, metrics, tokens=0):
+        """Appends one row to metrics.jsonl and shows progress; `step` counts finished steps, `tokens` those it processed."""
+        row = {k: float(v) for k, v in metrics.items()}
+        if bad := [k for k, v in row.items() if not math.isfinite(v)]:
+            raise UserError(f"step {step}: {', '.join(bad)} not finite")
+        with open(self.out / "metrics.jsonl", "a", encoding="utf-8") as f:
+            f.write(json.dumps({"step": step, "time": round(time.monotonic() - self.started, 3), **row}) + "\n")
+        if self.first_step is None:
+            self.first_step = step - 1
+        self.tokens += tokens
+        now = time.monotonic()
+        if step >= total or step == 1 or now - self.printed > 5:
+            self.printed = now
+            seconds = max(now - self.started, 1e-9)
+            left = int(seconds / max(1, step - self.first_step) * (total - step))
+            shown = "  ".join(f"{k} {v:.4g}" for k, v in row.items() if not k.startswith("eval/"))
+            speed = f"{self.tokens / seconds:,.0f} tokens/s  " if self.tokens else ""
+            print(f"{self.name} {step}/{total}  {shown}  {speed}{left // 60}:{left % 60:02d} left", flush=True)
+        if evals := {k: v for k, v in row.items() if k.startswith("eval/")}:
+            print(f"{self.name} {step}/{total}  " + "  ".join(f"{k} {v:.4g}" for k, v in evals.items()), flush=True)
+
+    def samples(self, step, records):
+        """Appends texts to samples.jsonl."""
+        with open(self.out / "samples.jsonl", "a", encoding="utf-8") as f:
+            f.writelines(json.dumps({"step": step, **r}, ensure_ascii=False) + "\n" for r in records)
+
+    # -- what survives it
+
+    def save_checkpoint(self, step, modules, optimizers, state=None):
+        """checkpoints/step-N: weights and optimizer tensors in safetensors, the rest in JSON with a sha256 of each file."""
+        with written_whole(self.out / "checkpoints" / f"step-{step:07d}") as folder:
+            folder.mkdir()
+            for name, module in modules.items():
+                save_file({k: v.detach().contiguous() for k, v in module.state_dict().items()}, folder / f"{name}.safetensors")
+            for name, optimizer in optimizers.items():
+                tensors = {f"{i}.{k}": torch.as_tensor(v).contiguous() for i, entry in optimizer.state_dict()["state"].items()
+                           for k, v in entry.items() if v is not None}
+                save_file(tensors, folder / f"{name}.safetensors")
+            hashes = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.glob("*.safetensors")}
+            write_json(folder / "state.json", dict(step=step, sha256=hashes, **(state or {})))
+        for old in sorted((self.out / "checkpoints").glob("step-*"))[:-2]:
+            shutil.rmtree(old)
+
+    def load_checkpoint(self, modules, optimizers):
+        """Restores the newest checkpoint in place and returns its state, or {"step": 0} where there is none yet."""
+        folders = sorted((self.out / "checkpoints").glob("step-*")) if self.config.resume else []
+        state = json.loads((folders[-1] / "state.json").read_text(encoding="utf-8")) if folders else {"step": 0}
+        for name, digest in state.get("sha256", {}).items():
+            file = folders[-1] / name
+            if not file.exists() or hashlib.sha256(file.read_bytes()).hexdigest() != digest:
+                raise UserError(f"{file} is damaged: delete {folders[-1]} to resume from the checkpoint before it")
+        if folders:
+            for name, module in modules.items():
+                module.load_state_dict(load_file(folders[-1] / f"{name}.safetensors", device=str(self.device)))
+            for name, optimizer in optimizers.items():
+                entries = {}
+                for key, tensor in load_file(folders[-1] / f"{name}.safetensors").items():
+                    index, field = key.split(".", 1)
+                    entries.setdefault(int(index), {})[field] = tensor
+                optimizer.load_state_dict({**optimizer.state_dict(), "state": entries})
+        if self.config.resume:                            # what came after the checkpoint will be done, and said, again
+            for log in ("metrics.jsonl", "samples.jsonl"):
+                rows = [r for r in read_jsonl(self.out / log) if r["step"] <= state["step"]]
+                write_records(self.out / log, rows)
+            print(f"{self.name} resumes {self.out} after step {state['step']}", flush=True)
+        return state
+
+    def finish(self, model, tokenizer):
+        """Writes the checkpoint folder that from_pretrained, transformers and vLLM load, then marks the run finished."""
+        model.save_pretrained(self.out)
+        tokenizer.save(self.out)
+        self.done()
+
+    def done(self):
+        self._write_run_json(finished=True)
+        print(f"{self.name} done: {self.out}", flush=True)
+
+
+def pick_device(name):
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"--device {name}: torch sees no GPU here")
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name}: not a device that torch knows")
+
+
+def need_folder(folder, made_by):
+    """The checkpoint folder, or one line that names the command which makes it."""
+    if not (Path(folder) / "config.json").exists():
+        raise UserError(f"{folder} holds no checkpoint; first run: {made_by}")
+    return folder
+
+
+def need_file(file, made_by):
+    if not Path(file).exists():
+        raise UserError(f"{file} is missing; first run: {made_by}")
+    return file
+
+
+def git_commit():
+    """Commit of the code that runs, with + when files differ from it; '' outside a checkout."""
+    def git(*args):
+        return subprocess.run(["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10).stdout.strip()
+    try:
+        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return ""

@@ -1,0 +1,137 @@
+"""Best-of-N: draw N responses to each prompt and keep the one a reward likes best (Stiennon 2020; Kirk 2023).
+
+    y = argmax over y_1 ... y_N ~ pi(. | x) of r(x, y_i)           KL(best-of-N || pi) = log N - (N - 1) / N
+
+No weights change. The N samples of a prompt share one prefill. The curve over n = 1, 2, 4, ... N is the unbiased estimate
+from the pool of N, under the reward that chooses and under one that only measures (--eval_reward): a single maximum of N
+would overstate the first and says nothing of the second.
+
+In --out:  best.jsonl         prompt, completion, score                           (train_sft.py reads it)
+           ranked.jsonl       prompt, responses, scores                           (train_rrhf.py --kind ranked reads it)
+           comparisons.jsonl  prompt, chosen, rejected, with --label_temperature  (train_rm.py and train_dpo.py read it)
+           curve.json         n, reward, eval_reward, kl
+
+--label_temperature makes comparisons as DPO's sentiment setting does: the responses of a prompt are paired, and a judge who
+follows the reward only with probability sigmoid((r_a - r_b) / temperature) says which is better (0: always follows it).
+
+With no option it draws best-of-16 from out/sft under out/rm on the built-in test prompts.
+"""
+
+import itertools
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from nanorlhf.data import encode_prompt, load_records, load_tokenizer
+from nanorlhf.evaluate import best_of_n_estimate, bon_kl, load_reward, mean_and_interval
+from nanorlhf.generate import generate
+from nanorlhf.model import Transformer
+from nanorlhf.run import Run, UserError, main, need_folder, seed_for, write_json, write_records
+
+
+@dataclass
+class Config:
+    init: str = "out/sft"            # folder of the policy that is sampled
+    reward: str = "out/rm"           # chooses: reward-model folder, gold, or file.py:function
+    eval_reward: str = ""            # only measured: as --reward; '' = gold, if on `reviews`
+    data: str = "reviews"            # prompts: record file, or `reviews`
+    split: str = "test"              # of `reviews`: train, test, ood_near or ood_far
+    limit: int = 0                   # at most so many prompts; 0 = all
+    skip_bad: bool = False           # skip bad rows and count them, instead of stopping at the first
+    out: str = "out/bon"             # folder for the records
+    overwrite: bool = False          # replace a run that is there
+    resume: bool = False             # continue the run in --out
+    seed: int = 0                    # of everything random
+    device: str = "auto"             # cpu, cuda, cuda:1, ...; auto takes a GPU if there is one
+    dtype: str = "float32"           # float32, or bfloat16 (autocast)
+    compile: bool = False            # torch.compile the layers
+
+    n: int = 16                      # samples a prompt
+    label_temperature: float = -1.0  # of the noisy judge who labels comparisons; negative = write none
+    max_prompt_length: int = 0       # longest prompt in tokens; 0 = what the context leaves beside the response
+    keep: str = "end"                # what a too long prompt keeps: end, start, or tldr (Stiennon 2020's rule)
+    response_length: int = 48        # longest response in tokens
+    temperature: float = 1.0         # of the samples (Kirk 2023: 0.7)
+    top_k: int = 0                   # 0 = off
+    top_p: float = 1.0               # 1 = off
+    batch_size: int = 64             # prompts at a time
+
+
+def comparisons(prompt, responses, scores, temperature, rng):
+    """All pairs of a prompt's responses, labelled by Bradley-Terry at `temperature`: records prompt, chosen, rejected and
+    their scores. Pairs of equal texts are dropped. rng: numpy Generator."""
+    records = []
+    for a, b in itertools.combinations(range(len(responses)), 2):
+        if responses[a].strip() and responses[b].strip() and responses[a] != responses[b]:
+            difference = scores[a] - scores[b]
+            p = 1 / (1 + math.exp(-max(-700.0, min(700.0, difference / temperature)))) if temperature > 0 else float(difference > 0)
+            w, l = (a, b) if rng.random() < p else (b, a)
+            records.append(dict(prompt=prompt, chosen=responses[w], rejected=responses[l], score_chosen=scores[w],
+                                score_rejected=scores[l]))
+    return records
+
+
+def train(config):
+    run = Run(config, "bon")
+    need_folder(config.init, "python train_sft.py")
+    if config.reward == "out/rm":
+        need_folder(config.reward, "python train_rm.py")
+    if config.n < 1:
+        raise UserError(f"--n {config.n}: at least one sample a prompt")
+    tokenizer = load_tokenizer(config.init)
+    policy = run.prepare(Transformer.from_pretrained(config.init))
+    reward = load_reward(config.reward, tokenizer, run.device)
+    measured = config.eval_reward or ("gold" if config.data == "reviews" else "")
+    eval_reward = load_reward(measured, tokenizer, run.device) if measured else None
+    records = load_records(config.data, "prompt", config.split, config.limit or None, config.skip_bad)
+    room = policy.config.context - config.response_length
+    prompts = [encode_prompt(tokenizer, r["prompt"], config.max_prompt_length or room, config.keep) for r in records]
+
+    # Each batch of prompts is drawn from its own seed and lands in ranked.jsonl's parts before the next begins.
+    scored = []
+    for first in range(0, len(prompts), config.batch_size):
+        part = prompts[first:first + config.batch_size]
+        with run.autocast():
+            samples = generate(policy, part, config.response_length, config.temperature, config.top_k, config.top_p, config.n,
+                               seed_for(config.seed, "bon", first), tokenizer=tokenizer)
+        responses = samples.responses()
+        queries = [p for p in part for _ in range(config.n)]
+        scores = reward(queries, responses).view(-1, config.n)
+        values = eval_reward(queries, responses).view(-1, config.n) if eval_reward else None
+        for i in range(len(part)):
+            texts = [tokenizer.decode(r) for r in responses[i * config.n:(i + 1) * config.n]]
+            scored.append(dict(prompt=records[first + i]["prompt"], responses=texts, scores=scores[i].tolist(),
+                               values=values[i].tolist() if eval_reward else None))
+        metrics = {"scores/mean": scores.mean(), "scores/best": scores.max(1).values.mean()}
+        if eval_reward:
+            metrics["eval_reward/of_best"] = values.gather(1, scores.argmax(1, keepdim=True)).mean()
+        run.log(len(scored), len(prompts), metrics, tokens=sum(map(len, responses)))
+
+    rng = np.random.Generator(np.random.Philox(key=seed_for(config.seed, "labels")))
+    best = [int(np.argmax(s["scores"])) for s in scored]
+    write_records(run.out / "best.jsonl", [dict(prompt=s["prompt"], completion=s["responses"][b], score=s["scores"][b])
+                                           for s, b in zip(scored, best)])
+    if config.n > 1:
+        write_records(run.out / "ranked.jsonl", [{k: s[k] for k in ("prompt", "responses", "scores")} for s in scored])
+    if config.label_temperature >= 0:
+        pairs = [c for s in scored for c in comparisons(s["prompt"], s["responses"], s["scores"], config.label_temperature, rng)]
+        write_records(run.out / "comparisons.jsonl", pairs)
+        agree = np.mean([c["score_chosen"] > c["score_rejected"] for c in pairs])
+        print(f"{len(pairs)} comparisons; a perfect judge agrees with {agree:.1%} of their labels")
+
+    curve = []
+    for n in [2 ** k for k in range(config.n.bit_length()) if 2 ** k < config.n] + [config.n]:
+        row = {"n": n, "kl": bon_kl(n)}
+        for name, values in (("reward", "scores"), ("eval_reward", "values")):
+            if scored[0][values] is not None:
+                row[name], row[f"{name}_interval"] = mean_and_interval(
+                    [best_of_n_estimate(s["scores"], n, s[values]) for s in scored])
+        curve.append(row)
+        print("  ".join(f"{k} {v:.4g}" for k, v in row.items()))
+    write_json(run.out / "curve.json", curve)
+    run.done()
+
+
+if __name__ == "__main__":
+    main(Config, train, __doc__)

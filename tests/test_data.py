@@ -1,0 +1,701 @@
+"""data.py: tokenizers against independent ones, every kind of row and of bad row, truncation and masks by hand."""
+
+import gzip
+import json
+import random
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from nanorlhf import data
+from nanorlhf.data import DataError, Example, load_records, load_tokenizer
+
+DATA = Path(__file__).parents[2] / "shared" / "data"
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"the public data files are not at {DATA}")
+SPECIALS = "<|endoftext|><|pad|><|begin_of_text|><|eot_id|>"
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """A small tokenizer that depends on nothing else."""
+    words = "the cat sat on the mat and the dog sat too ; isn't it 12 34 nice , we've seen it all".split()
+    rng = random.Random(0)
+    return data.train_bpe([" ".join(rng.choices(words, k=200)) for _ in range(20)], 320)
+
+
+@pytest.fixture(scope="module")
+def gpt2():
+    if not DATA.is_dir():
+        pytest.skip(f"the public data files are not at {DATA}")
+    return load_tokenizer(DATA / "tokenizers" / "gpt2_encoder.json")
+
+
+@pytest.fixture(scope="module")
+def strings():
+    """Thousands of varied strings: alphabets that provoke the regexes, any code points, and English."""
+    rng = random.Random(1)
+    alphabet = list("  \n\n\t\r'sSdDtTlL09aeiou\u0130\u017fée\u0301中文😀\u200d\u0085\u00a0\u2003.,!?<|>１２\u0660½\ufeffZz")
+
+    def code_point():
+        low, high = rng.choice([(1, 0x250), (1, 0xd800), (0xe000, 0x110000)])
+        return chr(rng.randrange(low, high))
+    made = ["".join(rng.choices(alphabet, k=rng.randrange(40))) for _ in range(2500)]
+    made += ["".join(code_point() for _ in range(rng.randrange(30))) for _ in range(1000)]
+    words = "The I'll 2024 don't   WE'VE naïve (sic) -- e.g. x=1;\n\n\tdef f(): \r\n".split(" ")
+    return made + [" ".join(rng.choices(words, k=12)) for _ in range(500)]
+
+
+# ---------------------------------------------------------------------------------------------------------- tokenizer
+def test_round_trip_of_any_text(tiny):
+    hypothesis = pytest.importorskip("hypothesis", reason="needs hypothesis (the `test` extra)")
+
+    @hypothesis.settings(max_examples=300, deadline=None, database=None)
+    @hypothesis.given(hypothesis.strategies.text(hypothesis.strategies.characters(exclude_categories=["Cs"])))
+    def check(text):
+        ids = tiny.encode(text)
+        assert tiny.decode(ids) == text
+        assert all(0 <= i < tiny.eos_id for i in ids)
+    check()
+
+
+def test_special_strings_in_text_are_ordinary_text(tiny):
+    ids = tiny.encode(SPECIALS)
+    assert tiny.decode(ids) == SPECIALS
+    assert not {tiny.eos_id, tiny.pad_id} & set(ids)
+
+
+def test_trap_1_pad_is_never_eos(tiny):
+    n = len(tiny.ranks)
+    assert (tiny.eos_id, tiny.pad_id, tiny.bos_id, tiny.vocab_size) == (n, n + 1, None, n + 2)
+    import tiktoken
+    for special, pad in (({"<|endoftext|>": 256}, 0), ({"<|endoftext|>": 300, "<|other|>": 299}, 299),
+                         ({"<|endoftext|>": 256, "<|x|>": 257, "<|my_pad|>": 258}, 258)):
+        encoding = tiktoken.Encoding("t", pat_str=data.GPT2_PATTERN, special_tokens=special,
+                                     mergeable_ranks={bytes([b]): b for b in range(256)})
+        tokenizer = data.Tokenizer(encoding, "<|endoftext|>", "<|endoftext|>")  # asks for pad = eos
+        assert tokenizer.pad_id == pad != tokenizer.eos_id
+    low = tiktoken.Encoding("t", pat_str=data.GPT2_PATTERN, special_tokens={"<|endoftext|>": 0},
+                            mergeable_ranks={bytes([b]): b + 1 for b in range(256)})
+    assert data.Tokenizer(low, "<|endoftext|>").pad_id == 1
+
+
+def test_decode_never_fails(tiny):
+    cat = tiny.encode(" cat")
+    assert tiny.decode([tiny.eos_id, *cat, tiny.pad_id, 10**6, -1]) == " cat"
+    assert tiny.decode(torch.tensor(cat)) == " cat"
+    assert tiny.decode([0xff, 0x41]) == "\ufffdA"
+    assert tiny.decode([]) == "" and tiny.encode("") == []
+
+
+def test_hostile_text_is_refused_in_one_line(tiny):
+    for text in ("ok\ud800", "\udfff", " " * 200_000):
+        with pytest.raises(DataError) as e:
+            tiny.encode(text)
+        assert "\n" not in str(e.value)
+    assert len(tiny.encode("a" * 200_000)) >= 1
+
+
+def test_training_depends_on_counts_only():
+    texts = ["low lower lowest", "new newer newest", "wide wider"] * 3
+    a, b = data.train_bpe(texts, 270), data.train_bpe(texts[::-1], 270)
+    assert a.ranks == b.ranks and len(a.ranks) == 268 and a.vocab_size == 270
+    assert data.train_bpe(["abab abab"], 10_000).vocab_size < 270  # no pair is left that occurs twice
+    for word, ids in (("abab", [257]), ("ab", [256]), ("abc", [256, 99])):
+        assert data.train_bpe(["abab"] * 4, 260).encode(word) == ids
+    with pytest.raises(DataError, match="too small"):
+        data.train_bpe(texts, 257)
+
+
+def same(a, b):
+    fields = ("ranks", "special", "plain", "eos_id", "pad_id", "bos_id", "vocab_size", "normal_form")
+    return all(getattr(a, f) == getattr(b, f) for f in fields)
+
+
+def test_save_and_load_give_the_same_tokenizer_and_the_same_bytes(tiny, strings, tmp_path):
+    tiny.save(tmp_path / "a")
+    again = load_tokenizer(tmp_path / "a")
+    assert same(again, tiny) and all(again.encode(s) == tiny.encode(s) for s in strings)
+    (tmp_path / "a" / "chat_template.jinja").write_text("{{ messages }}")
+    own = load_tokenizer(str(tmp_path / "a"))
+    (tmp_path / "a").rename(tmp_path / "gone")  # the source may vanish while a long run lasts
+    own.save(tmp_path / "b")
+    names = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+    assert {p.name for p in (tmp_path / "b").iterdir()} == names
+    assert all((tmp_path / "b" / n).read_bytes() == (tmp_path / "gone" / n).read_bytes() for n in names)
+
+
+def saved_as_transformers_reads_it(tokenizer, strings, folder):
+    transformers = pytest.importorskip("transformers", reason="needs transformers (the `parity` extra)")
+    tokenizer.save(folder)
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    ids = [tokenizer.encode(s) for s in strings]
+    assert [theirs.encode(s, add_special_tokens=False) for s in strings] == ids
+    assert [theirs.decode(i) for i in ids] == strings
+    assert (theirs.eos_token_id, theirs.bos_token_id, len(theirs)) == (
+        tokenizer.eos_id, tokenizer.bos_id, tokenizer.vocab_size)
+    assert theirs.pad_token_id == (tokenizer.pad_id if tokenizer.pad_id in tokenizer.special.values() else None)
+    again = load_tokenizer(folder)
+    assert same(again, tokenizer) and [again.encode(s) for s in strings] == ids
+    return theirs
+
+
+def test_saved_trained_tokenizer_in_transformers(tiny, strings, tmp_path):
+    saved_as_transformers_reads_it(tiny, strings, tmp_path)
+
+
+def test_saved_gpt2_in_transformers(gpt2, strings, tmp_path):
+    assert (gpt2.vocab_size, gpt2.eos_id, gpt2.pad_id, gpt2.bos_id) == (50257, 50256, 0, None)
+    assert gpt2.encode("Hello world") == [15496, 995]
+    saved_as_transformers_reads_it(gpt2, strings, tmp_path)
+
+
+@needs_data
+def test_saved_rank_file_in_transformers(strings, tmp_path):
+    small = load_tokenizer(DATA / "tokenizers" / "tiktoken_small.model")
+    assert (small.vocab_size, small.eos_id, small.pad_id) == (2002, 2000, 2001)
+    saved_as_transformers_reads_it(small, strings, tmp_path)
+
+
+@needs_data
+def test_llama3_ids_and_transformers(strings, tmp_path):
+    llama = load_tokenizer(DATA / "tokenizers" / "llama3_tokenizer.model")
+    assert (llama.vocab_size, llama.bos_id, llama.eos_id, llama.pad_id) == (128256, 128000, 128001, 128004)
+    assert llama.special["<|eot_id|>"] == 128009 and llama.special["<|reserved_special_token_245|>"] == 128255
+    assert data.encode_prompt(llama, "") == [128000]
+    theirs = saved_as_transformers_reads_it(llama, strings, tmp_path)
+    assert theirs.encode("hi") == data.encode_prompt(llama, "hi")
+
+
+def test_tiktokens_own_patterns_survive_saving(tiny, strings, tmp_path):
+    import tiktoken
+    import tiktoken_ext.openai_public as public
+    cl100k = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$"
+              r"|\s*[\r\n]|\s+(?!\S)|\s")
+    for k, pattern in enumerate((public.r50k_pat_str, cl100k)):
+        encoding = tiktoken.Encoding("t", pat_str=pattern, mergeable_ranks=tiny.ranks,
+                                     special_tokens={"<|endoftext|>": 400, "<|fim|>": 405})  # ids with gaps
+        tokenizer = data.Tokenizer(encoding, "<|endoftext|>")
+        tokenizer.save(tmp_path / str(k))
+        again = load_tokenizer(tmp_path / str(k))
+        assert (again.eos_id, again.pad_id) == (400, 405)
+        assert all(again.encode(s) == tokenizer.encode(s) for s in strings)
+        if k == 1 and "transformers" in sys.modules:
+            theirs = sys.modules["transformers"].AutoTokenizer.from_pretrained(tmp_path / str(k))
+            assert all(theirs.encode(s, add_special_tokens=False) == tokenizer.encode(s) for s in strings)
+
+
+def written(folder, spec, config=None, **more):
+    folder.mkdir(exist_ok=True)
+    for name, value in {"tokenizer.json": spec, "tokenizer_config.json": config, **more}.items():
+        if value is not None:
+            (folder / name.replace("__", ".")).write_text(json.dumps(value))
+    return folder
+
+
+def spec_of(tokenizer, added=()):
+    """tokenizer.json of `tokenizer` with its special tokens replaced by `added`: [(id, content, special)]."""
+    spec = data._to_tokenizer_json(tokenizer, {})
+    spec["model"]["vocab"] = {t: i for t, i in spec["model"]["vocab"].items() if t not in tokenizer.special}
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    spec["added_tokens"] = [{"id": i, "content": t, "special": s, **flags} for i, t, s in added]
+    return spec
+
+
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+FAMILIES = ("gpt2", "qwen", "pythia", "smollm")
+
+
+def family_spec(family, tiny):
+    """The options of each family's tokenizer.json around the small vocabulary."""
+    n = len(tiny.ranks)
+    if family == "qwen":  # NFC, a Split regex, and added tokens that are matched inside ordinary text
+        spec = spec_of(tiny, [(n, "<|endoftext|>", True), (n + 1, "<tool_call>", False), (n + 2, "<tool", False)])
+        spec["normalizer"] = {"type": "NFC"}
+        spec["model"]["merges"] = [m.split(" ") for m in spec["model"]["merges"]]
+        return spec
+    if family == "pythia":  # special tokens at ids 0 and 1, runs of spaces as overlapping added tokens
+        spec = spec_of(tiny, [(0, "<|endoftext|>", True), (1, "<|padding|>", True),
+                              *((n + 2 + k, " " * (24 - k), False) for k in range(23))])
+        vocab = {t: i + 2 for t, i in spec["model"]["vocab"].items()}
+        spec["model"]["vocab"] = {"<|endoftext|>": 0, "<|padding|>": 1, **vocab}
+        spec["normalizer"], spec["pre_tokenizer"] = {"type": "NFC"}, BYTE_LEVEL
+        return spec
+    spec = spec_of(tiny, [(n, "<|endoftext|>", True)])
+    spec["pre_tokenizer"] = BYTE_LEVEL if family == "gpt2" else {
+        "type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, BYTE_LEVEL]}
+    return spec
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hugging_face_files_against_the_tokenizers_library(family, tiny, strings, tmp_path):
+    library = pytest.importorskip("tokenizers", reason="needs tokenizers (the `parity` extra)")
+    folder = written(tmp_path / family, family_spec(family, tiny), {"eos_token": "<|endoftext|>"})
+    ours, theirs = load_tokenizer(folder), library.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    texts = strings + ["a <tool_call> b<tool><tool_call", "x" + " " * 50 + "y", "  1  23 \n4", "e\u0301 \u212b"]
+    assert [ours.encode(t) for t in texts] == [theirs.encode(t, add_special_tokens=False).ids for t in texts]
+    ids = [ours.encode(t) for t in texts]
+    assert [ours.decode(i) for i in ids] == [theirs.decode(i) for i in ids]
+    assert ours.vocab_size == theirs.get_vocab_size() and ours.pad_id != ours.eos_id
+    if family == "pythia":
+        assert (ours.eos_id, ours.pad_id) == (0, 1)
+
+
+def test_names_of_the_special_tokens(tiny, tmp_path):
+    n = len(tiny.ranks)
+    added = [(n, "<s>", True), (n + 1, "</s>", True), (n + 2, "<p>", True), (n + 3, "<|endoftext|>", True)]
+    spec = spec_of(tiny, added)
+    by_name = load_tokenizer(written(tmp_path / "a", spec, {
+        "eos_token": {"content": "</s>"}, "pad_token": "<p>", "bos_token": "<s>"}))
+    assert (by_name.eos_id, by_name.pad_id, by_name.bos_id) == (n + 1, n + 2, None)  # a BOS in name only, as GPT-2's
+    config = {"eos_token": "</s>", "bos_token": "<s>", "add_bos_token": True}
+    flag = load_tokenizer(written(tmp_path / "a", spec, config))
+    assert flag.bos_id == n and data.encode_prompt(flag, "the") == [n, *tiny.encode("the")]
+    config = {"eos_token_id": [n + 1, n], "pad_token_id": n + 1}
+    by_id = load_tokenizer(written(tmp_path / "b", spec, config__json=config))
+    assert (by_id.eos_id, by_id.pad_id) == (n + 1, n)  # the file's pad is its eos: a spare token instead
+    by_id.save(tmp_path / "c")
+    assert same(load_tokenizer(tmp_path / "c"), by_id)
+    assert load_tokenizer(written(tmp_path / "d", spec)).eos_id == n + 3
+    with pytest.raises(DataError, match="eos_token"):
+        load_tokenizer(written(tmp_path / "e", spec_of(tiny, added[:3])))
+
+
+def damaged(spec, where, value):
+    spec = json.loads(json.dumps(spec))
+    *parents, last = where.split(".")
+    inner = spec
+    for p in parents:
+        inner = inner[p]
+    inner[last] = value
+    return spec
+
+
+def test_what_is_not_supported_is_named(tiny, tmp_path):
+    spec = family_spec("gpt2", tiny)
+    vocab, merges = spec["model"]["vocab"], spec["model"]["merges"]
+    for where, value, message in (
+            ("model.type", "Unigram", "Unigram is not supported"), ("model.type", "WordPiece", "WordPiece"),
+            ("model.byte_fallback", True, "byte_fallback"), ("model.end_of_word_suffix", "</w>", "end_of_word_suffix"),
+            ("normalizer", {"type": "Lowercase"}, "normalizer Lowercase"),
+            ("pre_tokenizer", {"type": "Whitespace"}, "pre-tokenizer Whitespace"), ("pre_tokenizer", None, "None"),
+            ("pre_tokenizer", {**BYTE_LEVEL, "add_prefix_space": True}, "prefix space"),
+            ("model.merges", merges[::-1], "do not increase"),
+            ("model.vocab", {t: i for t, i in vocab.items() if t != "a"}, "KeyError|256 bytes"),
+            ("model.vocab", {t: i for t, i in vocab.items() if t != "!"}, "256 bytes"),
+            ("model.vocab", {**vocab, "!": 5}, "distinct"), ("model.vocab", {**vocab, "!": "x"}, "distinct"),
+            ("model", 3, "AttributeError"), ("model.merges", 7, "TypeError"), ("added_tokens", [{}], "KeyError")):
+        with pytest.raises(DataError, match=message) as e:
+            load_tokenizer(written(tmp_path / "t", damaged(spec, where, value)))
+        assert str(e.value).startswith(str(tmp_path)) and "\n" not in str(e.value)
+    (tmp_path / "t" / "tokenizer.json").write_text("{")
+    (tmp_path / "s.model").write_bytes(b"\n\x0e\n\x05<unk>")
+    (tmp_path / "r.tiktoken").write_bytes(b"AA== 0\nAQ==\n")
+    (tmp_path / "p.tiktoken").write_bytes(b"AA== 0\nAQ== 1\n")
+    (tmp_path / "empty").mkdir()
+    for name, message in (("t", "not JSON"), ("s.model", "SentencePiece"), ("r.tiktoken", "r.tiktoken:2: not"),
+                          ("p.tiktoken", "256 bytes"), ("empty", "no tokenizer.json"), ("nowhere", "neither")):
+        with pytest.raises(DataError, match=message):
+            load_tokenizer(tmp_path / name)
+
+
+def test_offline_tiktoken_name_is_a_one_line_error(monkeypatch):
+    import tiktoken
+
+    def offline(name):
+        raise OSError("no network\nat all")
+    monkeypatch.setattr(tiktoken, "get_encoding", offline)
+    with pytest.raises(DataError, match="^cl100k_base: tiktoken could not fetch it .*folder") as e:
+        load_tokenizer("cl100k_base")
+    assert "\n" not in str(e.value)
+
+
+@needs_data
+def test_sentencepiece_folder_is_refused_by_name():
+    with pytest.raises(DataError, match="byte_fallback is not supported"):
+        load_tokenizer(DATA / "checkpoints" / "stories260K")
+
+
+def test_builtin_tokenizer(strings, tmp_path):
+    tokenizer = load_tokenizer("reviews")
+    assert tokenizer is load_tokenizer("reviews") and tokenizer.vocab_size == 640
+    assert all(tokenizer.decode(tokenizer.encode(s)) == s for s in strings)
+    text = load_records("reviews", "text", limit=1)[0]["text"]
+    assert len(tokenizer.encode(text)) < len(text.split()) * 2.5
+    saved_as_transformers_reads_it(tokenizer, strings, tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------------------ records
+def file_of(tmp_path, *rows, name="rows.jsonl"):
+    path = tmp_path / name
+    path.write_bytes(b"".join((r if isinstance(r, bytes) else json.dumps(r).encode()) + b"\n" for r in rows))
+    return path
+
+
+PAIR = {"prompt": "p", "chosen": " a", "rejected": " b"}
+RANKED = {"prompt": "p", "responses": [" a", " b", " c", " d"], "scores": [1, 3, 1, 2.5]}
+USER, BOT = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}
+NO = {"role": "assistant", "content": "no"}
+
+
+@pytest.mark.parametrize("row, kind, record", [
+    ({"text": "a"}, "text", {"text": "a"}),
+    ({"prompt": ""}, "prompt", {"prompt": ""}),
+    ({"prompt": "p", "completion": " c", "x": 1}, "completion", {"prompt": "p", "completion": " c"}),
+    ({"prompt": "p", "completion": "c"}, "completion", {"prompt": "p", "completion": "c"}),  # no space is added
+    ({**PAIR, "group": 7}, "preference", {**PAIR, "group": 7}),
+    ({"query": "p", "responses": ["a", "b"], "scores": [1, 2]}, "ranked",
+     {"prompt": "p", "responses": ["a", "b"], "scores": [1.0, 2.0]}),
+    ({"prompt": [USER], "completion": [BOT]}, "completion",
+     {"prompt": "\n\nHuman: hi\n\nAssistant:", "completion": " yes"}),
+    ({"prompt": [{"role": "system", "content": "s"}, USER, BOT, USER]}, "prompt", {
+        "prompt": "\n\nSystem: s\n\nHuman: hi\n\nAssistant: yes\n\nHuman: hi\n\nAssistant:"}),
+    ({"prompt": [USER], "chosen": [BOT], "rejected": [NO]}, "preference",
+     {"prompt": "\n\nHuman: hi\n\nAssistant:", "chosen": " yes", "rejected": " no"}),
+    ({"prompt": "hi", "chosen": [USER, BOT], "rejected": [USER, NO]}, "preference",  # string, whole conversations
+     {"prompt": "\n\nHuman: hi\n\nAssistant:", "chosen": " yes", "rejected": " no"}),
+    ({"chosen": [USER, BOT], "rejected": [USER, NO]}, "preference",
+     {"prompt": "\n\nHuman: hi\n\nAssistant:", "chosen": " yes", "rejected": " no"}),
+    ({"prompt": [USER], "responses": ["yes", [NO]], "scores": [1, 0]}, "ranked",
+     {"prompt": "\n\nHuman: hi\n\nAssistant:", "responses": [" yes", " no"], "scores": [1.0, 0.0]}),
+    ({"chosen": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: d",
+      "rejected": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: e"}, "preference",
+     {"prompt": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:", "chosen": " d", "rejected": " e"}),
+    ({"info": {"id": "t3", "subreddit": "s", "title": "t", "post": "x {y}", "article": None}, "choice": 1,
+      "summaries": [{"text": " a"}, {"text": " b"}]}, "preference",
+     {"prompt": "SUBREDDIT: r/s\n\nTITLE: t\n\nPOST: x {y}\n\nTL;DR:", "chosen": " b", "rejected": " a",
+      "group": "t3"}),
+    ({"info": {"id": "c", "article": "x"}, "choice": 0, "summaries": [{"text": " a"}, {"text": " b"}]}, "preference",
+     {"prompt": "ARTICLE: x\nTL;DR:", "chosen": " a", "rejected": " b", "group": "c"}),
+    ({"rl_prompt": "p", "sampled_answers": [{"sampled_string": " a\n\nHuman:", "pm_scores": [{"pm_score": 2}]},
+                                            {"sampled_string": " b", "pm_scores": [{"pm_score": 1}]}]}, "ranked",
+     {"prompt": "p", "responses": [" a", " b"], "scores": [2.0, 1.0]}),
+])
+def test_every_kind_of_row(row, kind, record, tmp_path):
+    assert load_records(file_of(tmp_path, row), kind) == [record]
+
+
+def test_alpaca_rows(tmp_path):
+    rows = [{"instruction": "Add {input}.", "input": "1 + {instruction}", "output": "3"},
+            {"instruction": "Sing.", "input": "", "chosen": "la", "rejected": "no", "output": "la"}]
+    first = load_records(file_of(tmp_path, rows[0]), "completion")[0]
+    assert first["prompt"].endswith("### Instruction:\nAdd {input}.\n\n### Input:\n1 + {instruction}\n\n### Response:")
+    assert first["prompt"].startswith("Below is an instruction that describes a task, paired with")
+    assert first["completion"] == "3"
+    second = load_records(file_of(tmp_path, rows[1]), "preference")[0]
+    assert second["prompt"].startswith("Below is an instruction that describes a task. Write")
+    assert "### Input" not in second["prompt"] and (second["chosen"], second["rejected"]) == ("la", "no")
+    assert load_records(file_of(tmp_path, rows[1]), "prompt")[0]["completion"] == "la"
+
+
+def test_conversions(tmp_path):
+    pair, ranked = file_of(tmp_path, {**PAIR, "group": "g"}, name="p"), file_of(tmp_path, RANKED, name="r")
+    assert load_records(pair, "completion") == [{"prompt": "p", "completion": " a", "group": "g"}]
+    assert load_records(pair, "prompt") == [{"prompt": "p", "completion": " a", "group": "g"}]
+    assert load_records(pair, "text") == [{"text": "p a", "group": "g"}]
+    assert load_records(pair, "ranked") == [
+        {"prompt": "p", "responses": [" a", " b"], "scores": [1.0, 0.0], "group": "g"}]
+    assert load_records(ranked, "completion") == [{"prompt": "p", "completion": " b"}]
+    assert load_records(ranked, "prompt") == [{"prompt": "p"}]
+    found = {(r["chosen"], r["rejected"]) for r in load_records(ranked, "preference")}
+    assert found == {(" b", " a"), (" b", " c"), (" b", " d"), (" d", " a"), (" d", " c")}  # the tie a, c is dropped
+    same_text = file_of(tmp_path, {"prompt": "p", "responses": ["a", "a"], "scores": [1, 2]}, RANKED, name="s")
+    assert len(load_records(same_text, "preference")) == 5 and len(load_records(same_text, "preference", limit=3)) == 3
+    both = file_of(tmp_path, {"text": "t", "prompt": "p"}, name="b")  # a row that is two kinds is read as the one asked
+    assert load_records(both, "text") == [{"text": "t"}] and load_records(both, "prompt") == [{"prompt": "p"}]
+
+
+@pytest.mark.parametrize("row, kind", [
+    ({"text": "a"}, "prompt"), ({"text": "a"}, "preference"), ({"prompt": "a"}, "completion"),
+    ({"prompt": "a"}, "text"),
+    ({"prompt": "a", "completion": "b"}, "preference"), ({"prompt": "a", "completion": "b"}, "ranked")])
+def test_impossible_conversions_name_the_fields_found(row, kind, tmp_path):
+    for skip_bad in (False, True):
+        with pytest.raises(DataError, match=f"no {kind} record.* fields {', '.join(row)}"):
+            load_records(file_of(tmp_path, row), kind, skip_bad=skip_bad)
+
+
+BAD = [  # row, kind, what the message says
+    (b'{"text": "\xff"}', "text", "bad UTF-8"), (b'{"text": ', "text", "bad JSON"),
+    (b"3", "text", "row is not a JSON object"),
+    (b"[" * 100_000, "text", "bad JSON"),
+    ({"a": 1, "b": 2}, "text", "no known record in the fields a, b"),
+    ({}, "text", "no known record in the fields (none)"),
+    ({"text": 3}, "text", "text is not a string"), ({"text": None}, "text", "text is not a string"),
+    ({"text": " \n"}, "text", "empty text"), ({"text": "\ud83d"}, "text", "unpaired surrogate in text"),
+    ({"prompt": 1}, "prompt", "prompt is not a string"),
+    ({"prompt": "p", "completion": " "}, "completion", "empty completion"),
+    ({"prompt": "p", "completion": {}}, "completion", "completion is not a string"),
+    ({**PAIR, "chosen": ""}, "preference", "empty chosen"),
+    ({**PAIR, "rejected": "\n"}, "preference", "empty rejected"),
+    ({**PAIR, "rejected": " a"}, "preference", "chosen equals rejected"),
+    ({"prompt": "p", "chosen": "c"}, "preference",
+     "no preference record (prompt, chosen, rejected) can be made of a prompt record, fields prompt, chosen"),
+    ({"chosen": "x", "rejected": "\n\nAssistant: y"}, "preference", "chosen has no '\\n\\nAssistant:'"),
+    ({"chosen": "a\n\nAssistant: x", "rejected": "b\n\nAssistant: y"}, "preference", "prompts differ"),
+    ({"chosen": [USER, BOT], "rejected": [USER, BOT, USER, NO]}, "preference", "prompts differ"),
+    ({"chosen": [USER, BOT], "rejected": [USER]}, "preference", "rejected does not end with an assistant message"),
+    ({"prompt": [{"role": "wizard", "content": "x"}]}, "prompt",
+     "prompt holds a message without a role of user, assistant, system"),
+    ({"prompt": [{"role": "user"}]}, "prompt", "prompt is not a string"),
+    ({**RANKED, "scores": [1, 2]}, "ranked", "responses and scores differ in number"),
+    ({**RANKED, "responses": ["a"], "scores": [1]}, "ranked", "fewer than 2 responses"),
+    ({**RANKED, "scores": [1, 2, 3, float("nan")]}, "ranked", "scores are not all finite"),
+    ({**RANKED, "scores": [1, 2, 3, float("inf")]}, "ranked", "scores are not all finite"),
+    ({**RANKED, "scores": [1, 2, 3, 10**400]}, "ranked", "scores are not all finite"),
+    ({**RANKED, "scores": [1, 2, 3, True]}, "ranked", "scores are not all numbers"),
+    ({**RANKED, "scores": "abcd"}, "ranked", "responses or scores is not a list"),
+    ({**RANKED, "responses": ["a", "b", "c", 4]}, "ranked", "responses is not a string"),
+    ({**RANKED, "responses": [""] * 4}, "completion", "empty best response"),
+    ({"instruction": 1, "output": "x"}, "completion", "instruction is not a string"),
+    ({"info": {}, "summaries": [{"text": "a"}], "choice": 0}, "preference",
+     "info is not an object or summaries is not a list of two"),
+    ({"info": {"article": "a"}, "summaries": [{"text": "a"}, {"text": "b"}], "choice": 2}, "preference",
+     "choice is neither 0 nor 1"),
+    ({"info": {"article": "a"}, "summaries": [{"text": "a"}, 3], "choice": 0}, "preference",
+     "summaries.text is not a string"),
+    ({"info": {}, "summaries": [{"text": "a"}, {"text": "b"}], "choice": 0}, "preference",
+     "info.article is not a string"),
+    ({"rl_prompt": "p", "sampled_answers": [{"sampled_string": "a", "pm_scores": []}] * 2}, "ranked",
+     "sampled_answers need a sampled_string and pm_scores[].pm_score each"),
+]
+GOOD = {"text": {"text": "t"}, "prompt": {"prompt": "p"}, "completion": {"prompt": "p", "completion": "c"},
+        "preference": PAIR, "ranked": RANKED}
+
+
+@pytest.mark.parametrize("row, kind, message", BAD, ids=range(len(BAD)))
+def test_bad_rows_stop_with_file_and_line_or_are_counted(row, kind, message, tmp_path, capsys):
+    path = file_of(tmp_path, GOOD[kind], b"", row, GOOD[kind])
+    with pytest.raises(DataError) as e:
+        load_records(path, kind)
+    assert str(e.value) == f"{path}:3: {message}"
+    assert len(load_records(path, kind, skip_bad=True)) == 2
+    assert capsys.readouterr().err == f"{path}: skipped 1 of 3 rows (1 {message})\n"
+
+
+def test_lines_end_at_newline_only_and_files_may_be_gzip_or_an_array_or_begin_with_a_bom(tmp_path):
+    rows = [{"text": "one\u0085two\u2028three"}, {"text": "tab\x0bformfeed\x0c"}, {"text": "\u00e9"}]
+    lines = b"\r\n".join(json.dumps(r, ensure_ascii=False).encode() for r in rows)
+    for name, content in (("a.jsonl", lines), ("b.jsonl.gz", gzip.compress(lines)), ("c", b"\xef\xbb\xbf" + lines),
+                          ("d.json", json.dumps(rows, indent=1).encode()), ("e.json", b"\n\n" + lines)):
+        (tmp_path / name).write_bytes(content)
+        assert load_records(tmp_path / name, "text") == rows
+        assert load_records(str(tmp_path / name), "text", limit=2) == rows[:2]
+    (tmp_path / "f.json").write_text(json.dumps([rows[0], {"text": 1}]))
+    with pytest.raises(DataError, match="f.json:2: text is not a string"):
+        load_records(tmp_path / "f.json", "text")
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    (tmp_path / "cut.gz").write_bytes(gzip.compress(b'{"text": "a"}' * 999)[:-20])
+    (tmp_path / "cut.json").write_bytes(b'[{"text": "a"}')
+    (tmp_path / "empty").write_bytes(b"\n")
+    for name, message in (("cut.gz", "broken gzip"), ("cut.json", "bad JSON array"),
+                          ("empty", "no text records in 0 rows"),
+                          ("nowhere.jsonl", "no such file"), (".", "no such file")):
+        with pytest.raises(DataError, match=message) as e:
+            load_records(tmp_path / name, "text")
+        assert "\n" not in str(e.value)
+    with pytest.raises(DataError, match="unknown record kind 'pairs'"):
+        load_records(tmp_path / "empty", "pairs")
+
+
+@needs_data
+@pytest.mark.parametrize("name, rows, differ, empty, equal", [
+    ("helpful-base", 2354, 9, 4, 2), ("harmless-base", 2312, 5, 4, 0), ("helpful-online", 1137, 0, 3, 2)])
+def test_hh_files(name, rows, differ, empty, equal, capsys):
+    """The data's README counts 9 / 5 / 0 rows whose number of turns differs; other prefixes are among them."""
+    path = DATA / "preferences" / f"hh_{name}_test.jsonl.gz"
+    records = load_records(path, "preference", skip_bad=True)
+    report = capsys.readouterr().err
+    assert len(records) == rows - differ - empty - equal
+    assert all(f"{n} {what}" in report for n, what in (
+        (differ, "prompts differ"), (empty, "empty"), (equal, "chosen equals rejected")) if n)
+    assert all(r["prompt"].endswith("\n\nAssistant:") for r in records)
+    assert all(r[k].startswith(" ") for r in records for k in ("chosen", "rejected"))
+    with pytest.raises(DataError, match=rf"{path.name}:\d+: "):
+        load_records(path, "preference")
+
+
+@needs_data
+def test_summary_and_scored_files():
+    tldr = load_records(DATA / "preferences" / "tldr_comparisons_batch13.jsonl", "preference", skip_bad=True)
+    assert len(tldr) == 1097 and all(r["prompt"].startswith("SUBREDDIT: r/") for r in tldr)
+    assert all(r["prompt"].endswith("\n\nTL;DR:") and r["chosen"].startswith(" ") for r in tldr)
+    cnndm = load_records(DATA / "preferences" / "cnndm_comparisons_cnndm0.jsonl", "preference", skip_bad=True)
+    assert len(cnndm) == 437 - 12 and len({r["group"] for r in cnndm}) == 45  # 12 rejected summaries are empty
+    train, held_out = data.split_records(cnndm, 0.2, seed=1)
+    assert len(train) + len(held_out) == 425
+    assert held_out and not {r["group"] for r in train} & {r["group"] for r in held_out}
+    for name, n in (("PALMS", 40), ("INSTRUCTGPT", 13)):
+        ranked = load_records(DATA / "ranked" / f"cai_samples_{name}_HHRLHF.jsonl", "ranked")
+        assert len(ranked) == n and all(len(r["responses"]) == 17 for r in ranked)
+        assert not any(s.endswith("Human:") for r in ranked for s in r["responses"])
+    assert len(load_records(DATA / "sft" / "alpaca_en_demo.json", "completion")) == 999
+    polite = DATA / "preferences" / "instruction-data-with-preference.json"
+    assert len(load_records(polite, "preference", skip_bad=True)) == 1094
+    assert len(load_records(DATA / "sentiment" / "imdb_test_2000.jsonl.gz", "text")) == 2000
+
+
+@pytest.mark.parametrize("split", ["train", "test", "ood_near", "ood_far"])
+def test_reviews(split):
+    rows = load_records("reviews", "completion", split, limit=20)
+    assert len(rows) == 20 and all(set(r) >= {"prompt", "completion"} and r["completion"][0] == " " for r in rows)
+    assert load_records("reviews", "completion", split, limit=20) == rows
+    assert all(len(load_records("reviews", kind, split, limit=5)) == 5 for kind in ("text", "prompt"))
+
+
+def test_reviews_errors():
+    with pytest.raises(DataError, match="no split 'dev'"):
+        load_records("reviews", "prompt", "dev")
+    with pytest.raises(DataError, match="no preference records"):
+        load_records("reviews", "preference")
+
+
+def test_split_keeps_a_group_on_one_side_and_does_not_depend_on_the_rest():
+    records = [{"prompt": f"p{i % 300}", "completion": str(i)} for i in range(900)]
+    train, held_out = data.split_records(records, 0.1, seed=3)
+    assert len(train) + len(held_out) == 900 and 30 <= len(held_out) <= 180
+    assert not {r["prompt"] for r in train} & {r["prompt"] for r in held_out}
+    assert data.split_records(records[:300], 0.1, seed=3)[1] == held_out[:len(held_out) // 3]
+    assert data.split_records(records, 0.1, seed=4)[1] != held_out
+    grouped = [{"prompt": str(i), "group": "g"} for i in range(9)]
+    assert data.split_records(grouped, 0) == (grouped, [])
+    with pytest.raises(DataError, match="too few"):
+        data.split_records(grouped, 0.5)
+
+
+# ----------------------------------------------------------------------------------------------- examples and batches
+class Letters:
+    """A tokenizer whose token is a character: numbers in these tests can be counted on fingers."""
+    eos_id, pad_id, bos_id = 1, 0, None
+
+    def encode(self, text):
+        return [ord(c) for c in text]
+
+
+class LettersWithBos(Letters):
+    bos_id = 2
+
+
+def ids(text):
+    return [ord(c) for c in text]
+
+
+def test_prompts():
+    assert data.encode_prompt(Letters(), "abcdef") == ids("abcdef")
+    assert data.encode_prompt(Letters(), "abcdef", 4) == ids("cdef")
+    assert data.encode_prompt(Letters(), "abcdef", 4, keep="start") == ids("abcd")
+    assert data.encode_prompt(Letters(), "abcdef", 6) == ids("abcdef")
+    assert data.encode_prompt(Letters(), "") == [1]
+    assert data.encode_prompt(LettersWithBos(), "") == [2]
+    assert data.encode_prompt(LettersWithBos(), "abcdef", 4) == [2, *ids("def")]
+    assert data.encode_prompt(LettersWithBos(), "abcdef", 4, keep="start") == [2, *ids("abc")]
+    for length, tokenizer in ((0, Letters()), (1, LettersWithBos())):
+        with pytest.raises(DataError, match="no room"):
+            data.encode_prompt(tokenizer, "ab", length)
+    with pytest.raises(DataError, match="keep='middle'"):
+        data.encode_prompt(Letters(), "ab", keep="middle")
+
+
+def test_tldr_truncation():
+    prompt = data.TLDR_PROMPT.format(subreddit="s", title="t", post="one\ntwo\nthree")
+    frame = len(prompt) - len("one\ntwo\nthree")
+
+    def post(max_tokens, text=prompt):
+        return data.truncate_tldr(Letters(), text, max_tokens).partition("POST: ")[2].removesuffix("\n\nTL;DR:")
+    assert post(frame + 13) == "one\ntwo\nthree"
+    assert post(frame + 12) == "one\ntwo"          # from the last newline on
+    assert post(frame + 6) == "one"
+    assert post(frame + 2) == "on"                 # no newline left: single characters
+    assert post(frame) == post(frame - 5) == ""    # nothing left of the post: a harder cut is encode_prompt's
+    assert len(data.encode_prompt(Letters(), prompt, frame - 5, keep="tldr")) == frame - 5
+    assert data.encode_prompt(Letters(), prompt, frame + 12, keep="tldr") == ids(prompt.replace("\nthree", ""))
+    article = data.CNNDM_PROMPT.format(article="one\ntwo")
+    assert data.truncate_tldr(Letters(), article, len(article) - 1) == "ARTICLE: one\nTL;DR:"
+    assert data.truncate_tldr(Letters(), "x" * 99, 9) == "x" * 99
+
+
+def test_tldr_truncation_by_leaps_equals_single_characters(tiny):
+    rng = random.Random(0)
+    post = "".join(rng.choices("the cat sat on é中 ", k=900))
+    prompt, shorter = data.TLDR_PROMPT.format(subreddit="s", title="t", post=post), post
+    while len(tiny.encode(data.TLDR_PROMPT.format(subreddit="s", title="t", post=shorter))) > 300:
+        shorter = shorter[:-1]
+    assert data.truncate_tldr(tiny, prompt, 300) == data.TLDR_PROMPT.format(subreddit="s", title="t", post=shorter)
+
+
+def test_trap_14_prompt_and_response_are_tokenised_apart_and_cut_by_the_papers_rule(tiny):
+    assert data.make_example(Letters(), "abcd", "xy", 7) == Example([*ids("abcdxy"), 1], 4)       # fits: 4 + 3
+    assert data.make_example(Letters(), "abcd", "xy", 7, 1) == Example([*ids("abcdxy"), 1], 4)    # so the prompt stays
+    assert data.make_example(Letters(), "abcd", "xy", 6, 2) == Example([*ids("cdxy"), 1], 2)      # prompt first
+    assert data.make_example(Letters(), "abcd", "xyz", 4, 2) == Example(ids("cdxy"), 2)           # then the response
+    assert data.make_example(Letters(), "abcd", "xyz", 4, 2, keep="start") == Example(ids("abxy"), 2)
+    assert data.make_example(Letters(), "ab", "xyz", 4, 3) == Example(ids("abxy"), 2)             # all that is left
+    for limits in ((4, None), (4, 4), (2, 3)):
+        with pytest.raises(DataError, match="no room for a response"):
+            data.make_example(Letters(), "abcd", "x", *limits)
+    a, b = data.make_examples(Letters(), "abcd", ["x", "xyz"], 7, 2)  # the longest response decides for all
+    assert a == Example([*ids("cdx"), 1], 2) and b == Example([*ids("cdxyz"), 1], 2)
+    joined = data.make_example(tiny, "the c", "at")  # " cat" is one token: no token may straddle the border
+    assert joined.tokens == tiny.encode("the c") + tiny.encode("at") + [tiny.eos_id]
+    assert tiny.encode("the cat") != joined.tokens[:-1]
+
+
+def test_packing():
+    blocks = data.pack_texts(Letters(), ["abc", "de"], 3)
+    assert blocks == [Example([1, *ids("ab")], 1), Example([*ids("c"), 1, *ids("d")], 1), Example([*ids("e"), 1], 1)]
+    lone = data.pack_texts(Letters(), ["abc", "d"], 3)  # a last block of one token has nothing to predict
+    assert lone[-1] == Example([*ids("c"), 1, *ids("d")], 1)
+    assert data.pack_texts(LettersWithBos(), ["a", "b"], 9) == [Example([2, *ids("a"), 1, 2, *ids("b"), 1], 1)]
+
+
+def test_traps_1_and_10_mask_holds_eos_and_never_padding():
+    """Even where pad is the id of a token in the row, as with GPT-2: masks come from lengths."""
+    examples = [Example([5, 6, 7, 1], 2), Example([5, 9, 9, 9, 9, 1], 1), Example([9, 1], 1)]
+    for pad_id in (0, 9, 1):
+        batch = data.collate(examples, pad_id)
+        assert batch.tokens.tolist() == [[5, 6, 7, 1] + [pad_id] * 2, [5, 9, 9, 9, 9, 1], [9, 1] + [pad_id] * 4]
+        assert batch.mask.int().tolist() == [[0, 0, 1, 1, 0, 0], [0, 1, 1, 1, 1, 1], [0, 1, 0, 0, 0, 0]]
+        assert batch.lengths.tolist() == [4, 6, 2] and not batch.mask[:, 0].any()
+        assert batch.tokens.dtype == batch.lengths.dtype == torch.long and batch.mask.dtype == torch.bool
+    assert batch.mask.sum() == sum(len(e.tokens) - e.prompt_length for e in examples)
+
+
+def test_trap_1_every_response_ends_with_one_eos(tiny):
+    example = data.make_example(tiny, "the cat", " sat<|endoftext|>")
+    assert example.tokens[-1] == tiny.eos_id and example.tokens.count(tiny.eos_id) == 1
+
+
+def test_epoch_order_is_a_function_of_its_arguments():
+    before = np.random.get_state()[1].copy()
+    orders = [data.epoch_order(50, seed, epoch) for seed in (0, 1, -1) for epoch in (0, 1, 2)]
+    assert all(sorted(o) == list(range(50)) for o in orders)
+    assert len({tuple(o) for o in orders}) == 9
+    data.epoch_order.cache_clear()
+    assert (data.epoch_order(50, 0, 0) == orders[0]).all()
+    assert (np.random.get_state()[1] == before).all()
+
+
+def test_batches_cover_an_epoch_and_do_not_depend_on_history():
+    steps = [data.batch_indices(10, 3, step, seed=5) for step in range(9)]
+    for epoch in range(3):
+        rows = [i for batch in steps[3 * epoch:3 * epoch + 3] for i in batch]
+        assert len(rows) == len(set(rows)) == 9  # the tenth row waits for another epoch
+    data.epoch_order.cache_clear()
+    assert data.batch_indices(10, 3, 8, seed=5) == steps[8] and all(type(i) is int for i in steps[8])
+    assert [sorted(data.batch_indices(2, 8, step, seed=5)) for step in range(3)] == [[0, 1]] * 3
+
+
+def test_micro_batches_lose_nothing_and_waste_little():
+    rng = random.Random(0)
+    examples = [Example([1] * rng.randrange(2, 60), 1) for _ in range(50)]
+    parts = data.micro_batches(examples, 8)
+    assert sorted(map(id, (e for p in parts for e in p))) == sorted(map(id, examples))
+    assert [len(p) for p in parts] == [8] * 6 + [2]
+    assert sum(len(p) * len(p[-1].tokens) for p in parts) < 1.2 * sum(len(e.tokens) for e in examples)
+    pairs = [(examples[i], examples[i + 1]) for i in range(0, 50, 2)]
+    parts = data.micro_batches(pairs, 4, length=lambda pair: max(len(e.tokens) for e in pair))
+    assert sum(map(len, parts)) == 25

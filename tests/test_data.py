@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from nanorlhf import data
+from nanorlhf import tokenizer as tokenizer_file
 from nanorlhf.data import DataError, Example, load_records, load_tokenizer
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -197,7 +198,7 @@ def written(folder, spec, config=None, **more):
 
 def spec_of(tokenizer, added=()):
     """tokenizer.json of `tokenizer` with its special tokens replaced by `added`: [(id, content, special)]."""
-    spec = data._to_tokenizer_json(tokenizer, {})
+    spec = tokenizer_file._to_tokenizer_json(tokenizer, {})
     spec["model"]["vocab"] = {t: i for t, i in spec["model"]["vocab"].items() if t not in tokenizer.special}
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     spec["added_tokens"] = [{"id": i, "content": t, "special": s, **flags} for i, t, s in added]

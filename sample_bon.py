@@ -24,9 +24,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from nanorlhf.data import encode_prompt, load_records, load_tokenizer
-from nanorlhf.evaluate import best_of_n_estimate, bon_kl, load_reward, mean_and_interval
+from nanorlhf.evaluate import best_of_n_estimate, bon_kl, mean_and_interval
 from nanorlhf.generate import generate
 from nanorlhf.model import Transformer
+from nanorlhf.rewards import load_reward
 from nanorlhf.run import Run, UserError, main, need_folder, seed_for, write_json, write_records
 
 
@@ -50,6 +51,7 @@ class Config:
     n: int = 16                      # samples a prompt
     label_temperature: float = -1.0  # of the noisy judge who labels comparisons; negative = write none
     max_prompt_length: int = 0       # longest prompt in tokens; 0 = what the context leaves beside the response
+    keep_unfinished: bool = False    # write responses cut at response_length too; read back, they end with EOS
     keep: str = "end"                # what a too long prompt keeps: end, start, or tldr (Stiennon 2020's rule)
     response_length: int = 48        # longest response in tokens
     temperature: float = 1.0         # of the samples (Kirk 2023: 0.7)
@@ -63,24 +65,33 @@ def comparisons(prompt, responses, scores, temperature, rng):
     their scores. Pairs of equal texts are dropped. rng: numpy Generator."""
     records = []
     for a, b in itertools.combinations(range(len(responses)), 2):
-        if responses[a].strip() and responses[b].strip() and responses[a] != responses[b]:
+        if responses[a] != responses[b]:
             difference = scores[a] - scores[b]
-            p = 1 / (1 + math.exp(-max(-700.0, min(700.0, difference / temperature)))) if temperature > 0 else float(difference > 0)
+            p = 1 / (1 + math.exp(-max(-700.0, min(700.0, difference / temperature)))) \
+                if temperature > 0 else (0.5 if difference == 0 else float(difference > 0))
             w, l = (a, b) if rng.random() < p else (b, a)
             records.append(dict(prompt=prompt, chosen=responses[w], rejected=responses[l], score_chosen=scores[w],
                                 score_rejected=scores[l]))
     return records
 
 
+def usable(scored, keep_unfinished):
+    """The record (prompt, responses, scores) of those of a prompt's samples that can be written as text."""
+    kept = [i for i, y in enumerate(scored["responses"]) if y.strip() and (keep_unfinished or scored["finished"][i])]
+    return dict(prompt=scored["prompt"], responses=[scored["responses"][i] for i in kept], scores=[scored["scores"][i] for i in kept])
+
+
 def train(config):
     run = Run(config, "bon")
+    if run.finished:
+        return
     need_folder(config.init, "python train_sft.py")
     if config.reward == "out/rm":
         need_folder(config.reward, "python train_rm.py")
-    if config.n < 1:
-        raise UserError(f"--n {config.n}: at least one sample a prompt")
+    if config.n < (2 if config.label_temperature >= 0 else 1):
+        raise UserError(f"--n {config.n}: at least one sample a prompt, and two to compare")
     tokenizer = load_tokenizer(config.init)
-    policy = run.prepare(Transformer.from_pretrained(config.init))
+    policy = run.prepare(Transformer.from_pretrained(config.init), tokenizer)
     reward = load_reward(config.reward, tokenizer, run.device)
     measured = config.eval_reward or ("gold" if config.data == "reviews" else "")
     eval_reward = load_reward(measured, tokenizer, run.device) if measured else None
@@ -88,7 +99,8 @@ def train(config):
     room = policy.config.context - config.response_length
     prompts = [encode_prompt(tokenizer, r["prompt"], config.max_prompt_length or room, config.keep) for r in records]
 
-    # Each batch of prompts is drawn from its own seed and lands in ranked.jsonl's parts before the next begins.
+    # Each batch of prompts is drawn from its own seed. --resume begins anew: the same seeds draw the same samples.
+    run.load_checkpoint({}, {})
     scored = []
     for first in range(0, len(prompts), config.batch_size):
         part = prompts[first:first + config.batch_size]
@@ -100,24 +112,29 @@ def train(config):
         scores = reward(queries, responses).view(-1, config.n)
         values = eval_reward(queries, responses).view(-1, config.n) if eval_reward else None
         for i in range(len(part)):
-            texts = [tokenizer.decode(r) for r in responses[i * config.n:(i + 1) * config.n]]
-            scored.append(dict(prompt=records[first + i]["prompt"], responses=texts, scores=scores[i].tolist(),
+            own = slice(i * config.n, (i + 1) * config.n)
+            scored.append(dict(prompt=records[first + i]["prompt"], responses=[tokenizer.decode(r) for r in responses[own]],
+                               finished=samples.finished[own].tolist(), scores=scores[i].tolist(),
                                values=values[i].tolist() if eval_reward else None))
         metrics = {"scores/mean": scores.mean(), "scores/best": scores.max(1).values.mean()}
         if eval_reward:
             metrics["eval_reward/of_best"] = values.gather(1, scores.argmax(1, keepdim=True)).mean()
         run.log(len(scored), len(prompts), metrics, tokens=sum(map(len, responses)))
 
-    rng = np.random.Generator(np.random.Philox(key=seed_for(config.seed, "labels")))
-    best = [int(np.argmax(s["scores"])) for s in scored]
-    write_records(run.out / "best.jsonl", [dict(prompt=s["prompt"], completion=s["responses"][b], score=s["scores"][b])
-                                           for s, b in zip(scored, best)])
+    # Records are text, which a reader ends with EOS: a response that was cut, or is empty, would be taught as what it is not.
+    records = [usable(s, config.keep_unfinished) for s in scored]
+    if dropped := sum(len(s["responses"]) for s in scored) - sum(len(r["responses"]) for r in records):
+        print(f"{dropped} of {len(scored) * config.n} responses are unfinished or empty and not written"
+              + ("" if config.keep_unfinished else " (--keep_unfinished writes the unfinished)"))
+    best = [(r, int(np.argmax(r["scores"]))) for r in records if r["responses"]]
+    write_records(run.out / "best.jsonl", [dict(prompt=r["prompt"], completion=r["responses"][b], score=r["scores"][b]) for r, b in best])
     if config.n > 1:
-        write_records(run.out / "ranked.jsonl", [{k: s[k] for k in ("prompt", "responses", "scores")} for s in scored])
+        write_records(run.out / "ranked.jsonl", [r for r in records if len(r["responses"]) > 1])
     if config.label_temperature >= 0:
-        pairs = [c for s in scored for c in comparisons(s["prompt"], s["responses"], s["scores"], config.label_temperature, rng)]
+        rng = np.random.Generator(np.random.Philox(key=seed_for(config.seed, "labels")))
+        pairs = [pair for r in records for pair in comparisons(**r, temperature=config.label_temperature, rng=rng)]
         write_records(run.out / "comparisons.jsonl", pairs)
-        agree = np.mean([c["score_chosen"] > c["score_rejected"] for c in pairs])
+        agree = np.mean([np.sign(c["score_chosen"] - c["score_rejected"]) for c in pairs] or [0]) / 2 + 0.5      # a tie is half
         print(f"{len(pairs)} comparisons; a perfect judge agrees with {agree:.1%} of their labels")
 
     curve = []

@@ -13,13 +13,13 @@ Eq. 7 is right.) The log-probability of the chosen response usually falls in tra
 With no option it trains out/sft on the comparisons that train_rm.py reads; Preferred-FT is train_sft.py on the same file.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
-from nanorlhf.data import batch_indices, collate, load_records, load_tokenizer, make_examples, micro_batches, split_records
+from nanorlhf.data import (batch_indices, collate, load_records, load_tokenizer, make_examples, micro_batches, split_records,
+                           steps_of)
 from nanorlhf.evaluate import load_eval_prompts, measure
 from nanorlhf.model import Transformer
 from nanorlhf.run import Run, UserError, learning_rate, main, make_optimizer, need_file, need_folder
@@ -103,7 +103,7 @@ class Pair:
 
 
 def train(config):
-    run = Run(config, "dpo")
+    run = Run(config, "dpo", loss=("dpo", "ipo", "unlikelihood"))
     if run.finished:
         return
     need_folder(config.init, "python train_sft.py")
@@ -111,8 +111,11 @@ def train(config):
     if not 0 <= config.label_smoothing < 0.5:
         raise UserError(f"--label_smoothing {config.label_smoothing}: must lie in [0, 0.5)")
     tokenizer = load_tokenizer(config.init)
-    model = run.prepare(Transformer.from_pretrained(config.init))
-    reference = run.prepare(Transformer.from_pretrained(config.reference or config.init)).requires_grad_(False)
+    model = run.prepare(Transformer.from_pretrained(config.init), tokenizer)
+    reference = run.prepare(Transformer.from_pretrained(config.reference or config.init), tokenizer).requires_grad_(False)
+    if reference.config.vocab_size != model.config.vocab_size:
+        raise UserError(f"--reference {config.reference}: its vocabulary ({reference.config.vocab_size}) is not the policy's "
+                        f"({model.config.vocab_size})")
 
     max_length = config.max_length or model.config.context
 
@@ -150,7 +153,7 @@ def train(config):
 
     optimizer = make_optimizer(model.parameters(), config.optimizer, config.lr, config.weight_decay)
     state = run.load_checkpoint({"model": model}, {"optimizer": optimizer})
-    total = config.max_steps or math.ceil(config.epochs * len(pairs) / config.batch_size)
+    total = config.max_steps or steps_of(config.epochs, len(pairs), config.batch_size)
     for step in range(state["step"], total):
         rows = batch_indices(len(pairs), config.batch_size, step, config.seed)
         loss_sum, tokens, sums = 0.0, 0, {}
@@ -161,7 +164,7 @@ def train(config):
             loss_sum, tokens = loss_sum + loss.item(), tokens + n
             sums = {k: sums.get(k, 0.0) + v for k, v in stats.items()}
         lr = learning_rate(step, total, config.lr, config.warmup_steps, config.lr_schedule)
-        norm = run.step(optimizer, lr, config.max_grad_norm, step + 1, rows, loss_sum)
+        norm = run.step({optimizer: lr}, config.max_grad_norm, step + 1, rows, loss_sum)
 
         metrics = {"loss": loss_sum, "lr": lr, "grad_norm": norm, **{k: v / len(rows) for k, v in sums.items()}}
         if run.every(config.eval_every, step + 1, total):

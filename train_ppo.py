@@ -21,10 +21,12 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from nanorlhf.data import Example, batch_indices, collate, encode_prompt, epoch_order, load_records, load_tokenizer, micro_batches
-from nanorlhf.evaluate import load_eval_prompts, load_reward, measure
+from nanorlhf.data import (Example, batch_indices, collate, encode_prompt, epoch_order, load_records, load_tokenizer,
+                           micro_batches)
+from nanorlhf.evaluate import load_eval_prompts, measure
 from nanorlhf.generate import generate
 from nanorlhf.model import Transformer, ValueModel
+from nanorlhf.rewards import load_reward
 from nanorlhf.run import Run, UserError, learning_rate, main, make_optimizer, need_folder, seed_for
 
 
@@ -147,21 +149,25 @@ def values_before(value_model, tokens):
 
 
 def train(config):
-    run = Run(config, "ppo")
+    run = Run(config, "ppo", kl_estimator=("k1", "k2", "k3"), missing_eos=("replace", "subtract", "none"))
     if run.finished:
         return
     need_folder(config.init, "python train_sft.py")
     if config.reward == "out/rm":
         need_folder(config.reward, "python train_rm.py")
     tokenizer = load_tokenizer(config.init)
-    policy = run.prepare(Transformer.from_pretrained(config.init))
-    reference = run.prepare(Transformer.from_pretrained(config.reference or config.init)).requires_grad_(False)
+    policy = run.prepare(Transformer.from_pretrained(config.init), tokenizer)
+    reference = run.prepare(Transformer.from_pretrained(config.reference or config.init), tokenizer).requires_grad_(False)
+    if reference.config.vocab_size != policy.config.vocab_size:
+        raise UserError(f"--reference {config.reference}: its vocabulary ({reference.config.vocab_size}) is not the policy's "
+                        f"({policy.config.vocab_size})")
+    reward = load_reward(config.reward, tokenizer, run.device)
     by_model = not (config.reward == "gold" or ".py:" in config.reward)
-    value_model = run.prepare(ValueModel.from_pretrained(config.value_init or (config.reward if by_model else config.init)))
+    value_init = config.value_init or (config.reward if by_model else config.init)
+    value_model = run.prepare(ValueModel.from_pretrained(value_init), tokenizer)
     if value_model.trunk.config.vocab_size != policy.config.vocab_size:
         raise UserError(f"the value model's vocabulary ({value_model.trunk.config.vocab_size}) is not the policy's "
                         f"({policy.config.vocab_size}): name a --value_init with the policy's tokenizer, such as --init")
-    reward = load_reward(config.reward, tokenizer, run.device)
     room = policy.config.context - config.response_length
     if room < 1:
         raise UserError(f"--response_length {config.response_length} leaves no room in a context of {policy.config.context}")
@@ -209,7 +215,7 @@ def train(config):
         decay = learning_rate(step, config.max_steps, 1.0, config.warmup_steps, "linear")
         for epoch in range(config.num_ppo_epochs):
             order = epoch_order(len(rows), seed_for(config.seed, "minibatches", step), epoch)
-            for minibatch in torch.from_numpy(order.copy()).tensor_split(config.num_mini_batches):
+            for minibatch in torch.from_numpy(order.copy()).tensor_split(min(config.num_mini_batches, len(rows))):
                 count, losses = mask[minibatch].sum(), 0.0
                 for part in micro_batches(minibatch.tolist(), config.micro_batch_size or len(minibatch),
                                           length=lambda i: int(batch.lengths[i])):
@@ -226,8 +232,8 @@ def train(config):
                 if updates == 0 and config.dtype == "float32" and abs(stats["val/ratio"] - 1) > 1e-3:
                     raise UserError(f"step {step + 1}: the first ratio is {stats['val/ratio']:.4f}, not 1: the rollout's "
                                     f"log-probabilities are not the policy's")
-                run.step(policy_optimizer, config.lr * decay, config.max_grad_norm, step + 1, rows, losses)
-                run.step(value_optimizer, config.value_lr * decay, config.max_grad_norm, step + 1, rows, losses)
+                run.step({policy_optimizer: config.lr * decay, value_optimizer: config.value_lr * decay}, config.max_grad_norm,
+                         step + 1, rows, losses)
                 updates += 1
 
         count = mask.sum()

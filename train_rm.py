@@ -14,21 +14,22 @@ With no option it reads the comparisons which this makes from the SFT model and 
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from nanorlhf.data import batch_indices, collate, load_records, load_tokenizer, make_examples, micro_batches, split_records
+from nanorlhf.data import (batch_indices, collate, load_records, load_tokenizer, make_examples, micro_batches, split_records,
+                           steps_of)
+from nanorlhf.evaluate import named_files
 from nanorlhf.model import RewardModel
-from nanorlhf.run import Run, learning_rate, main, make_optimizer, need_file, need_folder
+from nanorlhf.run import Run, UserError, learning_rate, main, make_optimizer, need_file, need_folder
 
 
 @dataclass
 class Config:
     init: str = "out/sft"            # starting checkpoint folder
     data: str = "out/comparisons/comparisons.jsonl"  # prompt, chosen, rejected; or prompt, responses, scores
-    eval_data: str = ""              # held-out record files, separated by commas; besides a held-out part of --data
+    eval_data: str = ""              # held-out record files NAME=FILE,NAME=FILE; besides a held-out part of --data
     limit: int = 0                   # at most so many records; 0 = all
     skip_bad: bool = False           # skip bad rows and count them, instead of stopping at the first
     out: str = "out/rm"              # run folder
@@ -72,7 +73,7 @@ def ranked_pairs(scores):
 
 def rewards_of(model, rankings, tokenizer, run):
     """Rewards [sum of K] of all responses of these rankings in one forward pass, with the pairs among them:
-    (rewards, better, worse, weight 1/C(K, 2) of each pair)."""
+    (rewards, better, worse, weight 1/C(K, 2) of each pair, number of tokens)."""
     batch = collate([e for examples, _ in rankings for e in examples], tokenizer.pad_id, run.device)
     with run.autocast():
         rewards = model.score(batch.tokens, batch.lengths)
@@ -87,13 +88,14 @@ def rewards_of(model, rankings, tokenizer, run):
 
 
 def train(config):
-    run = Run(config, "rm")
+    run = Run(config, "rm", normalize=("standard", "mean", "none"))
     if run.finished:
         return
     need_folder(config.init, "python train_sft.py")
     need_file(config.data, "python sample_bon.py --split train --n 2 --reward gold --label_temperature 0.2 --out out/comparisons")
     tokenizer, model = load_tokenizer(config.init), RewardModel.from_pretrained(config.init, fresh_head=True, seed=config.seed)
-    run.prepare(model)
+    model.reward_mean, model.reward_std = 0.0, 1.0      # of an --init that is a reward model: they are taken anew below
+    run.prepare(model, tokenizer)
 
     # A ranking: the tokenised responses of one prompt, and their scores.
     max_length = config.max_length or model.config.context
@@ -105,12 +107,15 @@ def train(config):
     records = load_records(config.data, "ranked", limit=config.limit or None, skip_bad=config.skip_bad)
     records, held_out = split_records(records, config.eval_fraction, config.seed)
     rankings, held_out = to_rankings(records), {"held_out": to_rankings(held_out)}
-    for file in filter(None, config.eval_data.split(",")):
-        held_out[Path(file).stem] = to_rankings(load_records(file, "ranked", skip_bad=config.skip_bad))
+    for name, file in named_files(config.eval_data).items():
+        held_out[name] = to_rankings(load_records(file, "ranked", skip_bad=config.skip_bad))
+
+    if not rankings:
+        raise UserError(f"{config.data}: no two responses of a prompt differ in score")
 
     optimizer = make_optimizer(model.parameters(), config.optimizer, config.lr, config.weight_decay)
     state = run.load_checkpoint({"model": model}, {"optimizer": optimizer})
-    total = config.max_steps or math.ceil(config.epochs * len(rankings) / config.batch_size)
+    total = config.max_steps or steps_of(config.epochs, len(rankings), config.batch_size)
     for step in range(state["step"], total):
         rows = batch_indices(len(rankings), config.batch_size, step, config.seed)
         loss_sum, correct, pairs, tokens = 0.0, 0, 0, 0
@@ -123,7 +128,7 @@ def train(config):
             correct += int((rewards[better] > rewards[worse]).sum())
             pairs, tokens = pairs + len(better), tokens + n
         lr = learning_rate(step, total, config.lr, config.warmup_steps, config.lr_schedule)
-        norm = run.step(optimizer, lr, config.max_grad_norm, step + 1, rows, loss_sum)
+        norm = run.step({optimizer: lr}, config.max_grad_norm, step + 1, rows, loss_sum)
 
         metrics = {"loss": loss_sum, "accuracy": correct / pairs, "lr": lr, "grad_norm": norm}
         if run.every(config.eval_every, step + 1, total):
@@ -141,7 +146,7 @@ def train(config):
             scored = held_out["held_out"] or rankings
         rewards = torch.cat([r for r, *_ in each_rewards(model, scored, tokenizer, run, config)])
         model.reward_mean = float(rewards.mean())
-        model.reward_std = float(rewards.std(correction=0)) if config.normalize == "standard" else 1.0
+        model.reward_std = float(rewards.std(correction=0)) or 1.0 if config.normalize == "standard" else 1.0
     run.finish(model, tokenizer)
 
 

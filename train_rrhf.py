@@ -16,16 +16,16 @@ depends on what else is in the batch. Its weight on L_rank is --rrhf_weight.
 With no option it trains out/sft on the built-in prompts: 4 samples and the demonstration, ranked by out/rm.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
 
 from nanorlhf.data import (Example, batch_indices, collate, encode_prompt, encode_response, load_records, load_tokenizer,
-                           micro_batches)
-from nanorlhf.evaluate import load_eval_prompts, load_reward, measure
+                           micro_batches, steps_of)
+from nanorlhf.evaluate import load_eval_prompts, measure
 from nanorlhf.generate import beam_search, generate
 from nanorlhf.model import Transformer
+from nanorlhf.rewards import load_reward
 from nanorlhf.run import Run, UserError, learning_rate, main, make_optimizer, need_folder, read_jsonl, seed_for, write_records
 
 
@@ -108,14 +108,19 @@ def draw_candidates(model, records, tokenizer, reward, config, seed):
         drawn = [flat[i:i + config.num_samples] for i in range(0, len(flat), config.num_samples)]
     elif config.sampling in ("beam", "diverse_beam"):
         groups, penalty = (config.num_samples, config.diversity_penalty) if config.sampling == "diverse_beam" else (1, 0.0)
-        drawn = beam_search(model, prompts, config.response_length, config.num_samples, groups, penalty, config.temperature)
+        drawn = beam_search(model, prompts, config.response_length, config.num_samples, groups, penalty, config.temperature,
+                            tokenizer=tokenizer)
     elif config.sampling != "none":
         raise UserError(f"--sampling {config.sampling}: not one of none, sample, beam, diverse_beam")
     candidates = []
     for record, prompt, responses in zip(records, prompts, drawn):
         if config.from_data:
             own = record.get("responses") or [record["completion"]] if "completion" in record or "responses" in record else []
-            responses = responses + [encode_response(tokenizer, y)[:model.config.context - len(prompt)] for y in own]
+            longest = (config.max_length or model.config.context) - len(prompt)
+            responses = responses + [encode_response(tokenizer, y)[:longest] for y in own]
+        if not responses:
+            raise UserError(f"no candidate for the prompt {record['prompt'][-60:]!r}: the data gives none and --sampling is "
+                            f"{config.sampling}")
         candidates.append(dict(prompt=prompt, responses=responses, scores=record.get("scores")))
     if config.reward != "given":
         flat = reward([c["prompt"] for c in candidates for _ in c["responses"]], [y for c in candidates for y in c["responses"]])
@@ -125,7 +130,7 @@ def draw_candidates(model, records, tokenizer, reward, config, seed):
 
 
 def train(config):
-    run = Run(config, "rrhf")
+    run = Run(config, "rrhf", sampling=("none", "sample", "beam", "diverse_beam"))
     if run.finished:
         return
     need_folder(config.init, "python train_sft.py")
@@ -134,8 +139,8 @@ def train(config):
     if config.reward == "given" and (config.kind != "ranked" or config.sampling != "none" or not config.from_data):
         raise UserError("--reward given ranks the data's own responses by their scores: it needs --kind ranked --sampling none")
     tokenizer = load_tokenizer(config.init)
-    model = run.prepare(Transformer.from_pretrained(config.init))
-    reference = run.prepare(Transformer.from_pretrained(config.init)).requires_grad_(False)        # only to measure KL
+    model = run.prepare(Transformer.from_pretrained(config.init), tokenizer)
+    reference = run.prepare(Transformer.from_pretrained(config.init), tokenizer).requires_grad_(False)   # only to measure KL
     reward = load_reward(config.reward, tokenizer, run.device) if config.reward != "given" else None
     records = load_records(config.data, config.kind, limit=config.limit or None, skip_bad=config.skip_bad)
     rewards = {"reward": reward} if reward else {}
@@ -143,7 +148,7 @@ def train(config):
 
     optimizer = make_optimizer(model.parameters(), config.optimizer, config.lr, config.weight_decay)
     state = run.load_checkpoint({"model": model}, {"optimizer": optimizer})
-    total = config.max_steps or math.ceil(config.epochs * len(records) / config.batch_size)
+    total = config.max_steps or steps_of(config.epochs, len(records), config.batch_size)
     every, candidates = config.resample_every or total, None
     for step in range(state["step"], total):
         # Candidates for the prompts of the next `every` steps; kept in a file, since the policy that drew them will be gone.
@@ -186,7 +191,7 @@ def train(config):
                      "scores/mean": sum(sum(c["scores"]) / len(c["scores"]) for c in part)}
             sums = {k: sums.get(k, 0.0) + v for k, v in found.items()}
         lr = learning_rate(step, total, config.lr, config.warmup_steps, config.lr_schedule)
-        norm = run.step(optimizer, lr, config.max_grad_norm, step + 1, rows, loss_sum)
+        norm = run.step({optimizer: lr}, config.max_grad_norm, step + 1, rows, loss_sum)
 
         metrics = {"loss": loss_sum, "lr": lr, "grad_norm": norm, **{k: v / len(rows) for k, v in sums.items()}}
         if eval_prompts and run.every(config.eval_every, step + 1, total):

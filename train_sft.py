@@ -11,15 +11,14 @@ With no option it fine-tunes out/base on the built-in reviews. To pretrain that 
     python train_sft.py --init scratch --kind text --out out/base
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
 
 from nanorlhf.data import (batch_indices, collate, load_records, load_tokenizer, make_example, micro_batches, pack_texts,
-                           split_records)
+                           split_records, steps_of)
 from nanorlhf.model import ModelConfig, Transformer
-from nanorlhf.run import Run, learning_rate, main, make_optimizer, need_folder
+from nanorlhf.run import Run, UserError, learning_rate, main, make_optimizer, need_folder
 
 
 @dataclass
@@ -80,6 +79,9 @@ def train(config):
     if config.init == "scratch":
         tokenizer = load_tokenizer(config.tokenizer)
         kv_heads = config.kv_heads or config.heads
+        if min(config.width, config.layers, config.heads, kv_heads) < 1 or config.width % config.heads or config.heads % kv_heads:
+            raise UserError(f"--width {config.width} --layers {config.layers} --heads {config.heads} --kv_heads {kv_heads}: "
+                            f"the heads must divide the width, and the kv_heads the heads")
         shape = dict(family=config.family, vocab_size=tokenizer.vocab_size, context=config.context, width=config.width,
                      layers=config.layers, heads=config.heads, kv_heads=kv_heads, head_dim=config.width // config.heads,
                      bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
@@ -87,7 +89,7 @@ def train(config):
     else:
         need_folder(config.init, "python train_sft.py --init scratch --kind text --out out/base")
         tokenizer, model = load_tokenizer(config.init), Transformer.from_pretrained(config.init)
-    run.prepare(model)
+    run.prepare(model, tokenizer)
 
     # Records -> examples: token rows of which the part after the prompt is trained on.
     max_length = config.max_length or model.config.context
@@ -101,7 +103,7 @@ def train(config):
 
     optimizer = make_optimizer(model.parameters(), config.optimizer, config.lr, config.weight_decay)
     state = run.load_checkpoint({"model": model}, {"optimizer": optimizer})
-    total = config.max_steps or math.ceil(config.epochs * len(examples) / config.batch_size)
+    total = config.max_steps or steps_of(config.epochs, len(examples), config.batch_size)
     for step in range(state["step"], total):
         rows = batch_indices(len(examples), config.batch_size, step, config.seed)
         parts = [collate(part, tokenizer.pad_id, run.device)
@@ -115,7 +117,7 @@ def train(config):
             loss.backward()
             loss_sum += loss.item()
         lr = learning_rate(step, total, config.lr, config.warmup_steps, config.lr_schedule)
-        norm = run.step(optimizer, lr, config.max_grad_norm, step + 1, rows, loss_sum)
+        norm = run.step({optimizer: lr}, config.max_grad_norm, step + 1, rows, loss_sum)
 
         metrics = {"loss": loss_sum, "lr": lr, "grad_norm": norm}
         if eval_examples and run.every(config.eval_every, step + 1, total):

@@ -427,6 +427,11 @@ def batch_indices(n, batch_size, step, seed):
     return epoch_order(n, seed, epoch)[k * batch_size:(k + 1) * batch_size].tolist()
 
 
+def steps_of(epochs, n, batch_size):
+    """Number of steps that make these epochs of batch_indices (at least 1)."""
+    return max(1, round(epochs * max(1, n // batch_size)))
+
+
 def micro_batches(examples, micro_batch_size, length=lambda example: len(example.tokens)):
     """Lists of at most micro_batch_size examples of similar length, so that little is padding. Their order is free
     because a loss is summed over the whole batch and divided by the count of the whole batch."""

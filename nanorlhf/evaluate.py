@@ -1,12 +1,14 @@
 """Evaluation: rewards, KL to the reference, best-of-n, win rate, OOD gap, diversity; `python -m nanorlhf.evaluate RUN...`.
 
-A reward here is a function (prompts, responses) -> float32 tensor [N], over lists of token ids; load_reward makes one from
-a reward-model folder, from `gold` (the built-in task's exact reward) or from `file.py:function`.
+The metrics are those of Kirk 2023, Rafailov 2023 (section 6) and Stiennon 2020; each function names its source.
 """
 
-import importlib.util
+import dataclasses
+import functools
 import itertools
 import math
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,67 +17,9 @@ import torch
 from nanorlhf import reviews
 from nanorlhf.data import Example, collate, encode_prompt, encode_response, load_records, load_tokenizer, micro_batches
 from nanorlhf.generate import generate
-from nanorlhf.model import RewardModel
-from nanorlhf.run import UserError, seed_for
-
-# ----------------------------------------------------------------------------------------------------------- rewards
-
-
-def load_reward(spec, tokenizer, device, batch_size=128):
-    """The function reward(prompts, responses) -> float32 tensor [N] that `spec` names.
-
-    `gold`; `file.py:function` with function(prompts: list[str], completions: list[str]) -> list[float]; or a reward-model
-    folder, whose tokens are reused where the tokenizers agree, so that it reads exactly what the policy wrote.
-    """
-    if spec == "gold":
-        return _text_reward(lambda ps, cs: [reviews.gold_reward(p, c) for p, c in zip(ps, cs)], tokenizer, spec)
-    if ".py:" in spec:
-        return _text_reward(_user_function(spec), tokenizer, spec)
-    if not (Path(spec) / "config.json").exists():
-        raise UserError(f"--reward {spec}: not a reward-model folder (train_rm.py makes one), `gold` or file.py:function")
-    model, own = RewardModel.from_pretrained(spec).to(device).eval(), load_tokenizer(spec)
-    same = own.ranks == tokenizer.ranks and own.eos_id == tokenizer.eos_id
-
-    @torch.no_grad()
-    def reward(prompts, responses):
-        if not same:
-            ended = [r[-1:] == [tokenizer.eos_id] for r in responses]
-            responses = [encode_response(own, tokenizer.decode(r))[:None if e else -1] for r, e in zip(responses, ended)]
-            prompts = [encode_prompt(own, tokenizer.decode(p)) for p in prompts]
-        examples = [Example(p + r, len(p)) for p, r in zip(prompts, responses)]
-        out = torch.empty(len(examples))
-        order = iter(micro_batches(range(len(examples)), batch_size, length=lambda i: len(examples[i].tokens)))
-        for rows in order:
-            batch = collate([examples[i] for i in rows], own.pad_id, device)
-            out[list(rows)] = model.score(batch.tokens, batch.lengths).cpu()
-        return out
-    return reward
-
-
-def _text_reward(function, tokenizer, spec):
-    def reward(prompts, responses):
-        values = function([tokenizer.decode(p) for p in prompts], [tokenizer.decode(r) for r in responses])
-        try:
-            values = torch.tensor([float(v) for v in values])
-        except (TypeError, ValueError):
-            raise UserError(f"--reward {spec}: did not return a list of numbers")
-        if len(values) != len(prompts) or not torch.isfinite(values).all():
-            raise UserError(f"--reward {spec}: {len(prompts)} finite numbers expected, got {len(values)}: {values.tolist()[:4]}")
-        return values
-    return reward
-
-
-def _user_function(spec):
-    file, name = spec.rsplit(":", 1)
-    if not Path(file).is_file():
-        raise UserError(f"--reward {spec}: no file {file}")
-    module_spec = importlib.util.spec_from_file_location("user_reward", file)
-    module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
-    if not callable(getattr(module, name, None)):
-        raise UserError(f"--reward {spec}: {file} has no function {name}")
-    return getattr(module, name)
-
+from nanorlhf.model import Transformer
+from nanorlhf.rewards import load_reward
+from nanorlhf.run import UserError, parse_options, pick_device, seed_for, write_json, write_records, written_whole
 
 # ---------------------------------------------------------------------------------------------------------------- KL
 
@@ -209,9 +153,17 @@ def win_rate(ours, theirs):
     return mean_and_interval((a > b) + 0.5 * (a == b))
 
 
+def sampled_kl(policy, reference, tokenizer, prompts, responses, temperature, batch_size=64):
+    """sequence_kl of these responses of the policy, a list of numbers (not in the prompts' order)."""
+    kl, examples = [], [Example(p + r, len(p)) for p, r in zip(prompts, responses)]
+    for part in micro_batches(examples, batch_size):
+        batch = collate(part, tokenizer.pad_id, policy.embed.weight.device)
+        kl += sequence_kl(policy, reference, batch.tokens, batch.mask, temperature).tolist()
+    return kl
+
+
 @torch.no_grad()
-def measure(policy, reference, tokenizer, prompts, rewards, max_new_tokens, temperature=1.0, seed=0, autocast=None,
-            batch_size=128):
+def measure(policy, reference, tokenizer, prompts, rewards, max_new_tokens, temperature=1.0, seed=0, autocast=None):
     """One sample a prompt: means of each reward, sequence KL to the reference, length, share ended by EOS; and the texts.
 
     prompts: lists of ids; rewards: {name: function of load_reward}. What scripts log as eval/... while they train.
@@ -220,11 +172,7 @@ def measure(policy, reference, tokenizer, prompts, rewards, max_new_tokens, temp
     with autocast or torch.autocast(device.type, enabled=False):
         samples = generate(policy, prompts, max_new_tokens, temperature, seed=seed_for(seed, "evaluate"), tokenizer=tokenizer)
         responses = samples.responses()
-        examples = [Example(p + r, len(p)) for p, r in zip(prompts, responses)]
-        kl = []
-        for part in micro_batches(examples, batch_size):
-            batch = collate(part, tokenizer.pad_id, device)
-            kl += sequence_kl(policy, reference, batch.tokens, batch.mask, temperature).tolist()
+        kl = sampled_kl(policy, reference, tokenizer, prompts, responses, temperature)
     scores = {name: reward(prompts, responses) for name, reward in rewards.items()}
     metrics = {f"eval/{name}": float(s.mean()) for name, s in scores.items()}
     metrics |= {"eval/kl": float(np.mean(kl)), "eval/length": float(np.mean([len(r) for r in responses])),
@@ -250,3 +198,167 @@ def load_eval_prompts(config, records, tokenizer, model, rewards, run):
         name = "gold" if config.eval_reward in ("", "gold") else "eval_reward"
         rewards = rewards | {name: load_reward(config.eval_reward or "gold", tokenizer, run.device)}
     return prompts, rewards
+
+
+# ------------------------------------------------------------------------------------- a table over finished checkpoints
+
+@dataclasses.dataclass
+class Options:
+    reference: str = "out/sft"       # folder that KL and win rate are taken against, and that best-of-N samples
+    reward: str = "out/rm"           # learned reward: folder, gold or file.py:function; chooses in best-of-N
+    gold: str = ""                   # the true reward, or the nearest thing; '' = gold on `reviews`, else --reward itself
+    data: str = "reviews"            # prompts: `reviews` (its ID, OOD-near and OOD-far splits), or files NAME=FILE,NAME=FILE
+    bon: int = 0                     # add a row for best-of-N of the reference, N = this
+    num_prompts: int = 250           # prompts a split, one sample each
+    diversity_prompts: int = 50      # of the first split, with num_samples samples each (Kirk 2023: 500)
+    num_samples: int = 16            # samples a prompt for per-input diversity (Kirk 2023: 16)
+    sbert: bool = False              # SBERT diversity too (extra `eval`, downloads a model)
+    nli: bool = False                # NLI diversity by roberta-large-mnli (likewise) instead of the exact one of `reviews`
+    response_length: int = 48        # longest response in tokens
+    temperature: float = 1.0         # of all samples
+    seed: int = 0                    # of the samples
+    device: str = "auto"             # cpu, cuda, cuda:1, ...; auto takes a GPU if there is one
+    out: str = "out/evaluation"      # folder for table.md, table.json and samples.jsonl
+
+
+class Setting:
+    """What all policies of a table share: prompts by split, the reference, the rewards, the data's own answers' scores."""
+
+    def __init__(self, options):
+        self.options, device = options, pick_device(options.device)
+        self.tokenizer = tokenizer = load_tokenizer(options.reference)
+        self.reference = Transformer.from_pretrained(options.reference).to(device)
+        self.on_reviews = options.data == "reviews"
+        learned = load_reward(options.reward, tokenizer, device)
+        gold = options.gold or ("gold" if self.on_reviews else "")
+        self.rewards = {"reward": learned, "gold": load_reward(gold, tokenizer, device) if gold else learned}
+        if self.on_reviews:
+            sources = {split: ("reviews", split) for split in ("test", "ood_near", "ood_far")}
+        else:
+            sources = {name: (file, "") for name, file in named_files(options.data).items()}
+        self.records = {name: load_records(file, "prompt", split, options.num_prompts) for name, (file, split) in sources.items()}
+        room = self.reference.config.context - options.response_length
+        self.prompts = {name: [encode_prompt(tokenizer, r["prompt"], room) for r in records] for name, records in self.records.items()}
+        self.first = next(iter(sources))                                               # in distribution
+        written = [r.get("completion") for r in self.records[self.first]]
+        self.written_scores = None
+        if all(written):
+            self.written_scores = self.rewards["gold"](self.prompts[self.first], [encode_response(tokenizer, w) for w in written])
+
+    def draw(self, model, prompts, K, n, purpose):
+        """K responses a prompt, [P][K] lists of ids; with n > 1 each is the best of n of its own under the learned reward."""
+        o = self.options
+        found = generate(model, prompts, o.response_length, o.temperature, num_samples=K * n, tokenizer=self.tokenizer,
+                         seed=seed_for(o.seed, purpose)).responses()
+        if n > 1:
+            scores = self.rewards["reward"]([p for p in prompts for _ in range(K * n)], found).view(-1, n)
+            found = [found[i * n + int(best)] for i, best in enumerate(scores.argmax(1))]
+        return [found[i:i + K] for i in range(0, len(found), K)]
+
+
+def named_files(text):
+    """"NAME=FILE,NAME=FILE" -> {name: file}; a file without a name is called by its stem."""
+    pairs = [part.rpartition("=") for part in text.split(",") if part]
+    return {name or Path(file).stem: file for name, _, file in pairs}
+
+
+def table_row(setting, name, model, n=1):
+    """(row, texts) of one policy, or of best-of-n of it: row {"method": name, column: (value, half width of its 95% interval
+    over prompts, or None)}; "scores" holds the first split's gold rewards, prompt by prompt."""
+    row, texts = {"method": name}, []
+    for split, prompts in setting.prompts.items():
+        responses = [own[0] for own in setting.draw(model, prompts, 1, n, split)]
+        scores = {k: reward(prompts, responses) for k, reward in setting.rewards.items()}
+        row |= {f"{k}/{split}": mean_and_interval(s) for k, s in scores.items()}
+        texts += [dict(method=name, split=split, prompt=record["prompt"], completion=setting.tokenizer.decode(y),
+                       **{k: float(s[i]) for k, s in scores.items()})
+                  for i, (record, y) in enumerate(zip(setting.records[split], responses))]
+        if split == setting.first:
+            row["scores"] = scores["gold"]
+            row["kl"] = (bon_kl(n), None) if n > 1 else mean_and_interval(
+                sampled_kl(model, setting.reference, setting.tokenizer, prompts, responses, setting.options.temperature))
+            if setting.written_scores is not None:
+                row["win_reference"] = win_rate(scores["gold"], setting.written_scores)
+            row["ead_across"] = (expectation_adjusted_distinct([setting.tokenizer.decode(y) for y in responses]), None)
+            row["length"] = mean_and_interval([len(y) for y in responses])
+            row["ended"] = mean_and_interval([y[-1] == setting.tokenizer.eos_id for y in responses])
+        else:
+            row[f"gap/{split}"] = (row[f"gold/{setting.first}"][0] - row[f"gold/{split}"][0], None)         # OOD gap: ID - OOD
+    o = setting.options
+    outputs = setting.draw(model, setting.prompts[setting.first][:o.diversity_prompts], o.num_samples, n, "diversity")
+    outputs = [[setting.tokenizer.decode(y) for y in own] for own in outputs]
+    metrics = {"ead": expectation_adjusted_distinct}
+    if o.nli or setting.on_reviews:
+        metrics["nli"] = functools.partial(nli_diversity, relation=mnli_relation() if o.nli else reviews.relation)
+    if o.sbert:
+        metrics["sbert"] = sbert_diversity
+    row |= {f"{k}_per_input": mean_and_interval([metric(own) for own in outputs]) for k, metric in metrics.items()}
+    return row, texts
+
+
+def evaluate_policies(folders, options):
+    """Evaluates checkpoint folders {name: folder}, the reference first, as "SFT", and best-of-N of it last, if asked for.
+    Returns (rows of markdown_table, all sampled texts as records)."""
+    setting = Setting(options)
+    todo = [("SFT", options.reference, 1)] + [(name, f, 1) for name, f in folders.items() if Path(f) != Path(options.reference)]
+    if options.bon:
+        todo.append((f"best-of-{options.bon}", options.reference, options.bon))
+    rows, samples = [], []
+    for name, folder, n in todo:
+        start = time.monotonic()
+        model = setting.reference
+        if folder != options.reference:
+            model = Transformer.from_pretrained(folder).to(setting.reference.embed.weight.device)
+        row, texts = table_row(setting, name, model, n)
+        row["win_sft"] = win_rate(row["scores"], rows[0]["scores"]) if rows else (0.5, None)
+        rows.append(row)
+        samples += texts
+        print(f"evaluated {name} in {time.monotonic() - start:.0f} s: gold {row[f'gold/{setting.first}'][0]:.3f}, "
+              f"KL {row['kl'][0]:.2f}", flush=True)
+    for row in rows:
+        del row["scores"]
+    return rows, samples
+
+
+def markdown_table(rows, columns):
+    """A Markdown table of rows {column: (value, half width or None)}; columns: {column: (heading, format)}."""
+    def cell(value, spec):
+        if value is None:
+            return "-"
+        return format(value[0], spec) + (f" ± {value[1]:{spec}}" if value[1] else "")
+    lines = ["| method | " + " | ".join(h for h, _ in columns.values()) + " |", "|---" + "|---:" * len(columns) + "|"]
+    lines += [f"| {r['method']} | " + " | ".join(cell(r.get(c), spec) for c, (_, spec) in columns.items()) + " |" for r in rows]
+    return "\n".join(lines)
+
+
+def columns_of(rows):
+    """Headings and formats of the columns that these rows have, in reading order."""
+    names = {"test": "ID"} | {s: s.replace("ood_", "OOD-") for s in ("ood_near", "ood_far")}
+    splits = [c.removeprefix("gold/") for c in rows[0] if c.startswith("gold/")]
+    columns = {f"gold/{s}": (f"gold {names.get(s, s)}", ".2f") for s in splits} | {
+        f"reward/{splits[0]}": ("learned reward", ".2f"), "kl": ("KL to SFT", ".2f"), "win_sft": ("win vs SFT", ".0%"),
+        "win_reference": ("win vs reference", ".0%"), "ead_per_input": ("EAD per input", ".2f"),
+        "ead_across": ("EAD across", ".2f"), "nli_per_input": ("NLI per input", ".2f"),
+        "sbert_per_input": ("SBERT per input", ".2f"), "length": ("tokens", ".0f"), "ended": ("ended", ".0%"),
+        "seconds": ("seconds", ".0f")}
+    return {c: v for c, v in columns.items() if any(c in r for r in rows)}
+
+
+def main():
+    folders = [a for a in itertools.takewhile(lambda a: not a.startswith("--"), sys.argv[1:])]
+    options = parse_options(Options, "python -m nanorlhf.evaluate RUN [RUN...] [options]: a table over checkpoint folders.",
+                            sys.argv[1 + len(folders):])
+    try:
+        rows, samples = evaluate_policies({Path(f).name: f for f in folders}, options)
+    except UserError as error:
+        raise SystemExit(f"error: {error}")
+    table = markdown_table(rows, columns_of(rows))
+    print(table)
+    write_json(Path(options.out) / "table.json", rows)
+    write_records(Path(options.out) / "samples.jsonl", samples)
+    with written_whole(Path(options.out) / "table.md") as temporary:
+        temporary.write_text(table + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

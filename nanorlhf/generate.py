@@ -38,17 +38,13 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
     """
     if stop and tokenizer is None:
         raise ValueError("stop strings need a tokenizer")
-    device, context = model.embed.weight.device, model.config.context
-    for i, prompt in enumerate(prompts):
-        if not prompt:
-            raise UserError(f"prompt {i} is empty: begin it with a token (encode_prompt gives one)")
-        if len(prompt) + max_new_tokens > context:
-            raise UserError(f"prompt {i} has {len(prompt)} tokens: with {max_new_tokens} new ones it does not fit the "
-                            f"context of {context}")
+    check_prompts(model, prompts, max_new_tokens)
+    device = model.embed.weight.device
     R = len(prompts) * num_samples
     uniform = np.empty((R, max_new_tokens), dtype=np.float32)
     for row in range(R):
         uniform[row] = np.random.Generator(np.random.Philox(key=[seed, row])).random(max_new_tokens, dtype=np.float32)
+    uniform = torch.from_numpy(uniform).to(device)
     pad = model.config.pad_id or 0
     out = Samples(torch.full((R, max_new_tokens), pad, device=device), torch.zeros(R, max_new_tokens, device=device),
                   torch.zeros(R, max_new_tokens, dtype=torch.bool, device=device), torch.zeros(R, dtype=torch.bool, device=device))
@@ -58,10 +54,18 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
     for first in range(0, len(prompts), size):
         chunk = by_length[first:first + size]
         rows = torch.tensor([p * num_samples + i for p in chunk for i in range(num_samples)], device=device)
-        u = torch.from_numpy(uniform[rows.cpu()]).to(device)
-        _decode(model, [prompts[p] for p in chunk], rows, u, num_samples, out, options, stop, tokenizer)
+        _decode(model, [prompts[p] for p in chunk], rows, uniform[rows], num_samples, out, options, stop, tokenizer)
     longest = int(out.mask.sum(1).max()) if R else 0
     return Samples(out.tokens[:, :longest], out.logprobs[:, :longest], out.mask[:, :longest], out.finished)
+
+
+def check_prompts(model, prompts, max_new_tokens):
+    for i, prompt in enumerate(prompts):
+        if not prompt:
+            raise UserError(f"prompt {i} is empty: begin it with a token (encode_prompt gives one)")
+        if len(prompt) + max_new_tokens > model.config.context:
+            raise UserError(f"prompt {i} has {len(prompt)} tokens: with {max_new_tokens} new ones it does not fit the "
+                            f"context of {model.config.context}")
 
 
 def prefill(model, prompts, num_samples, max_new_tokens):
@@ -119,14 +123,17 @@ def _stopped(out, rows, t, stop, tokenizer):
 
 @torch.no_grad()
 def beam_search(model, prompts, max_new_tokens, num_beams=4, num_groups=1, diversity_penalty=0.0, temperature=1.0,
-                length_penalty=1.0, batch_size=64):
+                length_penalty=1.0, tokenizer=None, batch_size=64):
     """The num_beams best finished hypotheses of each prompt, best first: list (prompts) of lists of ids, EOS included.
 
     Beam search over sums of log softmax(logits / temperature); a finished hypothesis scores sum / length^length_penalty.
     With num_groups > 1, diverse beam search (Vijayakumar 2016, arXiv 1610.02424): the groups advance in turn, and a group's
     scores lose diversity_penalty for every earlier group's beam that took the same token at this step. RRHF's BP is
-    num_groups=1; its DP is num_groups=num_beams=4, penalty 1.0, temperature 0.8.
+    num_groups=1; its DP is num_groups=num_beams=4, penalty 1.0, temperature 0.8. A group stops once it holds as many
+    hypotheses as beams, none worse than its best living beam at its present length; with length_penalty > 0 a longer one
+    might still have been better (transformers stops there too). With a tokenizer, ids beyond its vocabulary are never taken.
     """
+    check_prompts(model, prompts, max_new_tokens)
     if num_beams % num_groups:
         raise UserError(f"{num_beams} beams do not divide into {num_groups} groups")
     order = sorted(range(len(prompts)), key=lambda p: len(prompts[p]))
@@ -135,16 +142,16 @@ def beam_search(model, prompts, max_new_tokens, num_beams=4, num_groups=1, diver
     for first in range(0, len(prompts), size):
         chunk = order[first:first + size]
         found = _beams(model, [prompts[p] for p in chunk], max_new_tokens, num_beams, num_groups, diversity_penalty,
-                       temperature, length_penalty)
+                       temperature, length_penalty, tokenizer)
         for p, hypotheses in zip(chunk, found):
             results[p] = hypotheses
     return results
 
 
-def _beams(model, prompts, T, n, groups, penalty, temperature, length_penalty):
+def _beams(model, prompts, T, n, groups, penalty, temperature, length_penalty, tokenizer):
     P, b, eos = len(prompts), n // groups, model.config.eos_id
     cache, logits = prefill(model, prompts, n, T)
-    device, V = logits.device, logits.shape[-1]
+    device, V = logits.device, min(model.config.vocab_size, tokenizer.vocab_size if tokenizer else 1 << 60)
     logits = logits.repeat_interleave(n, 0)
     scores = torch.zeros(P, groups, b, device=device)
     scores[:, :, 1:] = -torch.inf                                                      # all beams of a group start alike
@@ -152,7 +159,7 @@ def _beams(model, prompts, T, n, groups, penalty, temperature, length_penalty):
     finished = [[[] for _ in range(groups)] for _ in range(P)]                         # (score, ids) per prompt and group
     everyone = torch.arange(P, device=device)
     for t in range(T):
-        logp = filter_logits(logits, temperature).log_softmax(-1).view(P, groups, b, V)
+        logp = filter_logits(logits[:, :V], temperature).log_softmax(-1).view(P, groups, b, V)
         taken = torch.zeros(P, V, device=device)
         parents, chosen = torch.zeros(P, n, dtype=torch.long, device=device), torch.zeros(P, n, dtype=torch.long, device=device)
         for g in range(groups):
@@ -176,10 +183,11 @@ def _beams(model, prompts, T, n, groups, penalty, temperature, length_penalty):
                     k += 1
                 scores[p, g, k:] = -torch.inf
         tokens = torch.cat([tokens.gather(1, parents[..., None].expand_as(tokens)), chosen[..., None]], -1)
-        # A group is done when it holds b hypotheses that no living beam can still beat.
-        done = all(len(f) >= b and sorted(s for s, _ in f)[-b] >= float(scores[p, g].max()) / (t + 1) ** length_penalty
-                   for p in range(P) for g, f in enumerate(finished[p]))
-        if done or t + 1 == T:
+        for p in range(P):      # a group that is done leaves, whatever the others do: a prompt's result is its own
+            for g, f in enumerate(finished[p]):
+                if len(f) >= b and sorted(s for s, _ in f)[-b] >= float(scores[p, g].max()) / (t + 1) ** length_penalty:
+                    scores[p, g] = -torch.inf
+        if t + 1 == T or bool((scores == -torch.inf).all()):
             break
         cache.keep(everyone, (everyone[:, None] * n + parents).flatten(), n)
         logits = model.logits(model(chosen.view(-1, 1), cache)[:, 0]).float()

@@ -114,6 +114,7 @@ def filter_logits(logits, temperature=1.0, top_k=0, top_p=1.0):
         ordered, index = logits.sort(dim=-1, descending=True)
         p = ordered.softmax(-1)
         outside = p.cumsum(-1) - p >= top_p                                            # mass before the token
+        outside[:, 0] = False                                                          # even at top_p 0
         logits = logits.masked_fill(torch.zeros_like(outside).scatter(-1, index, outside), -torch.inf)
     return logits
 

@@ -66,12 +66,22 @@ def make_norm(c):
     return {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}[c.norm](c.width, eps=c.norm_eps)
 
 
+class Linear(nn.Linear):
+    def reset_parameters(self):                   # nothing: Transformer draws all weights, once, from its own generator
+        pass
+
+
+class Embedding(nn.Embedding):
+    def reset_parameters(self):                   # likewise
+        pass
+
+
 class Attention(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = c.heads, c.kv_heads, c.head_dim
-        self.qkv = nn.Linear(c.width, (c.heads + 2 * c.kv_heads) * c.head_dim, bias=c.qkv_bias)
-        self.out = nn.Linear(c.heads * c.head_dim, c.width, bias=c.out_bias)
+        self.qkv = Linear(c.width, (c.heads + 2 * c.kv_heads) * c.head_dim, bias=c.qkv_bias)
+        self.out = Linear(c.heads * c.head_dim, c.width, bias=c.out_bias)
 
     def forward(self, x, rope, cache, layer):
         B, T, _ = x.shape
@@ -94,8 +104,8 @@ class MLP(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.gated, self.act = c.gated, ACTIVATIONS[c.activation]
-        self.up = nn.Linear(c.width, c.ffn * (2 if c.gated else 1), bias=c.mlp_bias)   # gate first, then up
-        self.down = nn.Linear(c.ffn, c.width, bias=c.mlp_bias)
+        self.up = Linear(c.width, c.ffn * (2 if c.gated else 1), bias=c.mlp_bias)   # gate first, then up
+        self.down = Linear(c.ffn, c.width, bias=c.mlp_bias)
 
     def forward(self, x):
         h = self.up(x)
@@ -161,7 +171,7 @@ class Cache:
         keys[:, :, self.t], values[:, :, self.t] = k, v
         return decode_attention(q, *self.prefix[layer], self.bias, keys[:, :, :self.t + 1], values[:, :, :self.t + 1])
 
-    def keep(self, prompts, rows, n, fork=False):
+    def keep(self, prompts, rows, n):
         """Keeps these prompts [P'] and rows [P'*n] (indices into the present ones), n a prompt, in this order."""
         if len(prompts) != len(self.lengths):
             self.prefix = [(k[prompts], v[prompts]) for k, v in self.prefix]
@@ -180,11 +190,11 @@ class Transformer(nn.Module):
     def __init__(self, config, seed=0, head=True):
         super().__init__()
         c = self.config = config
-        self.embed = nn.Embedding(c.vocab_size, c.width)
-        self.positions = nn.Embedding(c.context, c.width) if c.positions == "learned" else None
+        self.embed = Embedding(c.vocab_size, c.width)
+        self.positions = Embedding(c.context, c.width) if c.positions == "learned" else None
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.layers))
         self.norm = make_norm(c)
-        self.head = nn.Linear(c.width, c.vocab_size, bias=False) if head and not c.tied else None
+        self.head = Linear(c.width, c.vocab_size, bias=False) if head and not c.tied else None
         if self.embed.weight.is_meta:             # about to be loaded: see load_weights
             return
         self.make_rope()
@@ -273,7 +283,7 @@ class RewardModel(nn.Module):
         super().__init__()
         self.config = config
         self.trunk = Transformer(config, seed, head=False)
-        self.head = nn.Linear(config.width, 1, bias=False)
+        self.head = Linear(config.width, 1, bias=False)
         self.reward_mean, self.reward_std = 0.0, 1.0
         if not self.head.weight.is_meta:
             self.reset_head(seed)
@@ -324,7 +334,7 @@ class ValueModel(nn.Module):
     def __init__(self, trunk, weight, bias=0.0):
         super().__init__()
         self.trunk = trunk
-        self.head = nn.Linear(weight.shape[1], 1)
+        self.head = Linear(weight.shape[1], 1)
         with torch.no_grad():
             self.head.weight.copy_(weight)
             self.head.bias.fill_(bias)
@@ -391,17 +401,18 @@ def write_llama(c):
 
 
 # A family: how config.json is read and written, and what its files call our modules. Several names are the parts of one of
-# our matrices, stacked; `transposed` marks GPT-2's Conv1D, which stores [in, out]; `refused` are options we do not compute.
+# our matrices, stacked; `transposed` marks GPT-2's Conv1D, which stores [in, out]; `only` are options of which we compute one value.
 FAMILIES = {
     "gpt2": dict(
         causal="GPT2LMHeadModel", classifier="GPT2ForSequenceClassification", read=read_gpt2, write=write_gpt2,
-        transposed=True, prefix="transformer.", refused=("scale_attn_by_inverse_layer_idx", "add_cross_attention"),
+        transposed=True, prefix="transformer.",
+        only=dict(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False),
         names={"embed": ["wte"], "positions": ["wpe"], "norm": ["ln_f"], "norm1": ["ln_1"], "norm2": ["ln_2"],
                "attn.qkv": ["attn.c_attn"], "attn.out": ["attn.c_proj"], "mlp.up": ["mlp.c_fc"], "mlp.down": ["mlp.c_proj"]},
         block="h"),
     "llama": dict(
         causal="LlamaForCausalLM", classifier="LlamaForSequenceClassification", read=read_llama, write=write_llama,
-        transposed=False, prefix="model.", refused=(),
+        transposed=False, prefix="model.", only={},
         names={"embed": ["embed_tokens"], "norm": ["norm"], "norm1": ["input_layernorm"], "norm2": ["post_attention_layernorm"],
                "attn.qkv": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], "attn.out": ["self_attn.o_proj"],
                "mlp.up": ["mlp.gate_proj", "mlp.up_proj"], "mlp.down": ["mlp.down_proj"]},
@@ -419,24 +430,29 @@ def read_config(folder):
         raise UserError(f"{folder} is no checkpoint folder: it has no config.json")
     except ValueError as error:
         raise UserError(f"{path}: not JSON: {error}")
-    if not isinstance(raw, dict) or raw.get("model_type") not in FAMILIES:
-        kind = raw.get("model_type") if isinstance(raw, dict) else raw
+    kind = raw.get("model_type") if isinstance(raw, dict) else None
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise UserError(f"{path}: model_type {kind!r} is not one that nanorlhf reads: {', '.join(FAMILIES)}")
-    family = FAMILIES[raw["model_type"]]
-    if wrong := [k for k in family["refused"] if raw.get(k)]:
+    family = FAMILIES[kind]
+    if wrong := [f"{k} {raw[k]!r}" for k, only in family["only"].items() if raw.get(k) not in (only, None)]:
         raise UserError(f"{path}: {wrong[0]} is not supported")
     try:
         fields = family["read"](raw)
         fields["vocab_size"] = raw["vocab_size"]
     except KeyError as error:
         raise UserError(f"{path}: {error.args[0]} is missing")
-    if fields["activation"] not in ACTIVATION_NAMES:
+    except (TypeError, AttributeError, ZeroDivisionError) as error:
+        raise UserError(f"{path}: a value is of the wrong kind: {error}")
+    if str(fields["activation"]) not in ACTIVATION_NAMES:
         raise UserError(f"{path}: activation {fields['activation']!r} is not one that nanorlhf computes: {', '.join(ACTIVATION_NAMES)}")
     fields["activation"] = ACTIVATION_NAMES[fields["activation"]]
     eos = raw.get("eos_token_id")
-    config = ModelConfig(family=raw["model_type"], bos_id=raw.get("bos_token_id"), pad_id=raw.get("pad_token_id"),
+    config = ModelConfig(family=kind, bos_id=raw.get("bos_token_id"), pad_id=raw.get("pad_token_id"),
                          eos_id=eos[0] if isinstance(eos, list) else eos, **fields)
-    if config.width <= 0 or config.heads % config.kv_heads or config.head_dim % 2 and config.positions == "rotary":
+    sizes = ("vocab_size", "context", "width", "layers", "heads", "kv_heads", "head_dim", "ffn")
+    if wrong := [f"{k} {getattr(config, k)!r}" for k in sizes if type(getattr(config, k)) is not int or getattr(config, k) < 1]:
+        raise UserError(f"{path}: {wrong[0]} is not a positive number")
+    if config.heads % config.kv_heads or config.head_dim % 2 and config.positions == "rotary":
         raise UserError(f"{path}: {config.heads} heads, {config.kv_heads} key-value heads and head width {config.head_dim} "
                         f"do not make an attention layer")
     return config, raw
@@ -447,9 +463,13 @@ def tensor_index(folder):
     folder = Path(folder)
     files = [folder / "model.safetensors"]
     if (index := folder / "model.safetensors.index.json").exists() and not files[0].exists():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        if outside := [n for n in names if Path(n).name != n]:
-            raise UserError(f"{index}: {outside[0]!r} is not a file of this folder")
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            outside = [n for n in names if Path(n).name != n or not n.endswith(".safetensors")]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{index}: not an index of tensors ({type(error).__name__}: {error})")
+        if outside:
+            raise UserError(f"{index}: {outside[0]!r} is not a safetensors file of this folder")
         files = [folder / n for n in names]
     found = {}
     for file in files:
@@ -461,7 +481,7 @@ def tensor_index(folder):
                     found[name] = file
         except FileNotFoundError:
             raise UserError(f"{file} is missing")
-        except SafetensorError as error:
+        except (SafetensorError, OSError) as error:
             raise UserError(f"{file} is damaged: {error}")
     return found
 

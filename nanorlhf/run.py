@@ -45,7 +45,22 @@ def parse_options(Config, description="", argv=None):
         else:
             parser.add_argument(f"--{field.name}", type=field.type, default=field.default,
                                 metavar=field.type.__name__.upper(), help=text)
-    return Config(**vars(parser.parse_args(argv)))
+    given = parser.parse_args(argv)
+    if getattr(given, "resume", False):                   # a resumed run keeps the options that it was begun with
+        parser.set_defaults(**_options_of_run(given.out, Config))
+        given = parser.parse_args(argv)
+    return Config(**vars(given))
+
+
+def _options_of_run(out, Config):
+    """The options in a run folder's run.json that Config still has, apart from those that say how to begin."""
+    file = Path(out) / "run.json"
+    try:
+        options = json.loads(file.read_text(encoding="utf-8"))["options"] if file.exists() else {}
+        return {f.name: options[f.name] for f in dataclasses.fields(Config)
+                if f.name in options and f.name not in ("out", "resume", "overwrite")}
+    except (ValueError, KeyError, TypeError):
+        raise SystemExit(f"error: {file} is damaged")
 
 
 def _boolean(text):
@@ -62,6 +77,8 @@ def main(Config, train, description):
     try:
         train(config)
     except UserError as error:
+        raise SystemExit(f"error: {error}")
+    except OSError as error:                              # a full disk, a folder that may not be written to
         raise SystemExit(f"error: {error}")
     except KeyboardInterrupt:
         raise SystemExit(f"interrupted; continue with: {Path(sys.argv[0]).name} ... --out {config.out} --resume")
@@ -146,15 +163,30 @@ def make_optimizer(parameters, name, lr, weight_decay=0.0, eps=1e-8):
     return (torch.optim.AdamW if name == "adamw" else torch.optim.Adam)(groups, lr=lr, eps=eps, fused=fused)
 
 
+LEAST = dict(batch_size=1, micro_batch_size=0, max_steps=0, limit=0, max_length=0, max_prompt_length=0, response_length=1,
+             num_ppo_epochs=1, num_mini_batches=1, warmup_steps=0, resample_every=0)     # of options that count something
+
+
+FREE = ("out", "resume", "overwrite", "device", "compile", "micro_batch_size", "eval_every", "save_every")   # may differ in a resumed run
+
+
 class Run:
     """The run folder and the device of one script: metrics.jsonl, samples.jsonl, run.json, checkpoints/, and at the end a
     checkpoint folder that other software loads. `config` is the script's Config."""
 
-    def __init__(self, config, name):
+    def __init__(self, config, name, **choices):
+        """choices: the words that an option may be. Nothing is written before load_checkpoint, so that a bad input costs
+        no folder and, with --overwrite, no earlier run."""
         self.config, self.name, self.out = config, name, Path(config.out)
         self.device = pick_device(config.device)
-        if config.dtype not in ("float32", "bfloat16"):
-            raise UserError(f"--dtype {config.dtype}: not float32 or bfloat16")
+        choices |= dict(dtype=("float32", "bfloat16"), lr_schedule=("cosine", "linear", "constant"),
+                        optimizer=("adamw", "adam", "rmsprop"))
+        for option, words in choices.items():
+            if (value := getattr(config, option, words[0])) not in words:
+                raise UserError(f"--{option} {value}: not one of {', '.join(words)}")
+        for option, least in LEAST.items():
+            if (value := getattr(config, option, least)) < least:
+                raise UserError(f"--{option} {value}: must be at least {least}")
         previous = self.out / "run.json"
         if config.resume and not previous.exists():
             raise UserError(f"{self.out} holds no run to resume")
@@ -164,10 +196,11 @@ class Run:
                                 f"or replace it with --overwrite")
             if not previous.exists():
                 raise UserError(f"{self.out} is not a run folder, so --overwrite does not touch it")
-            shutil.rmtree(self.out)
-        self.finished = config.resume and json.loads(previous.read_text(encoding="utf-8")).get("finished", False)
-        if not config.resume:
-            self._write_run_json(finished=False)
+        before = json.loads(previous.read_text(encoding="utf-8")) if config.resume else {}
+        self.finished = before.get("finished", False)
+        for option, value in () if self.finished else dataclasses.asdict(config).items():
+            if option not in FREE and value != (was := before.get("options", {}).get(option, value)):
+                raise UserError(f"--{option} {value}: the run in {self.out} was begun with {was}, and --resume continues it as it was")
         self.started, self.printed, self.tokens, self.first_step = time.monotonic(), 0.0, 0, None
 
     def _write_run_json(self, finished):
@@ -181,11 +214,14 @@ class Run:
         """Master weights stay float32; --dtype bfloat16 is autocast."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16")
 
-    def prepare(self, model):
-        """Moves a model to the device; with --compile, compiles its stack of layers."""
+    def prepare(self, model, tokenizer):
+        """Moves a model, which reads this tokenizer's ids, to the device; with --compile, compiles its stack of layers."""
+        trunk = getattr(model, "trunk", model)
+        if trunk.config.vocab_size < tokenizer.vocab_size:
+            raise UserError(f"the {type(model).__name__} of {trunk.config.vocab_size} tokens does not fit the tokenizer of "
+                            f"{tokenizer.vocab_size}: they do not belong together")
         model.to(self.device)
         if self.config.compile:
-            trunk = getattr(model, "trunk", model)
             trunk.stack = torch.compile(trunk.stack, dynamic=True)
         return model
 
@@ -194,21 +230,23 @@ class Run:
         """Whether something done every n steps (0: never), and after the last, is due after `step` finished steps."""
         return n > 0 and (step % n == 0 or step == total)
 
-    def step(self, optimizer, lr, max_grad_norm, step, rows, loss):
-        """One guarded optimizer step; returns the gradient norm before clipping (max_grad_norm 0 does not clip).
+    def step(self, rates, max_grad_norm, step, rows, loss):
+        """One guarded step of each optimizer; rates: {optimizer: learning rate}. Clips each one's gradient to max_grad_norm
+        (0: no clipping) and returns the first one's norm before that.
 
-        A non-finite loss or gradient stops the run here, before the weights change.
+        A non-finite loss or gradient stops the run here, before any weight changes. rows: indices of the batch's examples.
         """
-        parameters = [p for g in optimizer.param_groups for p in g["params"]]
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf))
-        if not (math.isfinite(norm) and math.isfinite(loss)):
-            raise UserError(f"step {step}: loss {loss}, gradient norm {norm}, on rows {list(rows)[:8]} of the data; "
-                            f"the weights were not changed (lower --lr?)")
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return norm
+        norms = [float(torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]],
+                                                      max_grad_norm or math.inf)) for optimizer in rates]
+        if not all(map(math.isfinite, [loss, *norms])):
+            raise UserError(f"step {step}: loss {loss}, gradient norm {', '.join(map(str, norms))}, on the examples {list(rows)[:8]} "
+                            f"(of {len(rows)}); the weights were not changed (lower --lr?)")
+        for optimizer, lr in rates.items():
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return norms[0]
 
     # -- what the run says
 
@@ -251,18 +289,20 @@ class Run:
                            for k, v in entry.items() if v is not None}
                 save_file(tensors, folder / f"{name}.safetensors")
             hashes = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.glob("*.safetensors")}
-            write_json(folder / "state.json", dict(step=step, sha256=hashes, **(state or {})))
+            state = dict(step=step, **(state or {}))
+            write_json(folder / "state.json", dict(state, sha256=dict(hashes, state=digest_of(state))))
         for old in sorted((self.out / "checkpoints").glob("step-*"))[:-2]:
             shutil.rmtree(old)
 
     def load_checkpoint(self, modules, optimizers):
-        """Restores the newest checkpoint in place and returns its state, or {"step": 0} where there is none yet."""
+        """Restores the newest checkpoint in place and returns its state, or {"step": 0} where there is none yet. Without
+        --resume it begins the run folder."""
+        if not self.config.resume:
+            if self.out.exists() and self.config.overwrite:
+                shutil.rmtree(self.out)
+            self._write_run_json(finished=False)
         folders = sorted((self.out / "checkpoints").glob("step-*")) if self.config.resume else []
-        state = json.loads((folders[-1] / "state.json").read_text(encoding="utf-8")) if folders else {"step": 0}
-        for name, digest in state.get("sha256", {}).items():
-            file = folders[-1] / name
-            if not file.exists() or hashlib.sha256(file.read_bytes()).hexdigest() != digest:
-                raise UserError(f"{file} is damaged: delete {folders[-1]} to resume from the checkpoint before it")
+        state = self._checked_state(folders[-1]) if folders else {"step": 0}
         if folders:
             for name, module in modules.items():
                 module.load_state_dict(load_file(folders[-1] / f"{name}.safetensors", device=str(self.device)))
@@ -273,10 +313,29 @@ class Run:
                     entries.setdefault(int(index), {})[field] = tensor
                 optimizer.load_state_dict({**optimizer.state_dict(), "state": entries})
         if self.config.resume:                            # what came after the checkpoint will be done, and said, again
-            for log in ("metrics.jsonl", "samples.jsonl"):
-                rows = [r for r in read_jsonl(self.out / log) if r["step"] <= state["step"]]
-                write_records(self.out / log, rows)
+            for log in (self.out / "metrics.jsonl", self.out / "samples.jsonl"):
+                if log.exists():
+                    write_records(log, [r for r in read_jsonl(log) if r["step"] <= state["step"]])
             print(f"{self.name} resumes {self.out} after step {state['step']}", flush=True)
+        return state
+
+    @staticmethod
+    def _checked_state(folder):
+        """state.json of a checkpoint, after comparing each file's sha256: safetensors would load a flipped bit silently."""
+        def damaged(file):
+            return UserError(f"{file} is damaged: delete {folder} to resume from the checkpoint before it")
+        try:
+            state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+            digests = state.pop("sha256")
+            intact = digests.pop("state") == digest_of(state)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            intact = False
+        if not intact:
+            raise damaged(folder / "state.json")
+        for name, digest in digests.items():
+            file = folder / name
+            if not file.exists() or hashlib.sha256(file.read_bytes()).hexdigest() != digest:
+                raise damaged(file)
         return state
 
     def finish(self, model, tokenizer):
@@ -288,6 +347,11 @@ class Run:
     def done(self):
         self._write_run_json(finished=True)
         print(f"{self.name} done: {self.out}", flush=True)
+
+
+def digest_of(state):
+    """sha256 of a JSON value."""
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
 def pick_device(name):

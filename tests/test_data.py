@@ -74,11 +74,11 @@ def test_trap_1_pad_is_never_eos(tiny):
     import tiktoken
     for special, pad in (({"<|endoftext|>": 256}, 0), ({"<|endoftext|>": 300, "<|other|>": 299}, 299),
                          ({"<|endoftext|>": 256, "<|x|>": 257, "<|my_pad|>": 258}, 258)):
-        encoding = tiktoken.Encoding("t", pat_str=data.GPT2_PATTERN, special_tokens=special,
+        encoding = tiktoken.Encoding("t", pat_str=tokenizer_file.GPT2_PATTERN, special_tokens=special,
                                      mergeable_ranks={bytes([b]): b for b in range(256)})
         tokenizer = data.Tokenizer(encoding, "<|endoftext|>", "<|endoftext|>")  # asks for pad = eos
         assert tokenizer.pad_id == pad != tokenizer.eos_id
-    low = tiktoken.Encoding("t", pat_str=data.GPT2_PATTERN, special_tokens={"<|endoftext|>": 0},
+    low = tiktoken.Encoding("t", pat_str=tokenizer_file.GPT2_PATTERN, special_tokens={"<|endoftext|>": 0},
                             mergeable_ranks={bytes([b]): b + 1 for b in range(256)})
     assert data.Tokenizer(low, "<|endoftext|>").pad_id == 1
 

@@ -1,0 +1,186 @@
+"""The whole story in one command: `python -m nanorlhf` trains every method on the built-in task and compares them.
+
+    base model -> SFT -> comparisons of its samples, labelled by a noisy judge -> reward model -> PPO, PPO on the true reward,
+    DPO, Unlikelihood, Preferred-FT, RRHF, best-of-16 -> one table, one plot, a page of samples
+
+It calls the scripts' own train(Config(...)) and nothing else. Stopped at any moment, the same command goes on where it was.
+"""
+
+import dataclasses
+import json
+import math
+import statistics
+import time
+from pathlib import Path
+
+import train_dpo
+import train_ppo
+import train_rm
+import train_rrhf
+import train_sft
+import sample_bon
+from nanorlhf.evaluate import Options as EvaluateOptions
+from nanorlhf.evaluate import columns_of, evaluate_policies, markdown_table
+from nanorlhf.run import UserError, git_commit, parse_options, read_jsonl, write_json, write_records, written_whole
+
+
+@dataclasses.dataclass
+class Options:
+    out: str = "out"                 # folder for everything
+    seed: int = 0                    # of everything random; with --seeds, of the first run
+    seeds: int = 1                   # repeat the whole story so many times, in out/seed-N, and average the table
+    scale: float = 1.0               # multiplies the steps of every stage and the sizes of evaluation: 0.02 is a quick look
+
+
+LABEL_TEMPERATURE = 0.2
+N = 16
+
+
+def stages(out, seed, scale):
+    """(name, script module, Config) of every run, in order: the recipe of the reference table."""
+    def steps(n):
+        return max(2, round(n * scale))
+
+    sft, rm, pairs = f"{out}/sft", f"{out}/rm", f"{out}/comparisons/comparisons.jsonl"
+    splits = ("test", "ood_near", "ood_far")
+    labels = dict(init=sft, n=2, reward="gold", label_temperature=LABEL_TEMPERATURE, seed=seed, batch_size=128)
+    yield "base", train_sft, dict(init="scratch", kind="text", limit=40000, max_steps=steps(1000), batch_size=16, lr=5e-3,
+                                  eval_every=steps(250), seed=seed, layers=2)
+    yield "sft", train_sft, dict(init=f"{out}/base", limit=8000, max_steps=steps(300), batch_size=32, lr=1e-3, seed=seed)
+    yield "comparisons", sample_bon, labels | dict(split="train", limit=steps(4000))
+    for split in splits:
+        yield f"comparisons_{split}", sample_bon, labels | dict(split=split, limit=steps(300))
+    yield "rm", train_rm, dict(init=sft, data=pairs, seed=seed, max_steps=steps(220), eval_every=steps(110),
+                               eval_data=",".join(f"{s}={out}/comparisons_{s}/comparisons.jsonl" for s in splits))
+    yield "ppo", train_ppo, dict(init=sft, reward=rm, seed=seed, max_steps=steps(60))
+    yield "ppo_gold", train_ppo, dict(init=sft, reward="gold", value_init=rm, seed=seed, max_steps=steps(60))
+    yield "dpo", train_dpo, dict(init=sft, data=pairs, seed=seed, max_steps=steps(110))
+    yield "unlikelihood", train_dpo, dict(init=sft, data=pairs, seed=seed, loss="unlikelihood", max_steps=steps(110))
+    yield "preferred_ft", train_sft, dict(init=sft, data=pairs, seed=seed, batch_size=64, lr=2e-4, max_steps=steps(110))
+    yield "rrhf", train_rrhf, dict(init=sft, reward=rm, seed=seed, max_steps=steps(100))
+    yield "bon", sample_bon, dict(init=sft, reward=rm, n=N, limit=steps(250), seed=seed, batch_size=16)
+
+
+POLICIES = {"SFT": "sft", "Preferred-FT": "preferred_ft", "Unlikelihood": "unlikelihood", "DPO": "dpo", "RRHF": "rrhf",
+            "PPO": "ppo", "PPO-GT": "ppo_gold"}
+
+
+def train_all(out, seed, scale):
+    """Runs every stage below `out`; those already finished are passed over. Returns {stage: seconds of training}."""
+    seconds, todo = {}, list(stages(out, seed, scale))
+    for i, (name, script, options) in enumerate(todo, 1):
+        folder, started = out / name, time.monotonic()
+        resume = (folder / "run.json").exists()
+        if not resume or not json.loads((folder / "run.json").read_text(encoding="utf-8")).get("finished"):
+            print(f"\n[{i}/{len(todo) + 1}] {name}", flush=True)
+            script.train(script.Config(**options, out=str(folder), resume=resume))
+            write_json(folder / "seconds.json", {"seconds": round(time.monotonic() - started, 1), "resumed": resume})
+        if (folder / "seconds.json").exists():
+            seconds[name] = json.loads((folder / "seconds.json").read_text(encoding="utf-8"))["seconds"]
+    return seconds
+
+
+def one_seed(out, seed, scale):
+    """Trains and evaluates everything below `out`. Returns the table's rows and the sampled texts."""
+    seconds = train_all(out, seed, scale)
+    print(f"\nevaluation of seed {seed}", flush=True)
+    rows, samples = evaluate_policies({name: f"{out}/{folder}" for name, folder in POLICIES.items()}, EvaluateOptions(
+        reference=f"{out}/sft", reward=f"{out}/rm", bon=N, seed=seed, num_prompts=max(8, round(250 * scale)),
+        diversity_prompts=max(4, round(50 * scale))))
+    for row in rows:
+        row["seconds"] = (seconds.get(POLICIES.get(row["method"], "bon"), 0.0), None)
+    return rows, samples
+
+
+def over_seeds(tables):
+    """Rows of several seeds -> rows of means over the seeds, with 95% intervals (Student's t) over the seeds."""
+    S = len(tables)
+    if S == 1:
+        return tables[0]
+    t = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}.get(S, 2.26)
+    rows = []
+    for same in zip(*tables):
+        row = {"method": same[0]["method"]}
+        for column in same[0]:
+            if column != "method":
+                values = [r[column][0] for r in same]
+                half = t * statistics.stdev(values) / math.sqrt(S)
+                row[column] = (statistics.fmean(values), half if half > 0 and column != "seconds" else None)
+        rows.append(row)
+    return rows
+
+
+def frontier(folders):
+    """{method: [[(KL, gold reward) of each evaluation while training], one list a seed]}; best-of-n: n = 1, 2, 4, ..."""
+    lines = {}
+    for folder in folders:
+        for method, stage in POLICIES.items():
+            rows = [r for r in read_jsonl(folder / stage / "metrics.jsonl") if "eval/kl" in r]
+            lines.setdefault(method, []).append([(r["eval/kl"], r["eval/gold"]) for r in rows])
+        curve = json.loads((folder / "bon" / "curve.json").read_text(encoding="utf-8"))
+        lines.setdefault("best-of-n", []).append([(r["kl"], r["eval_reward"]) for r in curve])
+    return {m: ls for m, ls in lines.items() if any(ls)}
+
+
+def plot_frontier(lines, sft_gold, file):
+    """Gold reward against KL to SFT (Rafailov 2023, Figure 2), a point an evaluation, a colour a method."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("no plot: it needs the extra `plot` (pip install -e '.[plot]')")
+        return
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(figsize=(8, 5))
+    axes.axhline(sft_gold, color="grey", linestyle=":", label="SFT")
+    for i, (method, seeds) in enumerate(lines.items()):
+        for k, line in enumerate(seeds):
+            axes.plot(*zip(*line), "o-", color=f"C{i}", markersize=3, linewidth=0.8, alpha=0.8, label=None if k else method)
+    axes.set(xlabel="KL(policy || SFT), nats a sequence", ylabel="gold reward on held-out prompts", xscale="symlog", xlim=(0, None))
+    axes.legend(fontsize=8)
+    figure.savefig(file, dpi=120, bbox_inches="tight")
+    plt.close(figure)
+
+
+def samples_page(samples, prompts_a_split=2):
+    """Markdown: what every method wrote for the same few prompts of each split."""
+    lines = ["# Samples\n\nThe first prompts of each split, one sample of each method; in brackets the gold reward."]
+    for split in ("test", "ood_near", "ood_far"):
+        ours = [s for s in samples if s["split"] == split]
+        for prompt in list(dict.fromkeys(s["prompt"] for s in ours))[:prompts_a_split]:
+            lines.append(f"\n## {prompt} ({split})\n")
+            lines += [f"- **{s['method']}** [{s['gold']:.2f}]{s['completion']}" for s in
+                      {s["method"]: s for s in reversed(ours) if s["prompt"] == prompt}.values()]
+    return "\n".join(lines) + "\n"
+
+
+def write_text(path, text):
+    with written_whole(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def main():
+    options, started = parse_options(Options, __doc__), time.monotonic()
+    root = Path(options.out)
+    folders = [root / f"seed-{options.seed + k}" for k in range(options.seeds)] if options.seeds > 1 else [root]
+    try:
+        found = [one_seed(folder, options.seed + k, options.scale) for k, folder in enumerate(folders)]
+    except UserError as error:
+        raise SystemExit(f"error: {error}")
+    except KeyboardInterrupt:
+        raise SystemExit("interrupted; the same command goes on from here")
+    tables, samples = zip(*found)
+    rows, lines = over_seeds(tables), frontier(folders)
+    intervals = "Student's t over the seeds" if options.seeds > 1 else "normal, over the prompts"
+    table = f"{markdown_table(rows, columns_of(rows))}\n\n{options.seeds} seed(s); ± is half of a 95% interval ({intervals}).\n"
+    write_text(root / "table.md", table)
+    write_json(root / "table.json", dict(rows=rows, seeds=tables, commit=git_commit(), options=dataclasses.asdict(options),
+                                         frontier=lines, seconds=round(time.monotonic() - started)))
+    write_records(root / "samples.jsonl", [s for ours in samples for s in ours])
+    write_text(root / "samples.md", samples_page(samples[0]))
+    plot_frontier(lines, rows[0]["gold/test"][0], root / "frontier.png")
+    print(f"\n{table}\n{root}/table.md, table.json, frontier.png, samples.md; {time.monotonic() - started:.0f} seconds")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,289 @@
+"""Speed and memory against a peer: `python -m nanorlhf.bench {logprob,generate,step} [--out file.json]`.
+
+    logprob   token_logprobs against log_softmax + gather: forward + backward, and the memory each needs beyond its inputs
+    generate  tokens/s against transformers' generate with the same weights, on ragged prompts and on best-of-n of one prompt
+    step      one SFT step against transformers + AdamW, and one DPO step against TRL's trainer, on the same tokens
+
+Machines drift, so the two sides take turns within one process and the ratio is that of their medians. Each figure comes
+with its share of the hardware's limit, which is measured in the same run: matrix products and reading memory.
+"""
+
+import os
+
+os.environ.setdefault("OMP_PROC_BIND", "true")     # unbound threads sometimes make a decode step 20 times slower
+
+import argparse
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from nanorlhf.generate import generate
+from nanorlhf.kernels import token_logprobs
+from nanorlhf.model import ModelConfig, Transformer
+from nanorlhf.run import UserError, git_commit, pick_device, write_json
+
+
+def seconds(run, device):
+    """Of one call, the device's work included."""
+    if device.type == "cuda":
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        run()
+        end.record()
+        torch.cuda.synchronize()
+        return begin.elapsed_time(end) / 1000
+    begin = time.perf_counter()
+    run()
+    return time.perf_counter() - begin
+
+
+def medians(sides, repeats, device):
+    """{name: median seconds} of functions that take turns, after one unmeasured call of each."""
+    times = {name: [] for name in sides}
+    for repeat in range(repeats + 1):
+        for name, run in sides.items():
+            t = seconds(run, device)
+            if repeat:
+                times[name].append(t)
+    return {name: statistics.median(t) for name, t in times.items()}
+
+
+def hardware_limits(device):
+    """What this machine gives at best, float32: product FLOP/s and bytes/s read."""
+    a, b = torch.randn(2, 2048, 2048, device=device)
+    long = torch.ones(2**27, device=device)         # 512 MiB, beyond any cache
+    best = {name: min(seconds(run, device) for _ in range(5))
+            for name, run in (("product", lambda: a @ b), ("read", lambda: long.sum()))}
+    return dict(flops=2 * 2048**3 / best["product"], bytes_per_second=4 * 2**27 / best["read"])
+
+
+def report(name, ours, peer, limit, **more):
+    """One printed line and its JSON row; all three in seconds."""
+    row = dict(name=name, ours_seconds=ours, peer_seconds=peer, speedup=peer / ours, share_of_limit=limit / ours, **more)
+    shown = "  ".join(f"{k} {v:.4g}" for k, v in more.items() if v is not None)
+    print(f"{name}: ours {ours:.4g} s, peer {peer:.4g} s: {peer / ours:.2f} times as fast, {100 * limit / ours:.0f}% of the "
+          f"hardware's limit  {shown}", flush=True)
+    return row
+
+
+# ---------------------------------------------------------------------------------------------------------- logprob
+
+def plain_logprobs(hidden, weight, targets):
+    return F.linear(hidden, weight).log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+
+
+def logprob_call(side, N, D, V, device):
+    """A function that runs forward and backward once on inputs made here."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, D, generator=generator).to(device).requires_grad_() for n in (N, V))
+    targets = torch.randint(V, (N,), generator=generator).to(device)
+    function = token_logprobs if side == "ours" else plain_logprobs
+
+    def run():
+        hidden.grad = weight.grad = None
+        function(hidden, weight, targets).sum().backward()
+    return run
+
+
+def extra_memory(side, N, D, V, device):
+    """Peak MiB beyond the inputs, the gradients included. On a CPU, of a process of its own, from Linux's /proc."""
+    if device.type == "cuda":
+        run = logprob_call(side, N, D, V, device)
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    if not Path("/proc/self/status").exists():
+        return None
+    code = f"from nanorlhf.bench import peak_of_this_process as p; p({side!r}, {N}, {D}, {V}, {torch.get_num_threads()})"
+    return float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
+
+
+def peak_of_this_process(side, N, D, V, threads):
+    def mib(field):
+        return next(int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith(field))
+    torch.set_num_threads(threads)
+    logprob_call(side, 16, D, 64, torch.device("cpu"))()                               # libraries load and make their buffers
+    run = logprob_call(side, N, D, V, torch.device("cpu"))
+    before = mib("VmRSS")
+    run()
+    print(mib("VmHWM") - before)
+
+
+def bench_logprob(o, device, limits):
+    N, D, V = o.tokens, o.width or 256, o.vocab or 50257
+    t = medians({side: logprob_call(side, N, D, V, device) for side in ("ours", "peer")}, o.repeats, device)
+    ours_mib, peer_mib = (extra_memory(side, N, D, V, device) for side in ("ours", "peer"))
+    return [report(f"logprob {N},{D},{V}", t["ours"], t["peer"], 8 * N * D * V / limits["flops"],  # 6NDV and a recomputed 2
+                   ours_mib=ours_mib, peer_mib=peer_mib, memory_share=ours_mib and ours_mib / peer_mib)]
+
+
+# --------------------------------------------------------------------------------------------------------- generate
+
+def need(module):
+    try:
+        return __import__(module)
+    except ImportError:
+        raise UserError(f"this benchmark compares with {module}: install the extra `parity` (pip install -e .[parity])")
+
+
+def both_models(o, device, context):
+    """The same random GPT-2 here and in transformers."""
+    transformers = need("transformers")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    warnings.simplefilter("ignore", FutureWarning)
+    D, H = o.width or 384, o.heads or 6
+    config = ModelConfig(vocab_size=o.vocab or 8192, context=context, width=D, layers=o.layers or 6, heads=H, kv_heads=H,
+                         head_dim=D // H, ffn=4 * D)
+    ours = Transformer(config).to(device)
+    with tempfile.TemporaryDirectory() as folder:
+        ours.save_pretrained(folder)
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).to(device).eval()
+    return ours, theirs
+
+
+def bench_generate(o, device, limits):
+    ours, theirs = both_models(o, device, 1024)
+    V, T = ours.config.vocab_size, o.new_tokens
+    weights = sum(p.numel() for p in ours.parameters()) - ours.positions.weight.numel()
+    generator = torch.Generator().manual_seed(0)
+
+    def prompt(length):
+        return torch.randint(V, (length,), generator=generator).tolist()
+    cases = [(f"batch {b}", [prompt(16 + 48 * i // max(1, b - 1)) for i in range(b)], 1) for b in o.batch]
+    cases += [(f"best of {o.best_of}, one prompt of 512", [prompt(512)], o.best_of)] if o.best_of else []
+    rows = []
+    for name, prompts, n in cases:
+        longest = max(map(len, prompts))
+        ids, attend = (torch.tensor([[0] * (longest - len(p)) + (p if real is None else [1] * len(p)) for p in prompts],
+                                    device=device) for real in (None, 1))              # transformers pads on the left
+
+        def transformers_generate():
+            with torch.no_grad():
+                out = theirs.generate(ids, attention_mask=attend, max_new_tokens=T, do_sample=True, temperature=1.0, top_k=0,
+                                      top_p=1.0, num_return_sequences=n, pad_token_id=0)
+            assert out.shape[1] == longest + T
+        t = medians({"ours": lambda: generate(ours, prompts, T, num_samples=n), "peer": transformers_generate}, o.repeats, device)
+        R = len(prompts) * n
+        # A new token costs 2 FLOPs a weight and row; a step reads every weight once. Prompts cost 2 FLOPs a weight and token.
+        limit = (T * max(2 * weights * R / limits["flops"], 4 * weights / limits["bytes_per_second"])
+                 + 2 * weights * sum(map(len, prompts)) / limits["flops"])
+        size = f"{o.layers or 6}/{ours.config.width}/{ours.config.heads}/{V}"
+        rows.append(report(f"generate {size} {name}", t["ours"], t["peer"], limit, ours_tokens_per_second=R * T / t["ours"],
+                           peer_tokens_per_second=R * T / t["peer"]))
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------------------- step
+
+def bench_step(o, device, limits):
+    from train_dpo import dpo_loss
+    from train_sft import sft_loss
+    rows, P, length = [], o.prompt, o.length
+    B = o.batch[0]
+    generator = torch.Generator().manual_seed(0)
+    ours, theirs = both_models(o, device, length)
+    tokens = torch.randint(1, ours.config.vocab_size, (B, length), generator=generator).to(device)
+    mask = (torch.arange(length, device=device) >= P).expand(B, -1)
+    optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-5, fused=True) for m in (ours, theirs)]
+    body = sum(p.numel() for name, p in ours.named_parameters() if name.startswith("blocks."))
+    head, count = ours.head_weight.numel(), int(mask.sum())
+
+    def update(optimizer, loss):
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return float(loss.detach())
+    t = medians({"ours": lambda: update(optimizers[0], sft_loss(ours.logprobs(tokens, mask), mask, count)),
+                 "peer": lambda: update(optimizers[1], theirs(tokens, labels=tokens.masked_fill(~mask, -100)).loss)},
+                o.repeats, device)
+    size = f"{o.layers or 6}/{ours.config.width}/{ours.config.heads}/{ours.config.vocab_size}, {B} x {length}"
+    limit = (6 * B * length * body + 8 * count * head) / limits["flops"]
+    rows.append(report(f"SFT step {size}", t["ours"], t["peer"], limit, ours_tokens_per_second=B * length / t["ours"],
+                       peer_tokens_per_second=B * length / t["peer"]))
+    try:
+        peer_loss, reference = trl_dpo(theirs, tokens, mask), Transformer(ours.config).to(device).requires_grad_(False)
+    except ImportError:
+        print("DPO step: skipped, TRL is not installed (the extra `parity`)")
+        return rows
+
+    def our_dpo():      # the first half of the rows is chosen, the second rejected; the reference is part of the step in both
+        chosen, rejected = ours.logprobs(tokens, mask).sum(1).chunk(2)
+        with torch.no_grad():
+            ref_chosen, ref_rejected = reference.logprobs(tokens, mask).sum(1).chunk(2)
+        return update(optimizers[0], dpo_loss(chosen, rejected, ref_chosen, ref_rejected).mean())
+    t = medians({"ours": our_dpo, "peer": lambda: update(optimizers[1], peer_loss())}, o.repeats, device)
+    limit = (8 * B * length * body + 10 * count * head) / limits["flops"]
+    rows.append(report(f"DPO step {size}", t["ours"], t["peer"], limit, ours_tokens_per_second=B * length / t["ours"],
+                       peer_tokens_per_second=B * length / t["peer"]))
+    return rows
+
+
+def trl_dpo(model, tokens, mask):
+    """TRL's DPO loss of a batch, as a function; its trainer insists on a data set and a tokenizer, which go unused."""
+    import copy
+    from datasets import Dataset, disable_progress_bars
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+    from trl import DPOConfig, DPOTrainer
+    disable_progress_bars()
+    blank = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "<eos>": 1}, unk_token="a")),
+                                    eos_token="<eos>", pad_token="<eos>")
+    with tempfile.TemporaryDirectory() as folder:
+        options = DPOConfig(output_dir=folder, report_to="none", bf16=False, gradient_checkpointing=False, max_length=None,
+                            per_device_train_batch_size=len(tokens) // 2, use_cpu=tokens.device.type == "cpu")
+        trainer = DPOTrainer(model, copy.deepcopy(model), options, processing_class=blank,
+                             train_dataset=Dataset.from_list([dict(prompt="a", chosen=" a", rejected=" a")]))
+    inputs = dict(input_ids=tokens, attention_mask=torch.ones_like(tokens), completion_mask=mask.long())
+    model.train()
+    return lambda: trainer.compute_loss(model, inputs)
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="python -m nanorlhf.bench", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("benchmark", choices=["logprob", "generate", "step"])
+    parser.add_argument("--layers", type=int, default=0, help="default 6")
+    parser.add_argument("--width", type=int, default=0, help="default 384; logprob 256")
+    parser.add_argument("--heads", type=int, default=0, help="default 6")
+    parser.add_argument("--vocab", type=int, default=0, help="default 8192; logprob 50257")
+    parser.add_argument("--batch", type=int, nargs="+", default=[], help="default 1 16 64 (each in turn); step 16")
+    parser.add_argument("--tokens", type=int, default=4096, help="logprob: number of tokens")
+    parser.add_argument("--new_tokens", type=int, default=128, help="generate: tokens a sample, EOS ignored")
+    parser.add_argument("--best_of", type=int, default=16, help="generate: samples of one long prompt; 0 skips it")
+    parser.add_argument("--length", type=int, default=256, help="step: tokens a row")
+    parser.add_argument("--prompt", type=int, default=64, help="step: of which prompt")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=0, help="0 = torch's default")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--out", help="JSON file to write the figures to")
+    o = parser.parse_args()
+    o.batch = o.batch or ([16] if o.benchmark == "step" else [1, 16, 64])
+    try:
+        if o.threads:
+            torch.set_num_threads(o.threads)
+        device = pick_device(o.device)
+        limits = hardware_limits(device)
+        name = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()}, {os.cpu_count()} cores"
+        print(f"{name}, torch {torch.__version__}: {limits['flops'] / 1e9:.0f} GFLOP/s, "
+              f"{limits['bytes_per_second'] / 1e9:.1f} GB/s", flush=True)
+        rows = {"logprob": bench_logprob, "generate": bench_generate, "step": bench_step}[o.benchmark](o, device, limits)
+    except UserError as error:
+        raise SystemExit(f"error: {error}")
+    if o.out:
+        versions = {m: sys.modules[m].__version__ for m in ("torch", "transformers", "trl") if m in sys.modules}
+        write_json(o.out, dict(benchmark=o.benchmark, device=name, threads=torch.get_num_threads(), commit=git_commit(),
+                               python=platform.python_version(), **versions, limits=limits, options=vars(o), results=rows))
+
+
+if __name__ == "__main__":
+    main()

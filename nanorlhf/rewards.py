@@ -1,0 +1,81 @@
+"""Rewards: functions (prompts, responses) -> float32 tensor [N], over lists of token ids."""
+
+import importlib.util
+import traceback
+from pathlib import Path
+
+import torch
+
+from nanorlhf import reviews
+from nanorlhf.data import Example, collate, encode_prompt, encode_response, load_tokenizer, micro_batches
+from nanorlhf.model import RewardModel
+from nanorlhf.run import UserError
+
+
+def load_reward(spec, tokenizer, device, batch_size=128):
+    """The function reward(prompts, responses) -> float32 tensor [N] that `spec` names.
+
+    `gold`; `file.py:function` with function(prompts: list[str], completions: list[str]) -> list[float]; or a reward-model
+    folder, whose tokens are reused where the tokenizers agree, so that it reads exactly what the policy wrote.
+    """
+    if spec == "gold":
+        return _text_reward(lambda ps, cs: [reviews.gold_reward(p, c) for p, c in zip(ps, cs)], tokenizer, spec)
+    if ".py:" in spec:
+        return _text_reward(_user_function(spec), tokenizer, spec)
+    if not (Path(spec) / "config.json").exists():
+        raise UserError(f"--reward {spec}: not a reward-model folder (train_rm.py makes one), `gold` or file.py:function")
+    model, own = RewardModel.from_pretrained(spec).to(device).eval(), load_tokenizer(spec)
+    same = own.ranks == tokenizer.ranks and own.eos_id == tokenizer.eos_id
+
+    @torch.no_grad()
+    def reward(prompts, responses):
+        if not same:
+            ended = [r[-1:] == [tokenizer.eos_id] for r in responses]
+            responses = [encode_response(own, tokenizer.decode(r))[:None if e else -1] for r, e in zip(responses, ended)]
+            prompts = [encode_prompt(own, tokenizer.decode(p)) for p in prompts]
+        examples = [Example(p + r, len(p)) for p, r in zip(prompts, responses)]
+        out = torch.empty(len(examples))
+        order = iter(micro_batches(range(len(examples)), batch_size, length=lambda i: len(examples[i].tokens)))
+        for rows in order:
+            batch = collate([examples[i] for i in rows], own.pad_id, device)
+            out[list(rows)] = model.score(batch.tokens, batch.lengths).cpu()
+        return out
+    return reward
+
+
+def _text_reward(function, tokenizer, spec):
+    def reward(prompts, responses):
+        texts = [tokenizer.decode(p) for p in prompts], [tokenizer.decode(r) for r in responses]
+        try:
+            values = function(*texts)
+        except Exception as error:                        # the user's code: say where in it, in one line
+            raise UserError(f"--reward {spec}: {_where(error)}")
+        try:
+            values = torch.tensor([float(v) for v in values])
+        except (TypeError, ValueError):
+            raise UserError(f"--reward {spec}: did not return a list of numbers")
+        if len(values) != len(prompts) or not torch.isfinite(values).all():
+            raise UserError(f"--reward {spec}: {len(prompts)} finite numbers expected, got {len(values)}: {values.tolist()[:4]}")
+        return values
+    return reward
+
+
+def _where(error):
+    """An exception in one line: what it is, and the file and line that raised it."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {' '.join(str(error).split())} ({Path(frame.filename).name}:{frame.lineno})"
+
+
+def _user_function(spec):
+    file, name = spec.rsplit(":", 1)
+    if not Path(file).is_file():
+        raise UserError(f"--reward {spec}: no file {file}")
+    module_spec = importlib.util.spec_from_file_location("user_reward", file)
+    module = importlib.util.module_from_spec(module_spec)
+    try:
+        module_spec.loader.exec_module(module)
+    except Exception as error:
+        raise UserError(f"--reward {spec}: {_where(error)}")
+    if not callable(getattr(module, name, None)):
+        raise UserError(f"--reward {spec}: {file} has no function {name}")
+    return getattr(module, name)

@@ -1,0 +1,448 @@
+"""The model file against goldens, a float64 loop, transformers and a trained checkpoint; checkpoints in, out and damaged."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from golden.make_goldens import CASES, TOKENS, weights_of
+from safetensors.torch import load_file, save_file
+
+from nanorlhf.model import ModelConfig, RewardModel, Transformer, ValueModel, rope_table, rotate
+from nanorlhf.run import UserError
+
+GOLDENS = json.loads((Path(__file__).parent / "golden" / "model.json").read_text())
+DATA = Path(__file__).parents[2] / "shared" / "data"
+needs_stories = pytest.mark.skipif(not (DATA / "checkpoints" / "stories260K").is_dir(),
+                                   reason=f"the public checkpoint stories260K is not in {DATA}")
+
+
+def write_folder(folder, config, tensors):
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file({k: torch.as_tensor(v) for k, v in tensors.items()}, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def case_folder(tmp_path, name):
+    return write_folder(tmp_path / "case", CASES[name], weights_of(GOLDENS[name]["shapes"]))
+
+
+def small(family="gpt2", **fields):
+    return ModelConfig.for_family(family, 24, **(dict(vocab_size=48, context=32, layers=2, heads=4, kv_heads=4, head_dim=6,
+                                                      bos_id=0, eos_id=1, pad_id=2) | fields))
+
+
+def transformers_or_skip():
+    return pytest.importorskip("transformers", reason="needs transformers (the `parity` extra)")
+
+
+# ------------------------------------------------------------------------------------------------------- mathematics
+@pytest.mark.parametrize("name", CASES)
+def test_logits_equal_the_committed_ones_of_transformers(tmp_path, name):
+    model = Transformer.from_pretrained(case_folder(tmp_path, name))
+    logits = model.logits(model(torch.tensor(TOKENS)))[:, [0, 5, 11]]
+    torch.testing.assert_close(logits, torch.tensor(GOLDENS[name]["logits"]), atol=1e-5, rtol=0)
+
+
+def loop_forward(config, w, tokens):
+    """Logits [T, V] in float64, a token and a head at a time, straight from the files' tensors."""
+    llama = config["model_type"] == "llama"
+    D, H = (config["hidden_size"], config["num_attention_heads"]) if llama else (config["n_embd"], config["n_head"])
+    K, E = (config["num_key_value_heads"], config.get("head_dim", D // H)) if llama else (H, D // H)
+    w = {k: v.astype(np.float64) for k, v in w.items()}
+
+    def norm(x, name):
+        if llama:
+            return x / np.sqrt((x * x).mean() + config["rms_norm_eps"]) * w[f"{name}.weight"]
+        x = x - x.mean()
+        return x / np.sqrt((x * x).mean() + 1e-5) * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+    def dense(x, name):                                   # GPT-2 stores [in, out], Llama [out, in]
+        return (w[f"{name}.weight"] @ x if llama else x @ w[f"{name}.weight"]) + w.get(f"{name}.bias", 0.0)
+
+    def turn(x, t):                                       # pair (i, i + E/2) is turned by t * theta^(-2i/E)
+        if llama:
+            x = x.copy()
+            for i in range(E // 2):
+                a, b, angle = x[i], x[i + E // 2], t * config["rope_theta"] ** (-2 * i / E)
+                x[i], x[i + E // 2] = a * math.cos(angle) - b * math.sin(angle), b * math.cos(angle) + a * math.sin(angle)
+        return x
+    layers = config["num_hidden_layers"] if llama else config["n_layer"]
+    keys, values, out = [[[] for _ in range(layers)] for _ in range(2)] + [[]]
+    for t, token in enumerate(tokens):
+        x = w["model.embed_tokens.weight"][token] if llama else w["transformer.wte.weight"][token] + w["transformer.wpe.weight"][t]
+        for n in range(layers):
+            at = f"model.layers.{n}." if llama else f"transformer.h.{n}."
+            h = norm(x, at + ("input_layernorm" if llama else "ln_1"))
+            if llama:
+                q, k, v = (dense(h, f"{at}self_attn.{p}_proj") for p in "qkv")
+            else:
+                q, k, v = np.split(dense(h, at + "attn.c_attn"), 3)
+            keys[n].append([turn(k[i * E:(i + 1) * E], t) for i in range(K)])
+            values[n].append([v[i * E:(i + 1) * E] for i in range(K)])
+            heads = []
+            for i in range(H):
+                g = i * K // H
+                score = np.array([key[g] @ turn(q[i * E:(i + 1) * E], t) for key in keys[n]]) / math.sqrt(E)
+                p = np.exp(score - score.max())
+                heads.append(sum(a * value[g] for a, value in zip(p / p.sum(), values[n])))
+            x = x + dense(np.concatenate(heads), at + ("self_attn.o_proj" if llama else "attn.c_proj"))
+            h = norm(x, at + ("post_attention_layernorm" if llama else "ln_2"))
+            if llama:
+                gate = dense(h, at + "mlp.gate_proj")
+                x = x + dense(gate / (1 + np.exp(-gate)) * dense(h, at + "mlp.up_proj"), at + "mlp.down_proj")
+            else:
+                h = dense(h, at + "mlp.c_fc")
+                x = x + dense(0.5 * h * (1 + np.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h**3))), at + "mlp.c_proj")
+        head = w.get("lm_head.weight", w.get("transformer.wte.weight", w.get("model.embed_tokens.weight")))
+        out.append(head @ norm(x, "model.norm" if llama else "transformer.ln_f"))
+    return np.array(out)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt2 untied", "llama grouped queries", "llama tied, biases, own head width"])
+def test_logits_equal_a_loop_over_tokens_and_heads(tmp_path, name):
+    want = loop_forward(CASES[name], weights_of(GOLDENS[name]["shapes"]), TOKENS[0])
+    model = Transformer.from_pretrained(case_folder(tmp_path, name)).double()
+    got = model.logits(model(torch.tensor(TOKENS[:1])))[0].detach().numpy()
+    assert np.abs(got - want).max() < 1e-6                                             # rotary tables are float32
+
+
+@pytest.mark.parametrize("family, kv_heads", [("gpt2", 4), ("llama", 2)])
+def test_a_position_sees_nothing_after_it(family, kv_heads):
+    model = Transformer(small(family, kv_heads=kv_heads)).double()
+    tokens = torch.randint(48, (3, 12), generator=torch.Generator().manual_seed(0))
+    changed = tokens.clone()
+    changed[:, 7:] = (tokens[:, 7:] + 11) % 48                                         # later tokens, or garbage in the padding
+    a, b = model(tokens), model(changed)
+    assert torch.equal(a[:, :7], b[:, :7]) and not torch.equal(a[:, 7:], b[:, 7:])
+    torch.testing.assert_close(model(tokens[1:2, :7]), a[1:2, :7], atol=1e-12, rtol=0)  # alone and unpadded: the same numbers
+
+
+def test_rotary_embedding_by_hand():
+    config = small("llama", head_dim=4, rope_theta=100.0)                              # frequencies 1 and 100^(-1/2) = 0.1
+    cos, sin = rope_table(config)
+    x = torch.tensor([1.0, 2.0, 3.0, 4.0]).view(1, 1, 1, 4)
+    y = rotate(x, cos[5].view(1, 1, 1, 2), sin[5].view(1, 1, 1, 2)).flatten().tolist()
+    c, s, c1, s1 = math.cos(5), math.sin(5), math.cos(0.5), math.sin(0.5)
+    assert y == pytest.approx([c - 3 * s, 2 * c1 - 4 * s1, 3 * c + s, 4 * c1 + 2 * s1], abs=1e-6)
+
+
+def test_logprobs_sit_at_their_tokens_and_are_zero_elsewhere():
+    model = Transformer(small("llama")).double()
+    tokens = torch.randint(48, (3, 9), generator=torch.Generator().manual_seed(1))
+    mask = torch.rand(3, 9, generator=torch.Generator().manual_seed(2)) < 0.5
+    mask[:, 0] = False
+    with torch.no_grad():
+        got, entropy = model.logprobs(tokens, mask, temperature=0.7, entropy=True)
+        everything = (model.logits(model(tokens)) / 0.7).log_softmax(-1)
+    for b in range(3):
+        for t in range(9):
+            want = float(everything[b, t - 1, tokens[b, t]]) if mask[b, t] else 0.0    # logits at t-1 predict token t
+            assert float(got[b, t]) == pytest.approx(want, abs=1e-12)
+            h = float(-(everything[b, t - 1].exp() * everything[b, t - 1]).sum()) if mask[b, t] else 0.0
+            assert float(entropy[b, t]) == pytest.approx(h, abs=1e-12)
+    assert (model.logprobs(tokens, torch.zeros_like(mask)) == 0).all()                 # an empty mask is no error
+
+
+def test_weights_are_a_function_of_the_seed():
+    a, b, c = Transformer(small(), 1), Transformer(small(), 1), Transformer(small(), 2)
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
+    assert not torch.equal(a.embed.weight, c.embed.weight)
+
+
+def test_a_sequence_longer_than_the_context_is_a_user_error():
+    with pytest.raises(UserError, match="33 tokens do not fit this model's context of 32"):
+        Transformer(small())(torch.zeros(1, 33, dtype=torch.long))
+
+
+# ------------------------------------------------------------------------------------------ heads: reward and value
+def test_the_reward_is_read_at_the_last_real_token():
+    """Trap 3: neither at the padding nor one token early."""
+    rm = RewardModel(small("llama"))
+    rows = [[5, 6, 7, 1], [9, 1], [4, 8, 3, 30, 12, 1]]
+    lengths = torch.tensor([len(r) for r in rows])
+    alone = torch.stack([rm(torch.tensor([r]))[0, -1] for r in rows])
+    for garbage in (2, 40):
+        tokens = torch.tensor([r + [garbage] * (8 - len(r)) for r in rows])
+        torch.testing.assert_close(rm.score(tokens, lengths), alone, atol=1e-6, rtol=0)
+    rm.reward_mean, rm.reward_std = 1.5, 4.0
+    torch.testing.assert_close(rm.score(tokens, lengths), (alone - 1.5) / 4, atol=1e-6, rtol=0)
+
+
+def test_a_fresh_reward_head_has_the_published_scale():
+    width = 400
+    heads = torch.stack([RewardModel(ModelConfig(5, width=width, layers=0, context=4), seed).head.weight for seed in range(20)])
+    assert float(heads.detach().std()) == pytest.approx(1 / math.sqrt(width + 1), rel=0.03)
+    assert RewardModel(small()).head.bias is None
+
+
+def test_reward_model_round_trip_keeps_the_stored_constants(tmp_path):
+    rm = RewardModel(small("llama", tied=False), seed=3)
+    rm.reward_mean, rm.reward_std = -0.25, 1.75
+    rm.save_pretrained(tmp_path / "rm")
+    back = RewardModel.from_pretrained(tmp_path / "rm")
+    assert (back.reward_mean, back.reward_std, back.config) == (-0.25, 1.75, rm.config)
+    assert all(torch.equal(p, q) for p, q in zip(rm.parameters(), back.parameters()))
+
+
+def test_reward_model_from_a_language_model(tmp_path):
+    model = Transformer(small("llama", tied=False))
+    model.save_pretrained(tmp_path / "lm")
+    with pytest.raises(UserError, match="no reward model"):
+        RewardModel.from_pretrained(tmp_path / "lm")
+    a, b = (RewardModel.from_pretrained(tmp_path / "lm", fresh_head=True, seed=s) for s in (0, 1))
+    tokens = torch.tensor([[3, 4, 5]])
+    assert torch.equal(a.trunk(tokens), model(tokens)) and not torch.equal(a.head.weight, b.head.weight)
+    assert all(p.requires_grad for p in a.parameters())
+
+
+def test_value_model_starts_as_the_normalised_reward_or_as_zero(tmp_path):
+    rm = RewardModel(small("llama"), seed=1)
+    rm.reward_mean, rm.reward_std = 0.7, 2.5
+    rm.save_pretrained(tmp_path / "rm")
+    tokens = torch.randint(48, (2, 9))
+    value = ValueModel.from_pretrained(tmp_path / "rm")
+    torch.testing.assert_close(value(tokens)[:, -1], rm.score(tokens, torch.tensor([9, 9])), atol=1e-6, rtol=0)
+    Transformer(small()).save_pretrained(tmp_path / "lm")
+    assert (ValueModel.from_pretrained(tmp_path / "lm")(tokens) == 0).all()
+
+
+# ------------------------------------------------------------------------------------------------------- checkpoints
+VARIANTS = {
+    "gpt2": small(), "gpt2 untied": small(tied=False), "gpt2 gelu": small(activation="gelu", ffn=40, norm_eps=1e-3),
+    "llama": small("llama"), "llama untied, grouped": small("llama", tied=False, kv_heads=2),
+    "llama biases, head width": small("llama", head_dim=10, qkv_bias=True, out_bias=True, mlp_bias=True, rope_theta=300.0),
+    "llama3 scaling": small("llama", rope_scaling=dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+                                                       original_max_position_embeddings=64)),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_save_and_load_are_bit_equal(tmp_path, name):
+    model = Transformer(VARIANTS[name], seed=1)
+    with torch.no_grad():
+        for p in model.parameters():                                                   # biases and norms too
+            p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+    model.save_pretrained(tmp_path / "out")
+    back = Transformer.from_pretrained(tmp_path / "out")
+    assert back.config == model.config
+    assert all(torch.equal(p, q) and q.requires_grad for p, q in zip(model.parameters(), back.parameters()))
+    tokens = torch.tensor(TOKENS)
+    assert torch.equal(model(tokens), back(tokens))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_folders_go_through_transformers_and_back_unchanged(tmp_path, name):
+    transformers = transformers_or_skip()
+    model = Transformer(VARIANTS[name], seed=2)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+    model.save_pretrained(tmp_path / "ours")
+    theirs, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    tokens = torch.tensor(TOKENS)
+    with torch.no_grad():
+        torch.testing.assert_close(model.logits(model(tokens)), theirs(tokens).logits, atol=1e-5, rtol=0)
+    theirs.save_pretrained(tmp_path / "theirs")                                        # config.json in transformers 5's spelling
+    back = Transformer.from_pretrained(tmp_path / "theirs")
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), back.parameters()))
+    torch.testing.assert_close(back(tokens), model(tokens), atol=1e-6, rtol=0)
+    assert (back.config.eos_id, back.config.bos_id, back.config.tied) == (1, 0, model.config.tied)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_reward_folders_score_the_same_in_transformers(tmp_path, family):
+    transformers = transformers_or_skip()
+    rm = RewardModel(small(family), seed=4)
+    rm.reward_mean, rm.reward_std = 3.0, 2.0                                           # which transformers ignores
+    rm.save_pretrained(tmp_path / "rm")
+    theirs, info = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "rm", output_loading_info=True)
+    assert theirs.config.num_labels == 1 and not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    rows = [[5, 6, 7, 1], [9, 1], [4, 8, 3, 30, 12, 1]]
+    tokens = torch.tensor([r + [2] * (7 - len(r)) for r in rows])                      # right padding with pad_id
+    with torch.no_grad():
+        want = theirs(tokens, attention_mask=(tokens != 2).long()).logits[:, 0]
+        got = rm.score(tokens, torch.tensor([len(r) for r in rows])) * 2 + 3
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
+
+
+def test_hub_style_gpt2_files(tmp_path):
+    """The hub's gpt2: no `transformer.` prefix, and causal masks stored as tensors."""
+    tensors = {k.removeprefix("transformer."): v for k, v in weights_of(GOLDENS["gpt2"]["shapes"]).items()}
+    for n in range(2):
+        tensors[f"h.{n}.attn.bias"] = np.tril(np.ones((1, 1, 16, 16), dtype=np.float32))
+        tensors[f"h.{n}.attn.masked_bias"] = np.array(-1e4, dtype=np.float32)
+    model = Transformer.from_pretrained(write_folder(tmp_path / "hub", CASES["gpt2"], tensors))
+    want = Transformer.from_pretrained(case_folder(tmp_path, "gpt2"))
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), want.parameters()))
+
+
+def shard(folder):
+    """Splits model.safetensors in two, with an index."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    where = {name: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(sorted(tensors))}
+    for file in set(where.values()):
+        save_file({k: v for k, v in tensors.items() if where[k] == file}, folder / file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    return sorted(set(where.values()))
+
+
+def test_sharded_files_load_like_one(tmp_path):
+    folder = case_folder(tmp_path, "llama grouped queries")
+    whole = Transformer.from_pretrained(folder)
+    shard(folder)
+    assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), Transformer.from_pretrained(folder).parameters()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_files_become_float32(tmp_path, dtype):
+    folder = case_folder(tmp_path, "llama grouped queries")
+    tensors = {k: v.to(dtype) for k, v in load_file(folder / "model.safetensors").items()}
+    save_file(tensors, folder / "model.safetensors")
+    model = Transformer.from_pretrained(folder)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert torch.equal(model.embed.weight, tensors["model.embed_tokens.weight"].float())
+
+
+def test_an_eos_list_gives_its_first(tmp_path):
+    folder = case_folder(tmp_path, "llama grouped queries")
+    (folder / "config.json").write_text(json.dumps({**CASES["llama grouped queries"], "eos_token_id": [7, 8]}))
+    assert Transformer.from_pretrained(folder).config.eos_id == 7
+
+
+def refusal(folder, load=Transformer.from_pretrained):
+    with pytest.raises(UserError) as caught:
+        load(folder)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_missing_extra_and_misshaped_tensors_are_named(tmp_path):
+    tensors = weights_of(GOLDENS["llama grouped queries"]["shapes"])
+    name = "model.layers.1.mlp.up_proj.weight"
+
+    def message(changed):
+        return refusal(write_folder(tmp_path / "bad", CASES["llama grouped queries"], changed))
+    assert f"missing {name} (1)" in message({k: v for k, v in tensors.items() if k != name})
+    third = "model.layers.2.mlp.up_proj.weight"                                        # of two layers
+    assert f"not expected {third} (1)" in message({**tensors, third: tensors[name].copy()})
+    assert f"{name} has shape [39, 24], config.json asks for [40, 24]" in message({**tensors, name: tensors[name][:39].copy()})
+    query = "model.layers.0.self_attn.q_proj.weight"                                   # a part of our stacked qkv
+    assert f"{query} has shape [12, 24]" in message({**tensors, query: tensors[query][:12].copy()})
+    assert "missing lm_head.weight (1)" in message({k: v for k, v in tensors.items() if k != "lm_head.weight"})
+    assert "(20)" in message({"lm_head.weight": tensors["lm_head.weight"]})            # only some of many are listed
+    gpt2 = weights_of(GOLDENS["gpt2"]["shapes"])
+    gpt2["transformer.h.0.mlp.c_fc.weight"] = gpt2["transformer.h.0.mlp.c_fc.weight"].T.copy()
+    folder = write_folder(tmp_path / "bad", CASES["gpt2"], gpt2)
+    assert "c_fc.weight has shape [96, 24], config.json asks for [24, 96]" in refusal(folder)
+
+
+def test_damaged_and_hostile_files_are_refused(tmp_path):
+    folder = case_folder(tmp_path, "llama grouped queries")
+    whole = (folder / "model.safetensors").read_bytes()
+    for part in (whole[:-5], whole[:len(whole) // 2], whole[:100], whole[:4], b"", b"\xff" * 64):
+        (folder / "model.safetensors").write_bytes(part)
+        assert "damaged" in refusal(folder)
+    (folder / "model.safetensors").unlink()
+    assert "model.safetensors is missing" in refusal(folder)
+    (folder / "model.safetensors").write_bytes(whole)
+    files = shard(folder)
+    index = folder / "model.safetensors.index.json"
+    good = json.loads(index.read_text())
+    tensors = load_file(folder / files[1])
+    save_file({**tensors, "model.norm.weight": torch.ones(24), "lm_head.weight": torch.ones(48, 24)}, folder / files[1])
+    assert "is in" in refusal(folder)                                                  # a tensor in two shards
+    save_file(tensors, folder / files[1])
+    for bad in ("../case/" + files[0], "/etc/passwd", "..", ""):
+        index.write_text(json.dumps({"weight_map": {**good["weight_map"], "model.norm.weight": bad}}))
+        refusal(folder)
+    for bad in ("{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 3}}'):
+        index.write_text(bad)
+        assert "index.json" in refusal(folder)
+    index.write_text(json.dumps(good))
+    (folder / files[0]).unlink()
+    assert f"{files[0]} is missing" in refusal(folder)
+
+
+@pytest.mark.parametrize("name, change, message", [
+    ("gpt2", {"model_type": "bert"}, "model_type 'bert'"), ("gpt2", {"model_type": None}, "model_type None"),
+    ("gpt2", {"model_type": ["gpt2"]}, "model_type"),
+    ("gpt2", {"activation_function": "tanhshrink"}, "activation 'tanhshrink'"),
+    ("gpt2", {"n_embd": None}, "wrong kind"), ("gpt2", {"n_head": 0}, "wrong kind"), ("gpt2", {"n_head": "3"}, "wrong kind"),
+    ("gpt2", {"n_layer": -1}, "layers -1 is not a positive"), ("gpt2", {"vocab_size": "48"}, "vocab_size '48' is not a positive"),
+    ("gpt2", {"n_head": 5}, "config.json"),
+    ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
+    ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights"), ("gpt2", {"add_cross_attention": True}, "add_cross_attention"),
+    ("llama grouped queries", {"num_key_value_heads": 3}, "4 heads, 3 key-value heads"),
+    ("llama grouped queries", {"head_dim": 7}, "head width 7"),
+    ("llama grouped queries", {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope type 'yarn'"),
+    ("llama grouped queries", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope type 'linear'"),
+    ("llama grouped queries", {"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "low_freq_factor is missing"),
+    ("llama grouped queries", {"rope_parameters": {"rope_type": "default"}}, "rope_theta is missing"),
+    ("llama grouped queries", {"rope_scaling": "llama3"}, "config.json")])
+def test_configs_that_cannot_be_computed_are_refused_in_one_line(tmp_path, name, change, message):
+    folder = case_folder(tmp_path, name)
+    (folder / "config.json").write_text(json.dumps({**CASES[name], **change}))
+    assert message in refusal(folder)
+
+
+def test_config_files_that_are_no_config(tmp_path):
+    folder = case_folder(tmp_path, "gpt2")
+    for key in ("n_embd", "n_head", "n_layer", "n_positions", "vocab_size"):
+        (folder / "config.json").write_text(json.dumps({k: v for k, v in CASES["gpt2"].items() if k != key}))
+        assert f"{key} is missing" in refusal(folder)
+    for text in ("", "{", "[1]", "null", "\x00", '"gpt2"'):
+        (folder / "config.json").write_text(text)
+        refusal(folder)
+    (folder / "config.json").write_bytes(b"\xff\xfe{}")
+    refusal(folder)
+    (folder / "config.json").unlink()
+    assert "no config.json" in refusal(folder)
+    assert "no checkpoint folder" in refusal(tmp_path / "nowhere")
+
+
+def test_a_reward_folder_is_no_language_model(tmp_path):
+    RewardModel(small("llama", tied=False)).save_pretrained(tmp_path / "rm")
+    message = refusal(tmp_path / "rm")
+    assert "missing lm_head.weight (1)" in message and "not expected score.weight (1)" in message
+
+
+def test_saving_over_a_folder_leaves_no_trace_of_the_old_weights(tmp_path):
+    a, b = Transformer(small(), 1), Transformer(small(layers=1), 2)
+    a.save_pretrained(tmp_path / "m")
+    b.save_pretrained(tmp_path / "m")
+    assert sorted(p.name for p in (tmp_path / "m").iterdir()) == ["config.json", "model.safetensors"]
+    assert torch.equal(Transformer.from_pretrained(tmp_path / "m").embed.weight, b.embed.weight)
+
+
+# ---------------------------------------------------------------------------------------------- a trained checkpoint
+@needs_stories
+def test_stories260k_tells_its_story(tmp_path):
+    from nanorlhf.generate import generate
+    folder = DATA / "checkpoints" / "stories260K"
+    model = Transformer.from_pretrained(folder)
+    ids = generate(model, [[1, 403, 407, 261, 378]], 60, temperature=0).responses()[0]
+    tokenizers = pytest.importorskip("tokenizers", reason="needs tokenizers (the `parity` extra) to read the continuation")
+    tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    story = ", there was a little girl named Lily. She loved to play outside in the park. One day, she saw a big, red ball."
+    told = tokenizer.decode([1, 403, 407, 261, 378] + ids)
+    assert told.strip().removeprefix("Once upon a time").startswith(story), told
+
+    stories = (DATA / "text" / "tinystories_sample.txt").read_text(encoding="utf-8").split("<|endoftext|>")[0].strip()
+    drama = (DATA / "text" / "tiny_shakespeare.txt").read_text(encoding="utf-8")[:1200]
+    for text, count, loss in ((stories, 374, 1.316), (drama, 400, 3.919)):
+        tokens = [i for i in tokenizer.encode(text, add_special_tokens=False).ids if i != 1]
+        tokens = torch.tensor([[1] + tokens])[:, :count]
+        assert tokens.shape[1] == count
+        logp = model.logprobs(tokens, torch.arange(count)[None] > 0).detach()
+        assert float(-logp.sum() / (count - 1)) == pytest.approx(loss, abs=1e-3)
+    shutil.copytree(folder, tmp_path / "copy")
+    model.save_pretrained(tmp_path / "copy")
+    a, b = (load_file(f / "model.safetensors") for f in (folder, tmp_path / "copy"))
+    assert a.keys() == b.keys() and all(torch.equal(a[k].float(), b[k]) for k in a)

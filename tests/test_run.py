@@ -1,0 +1,488 @@
+"""run.py: options, files that survive a crash, seeds, rates, optimizer state, the run folder and its refusals."""
+
+import dataclasses
+import importlib
+import json
+import math
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from nanorlhf import run as run_module
+from nanorlhf.run import (
+    Run,
+    UserError,
+    learning_rate,
+    main,
+    make_optimizer,
+    need_file,
+    need_folder,
+    parse_options,
+    pick_device,
+    read_jsonl,
+    seed_for,
+    write_json,
+    write_records,
+    written_whole,
+)
+
+SCRIPTS = ("train_sft", "train_rm", "train_ppo", "train_dpo", "train_rrhf", "sample_bon")
+
+
+@dataclass
+class Options:
+    out: str = "out/x"  # run folder
+    lr: float = 1e-3  # peak rate, 50% of what it was
+    steps: int = 3  # how many
+    fast: bool = False  # hurry
+
+
+# --------------------------------------------------------------------------------------------------------------- options
+def test_both_spellings_and_all_forms_of_a_bool():
+    assert parse_options(Options, argv=[]) == Options()
+    assert parse_options(Options, argv=["--lr", "1e-5", "--steps", "7"]) == parse_options(
+        Options, argv=["--lr=1e-5", "--steps=7"]
+    )
+    assert parse_options(Options, argv=["--lr", "1e-5"]).lr == 1e-5
+    for yes in (["--fast"], ["--fast", "true"], ["--fast=True"], ["--fast", "yes"], ["--fast=1"], ["--fast", "on"]):
+        assert parse_options(Options, argv=yes).fast is True
+    for no in (["--fast", "false"], ["--fast=False"], ["--fast", "no"], ["--fast=0"], ["--fast=off"]):
+        assert parse_options(Options, argv=no).fast is False
+    assert parse_options(Options, argv=["--out", "-"]).out == "-"
+    assert parse_options(Options, argv=["--lr=-1"]).lr == -1.0
+
+
+@pytest.mark.parametrize(
+    "argv, says",
+    [
+        (["--no_such", "1"], "--no_such"),
+        (["--st", "3"], "--st"),
+        (["stray"], "stray"),
+        (["--steps", "many"], "--steps"),
+        (["--steps", "1.5"], "--steps"),
+        (["--lr", "fast"], "--lr"),
+        (["--fast", "maybe"], "neither true nor false"),
+        (["--steps"], "--steps"),
+    ],
+)
+def test_a_wrong_option_is_one_line_that_names_it(argv, says, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse_options(Options, argv=argv)
+    assert says in stop.value.code and stop.value.code.startswith("error: ") and "\n" not in stop.value.code
+    assert capsys.readouterr() == ("", "")
+
+
+def test_help_lists_every_field_with_its_comment_and_default(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse_options(Options, "What it does.", ["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert stop.value.code == 0 and "What it does." in text
+    for field, comment in (
+        ("out", "run folder"),
+        ("lr", "peak rate, 50% of what it was"),
+        ("steps", "how many"),
+        ("fast", "hurry"),
+    ):
+        assert f"--{field}" in text and f"{comment} (default: {getattr(Options(), field)!r})" in text
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_of_every_script_lists_every_field_with_a_comment(script, capsys):
+    module = importlib.import_module(script)
+    with pytest.raises(SystemExit):
+        parse_options(module.Config, module.__doc__, ["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for field in dataclasses.fields(module.Config):
+        metavar = "[BOOL]" if field.type is bool else field.type.__name__.upper()
+        comment, default = text.split(f"--{field.name} {metavar} ", 1)[1].split("(default: ", 1)
+        assert comment.split(), f"{script} --{field.name} has no help"
+        assert default.startswith(repr(field.default))
+
+
+def test_scripts_name_their_shared_options_alike():
+    """The words of the command line that all scripts share, with one type each."""
+    types = {}
+    for script in SCRIPTS:
+        fields = {f.name: f.type for f in dataclasses.fields(importlib.import_module(script).Config)}
+        assert {
+            "init",
+            "data",
+            "out",
+            "seed",
+            "device",
+            "dtype",
+            "compile",
+            "resume",
+            "overwrite",
+            "limit",
+            "batch_size",
+        } <= fields.keys()
+        if script != "sample_bon":
+            assert {"max_steps", "micro_batch_size", "lr"} <= fields.keys()
+        for name, kind in fields.items():
+            assert types.setdefault(name, kind) is kind
+
+
+@pytest.mark.parametrize(
+    "error, says",
+    [
+        (UserError("no such thing"), "error: no such thing"),
+        (OSError(28, "No space left on device"), "No space left on device"),
+        (torch.OutOfMemoryError("CUDA out of memory.\nmore"), "lower --micro_batch_size"),
+        (KeyboardInterrupt(), "--resume"),
+    ],
+)
+def test_main_turns_what_a_user_can_put_right_into_one_line(error, says, monkeypatch):
+    def train(config):
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["train_x.py"])
+    with pytest.raises(SystemExit) as stop:
+        main(Options, train, "")
+    assert says in stop.value.code and "\n" not in stop.value.code
+
+
+def test_main_does_not_hide_our_own_faults(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train_x.py"])
+    with pytest.raises(ZeroDivisionError):
+        main(Options, lambda config: 1 / 0, "")
+
+
+# ------------------------------------------------------------------------------------------------------------------ files
+def leftovers(folder):
+    return {
+        str(p.relative_to(folder)): p.read_text() for p in Path(folder).rglob("*") if p.is_file() and ".writing" not in str(p)
+    }
+
+
+def write_folder(path, text):
+    with written_whole(path) as temporary:
+        temporary.mkdir()
+        (temporary / "a").write_text(text)
+        (temporary / "b").write_text(text)
+
+
+def write_file(path, text):
+    with written_whole(path) as temporary:
+        temporary.write_text(text)
+
+
+@pytest.mark.parametrize("write", [write_file, write_folder])
+def test_written_whole_replaces_a_file_or_a_folder(write, tmp_path):
+    target = tmp_path / "deep" / "er" / "x"
+    write(target, "one")
+    write(target, "two")
+    assert set(leftovers(tmp_path).values()) == {"two"}
+    assert [p.name for p in target.parent.iterdir()] == ["x"]
+
+
+@pytest.mark.parametrize("write", [write_file, write_folder])
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_failing_fsync_or_rename_leaves_the_old_content_and_a_retry_works(write, call, tmp_path, monkeypatch):
+    target = tmp_path / "x"
+    if write is write_file:
+        write(target, "old")
+    before = leftovers(tmp_path)
+
+    def fail(*args):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, fail)
+        with pytest.raises(OSError):
+            write(target, "new")
+    assert leftovers(tmp_path) == before
+    write(target, "new")
+    assert set(leftovers(tmp_path).values()) == {"new"} and [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+def test_a_failure_in_the_middle_of_writing_leaves_the_old_content(tmp_path):
+    target = tmp_path / "x.json"
+    write_json(target, {"old": 1})
+    with pytest.raises(ValueError):
+        write_json(target, {"new": [1, float("nan")]})  # NaN is no JSON
+    with pytest.raises(RuntimeError):
+        with written_whole(target) as temporary:
+            temporary.write_text("half of it")
+            raise RuntimeError
+    assert json.loads(target.read_text()) == {"old": 1}
+    write_json(target, {"new": 2})
+    assert json.loads(target.read_text()) == {"new": 2}
+
+
+def test_a_kill_in_the_middle_of_writing_leaves_the_old_content(tmp_path):
+    target = tmp_path / "x"
+    write_file(target, "old")
+    code = (
+        f"import os, pathlib\nfrom nanorlhf.run import written_whole\n"
+        f"with written_whole({str(target)!r}) as t:\n    t.write_text('half'); os._exit(9)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 9
+    assert target.read_text() == "old"
+    write_file(target, "new")
+    assert target.read_text() == "new"
+
+
+def test_records_round_trip_and_a_cut_last_line_is_dropped(tmp_path):
+    rows = [{"text": 'ü\u2028\n"x'}, {"text": "", "n": 0.1}, {"text": "中", "list": [1, 2]}]
+    write_records(tmp_path / "r.jsonl", rows)
+    assert read_jsonl(tmp_path / "r.jsonl") == rows
+    content = (tmp_path / "r.jsonl").read_bytes()
+    (tmp_path / "r.jsonl").write_bytes(content[:-5])
+    assert read_jsonl(tmp_path / "r.jsonl") == rows[:2]
+    assert read_jsonl(tmp_path / "none.jsonl") == []
+
+
+# ------------------------------------------------------------------------------------------------------------ seeds, rates
+def test_seeds_depend_on_seed_purpose_and_step_only():
+    seeds = {seed_for(s, purpose, step) for s in range(5) for purpose in ("rollout", "minibatches") for step in range(20)}
+    assert len(seeds) == 200 and all(0 <= s < 2**63 for s in seeds)
+    assert seed_for(3, "rollout", 7) == seed_for(3, "rollout", 7)
+    again = subprocess.run(
+        [sys.executable, "-c", "from nanorlhf.run import seed_for; print(seed_for(3, 'rollout', 7))"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONHASHSEED": "5"},
+    )
+    assert int(again.stdout) == seed_for(3, "rollout", 7)  # not Python's hash()
+
+
+def test_importing_the_project_leaves_the_global_generators_alone():
+    code = (
+        "import random, numpy, torch; torch.manual_seed(1); numpy.random.seed(1); random.seed(1)\n"
+        "a = torch.get_rng_state(), numpy.random.get_state()[1].copy(), random.getstate()\n"
+        "import train_sft, train_rm, train_ppo, train_dpo, train_rrhf, sample_bon, nanorlhf.evaluate\n"
+        "b = torch.get_rng_state(), numpy.random.get_state()[1], random.getstate()\n"
+        "assert torch.equal(a[0], b[0]) and (a[1] == b[1]).all() and a[2] == b[2]"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+@pytest.mark.parametrize("warmup", [0, 4])
+def test_learning_rate_closed_form(schedule, warmup):
+    total, peak = 20, 0.3
+    rates = [learning_rate(step, total, peak, warmup, schedule) for step in range(total)]
+    for step, rate in enumerate(rates):
+        x = (step - warmup) / (total - warmup)
+        after = {"constant": 1, "linear": 1 - x, "cosine": (1 + math.cos(math.pi * x)) / 2}[schedule]
+        assert rate == pytest.approx(peak * ((step + 1) / warmup if step < warmup else after), rel=1e-12)
+    assert max(rates) == pytest.approx(peak) and min(rates) > 0  # no update is wasted at rate 0
+    assert rates[warmup:] == sorted(rates[warmup:], reverse=True)
+
+
+def test_linear_schedule_without_warmup_is_ppos_annealing():
+    assert [learning_rate(s, 4, 1.0) for s in range(4)] == [1.0, 0.75, 0.5, 0.25]
+
+
+# -------------------------------------------------------------------------------------------------------------- optimizer
+def test_weight_decay_acts_on_matrices_only_and_names_are_checked():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.LayerNorm(2))
+    matrices, others = make_optimizer(model.parameters(), "adamw", 0.1, weight_decay=0.5).param_groups
+    assert (len(matrices["params"]), matrices["weight_decay"], len(others["params"]), others["weight_decay"]) == (1, 0.5, 3, 0.0)
+    assert isinstance(make_optimizer(model.parameters(), "rmsprop", 0.1), torch.optim.RMSprop)
+    assert make_optimizer(model.parameters(), "adam", 0.1, eps=1e-5).param_groups[0]["eps"] == 1e-5
+    with pytest.raises(UserError, match="--optimizer sgd"):
+        make_optimizer(model.parameters(), "sgd", 0.1)
+
+
+@dataclass
+class Small:
+    out: str
+    device: str = "cpu"
+    dtype: str = "float32"
+    compile: bool = False
+    overwrite: bool = False
+    resume: bool = False
+    batch_size: int = 4
+    lr_schedule: str = "linear"
+
+
+def some_updates(model, optimizer, first, last):
+    for step in range(first, last):
+        x = torch.randn(8, 3, generator=torch.Generator().manual_seed(step))
+        optimizer.zero_grad()
+        (model(x) ** 2).sum().backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("name", ["adamw", "adam", "rmsprop"])
+def test_checkpoint_round_trip_of_weights_optimizer_and_state(name, tmp_path):
+    def fresh():
+        model = torch.nn.Linear(3, 2)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.copy_(torch.linspace(-1, 1, p.numel()).view(p.shape))
+        return model, make_optimizer(model.parameters(), name, 0.01, weight_decay=0.1)
+
+    model, optimizer = fresh()
+    run = Run(Small(str(tmp_path / "a")), "sft")
+    assert run.load_checkpoint({"model": model}, {"optimizer": optimizer}) == {"step": 0}
+    some_updates(model, optimizer, 0, 5)
+    run.save_checkpoint(5, {"model": model}, {"optimizer": optimizer}, {"kl_coef": 0.1 + 0.2})
+    some_updates(model, optimizer, 5, 9)
+
+    other, other_optimizer = fresh()
+    again = Run(Small(str(tmp_path / "a"), resume=True), "sft")
+    state = again.load_checkpoint({"model": other}, {"optimizer": other_optimizer})
+    assert state == {"step": 5, "kl_coef": 0.1 + 0.2}
+    some_updates(other, other_optimizer, 5, 9)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters()))
+    assert not list((tmp_path / "a").rglob("*.p*t*")) and not list((tmp_path / "a").rglob("*.bin"))  # no pickle
+
+
+def test_only_the_two_newest_checkpoints_stay_and_logs_are_cut_to_the_newest(tmp_path):
+    model = torch.nn.Linear(2, 1)
+    run = Run(Small(str(tmp_path)), "sft")
+    run.load_checkpoint({"model": model}, {})
+    for step in (9, 10, 11):
+        run.log(step, 20, {"loss": step})
+        run.samples(step, [{"text": "x"}])
+        run.save_checkpoint(step, {"model": model}, {})
+    run.log(12, 20, {"loss": 12})
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-0000010", "step-0000011"]
+    again = Run(Small(str(tmp_path), resume=True), "sft")
+    assert again.load_checkpoint({"model": model}, {})["step"] == 11
+    assert [r["step"] for r in read_jsonl(tmp_path / "metrics.jsonl")] == [9, 10, 11]
+    assert [r["step"] for r in read_jsonl(tmp_path / "samples.jsonl")] == [9, 10, 11]
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "state.json"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_resumes(file, damage, tmp_path):
+    """A flipped data bit, which safetensors would load silently; also in the step number or in an adapted kl_coef."""
+    model = torch.nn.Linear(3, 2)
+    optimizer = make_optimizer(model.parameters(), "adamw", 0.01)
+    run = Run(Small(str(tmp_path)), "sft")
+    run.load_checkpoint({"model": model}, {"optimizer": optimizer})
+    some_updates(model, optimizer, 0, 1)
+    for step in (3, 4):
+        run.save_checkpoint(step, {"model": model}, {"optimizer": optimizer}, {"kl_coef": 0.25})
+    newest = tmp_path / "checkpoints" / "step-0000004"
+    path = newest / file
+    content = bytearray(path.read_bytes())
+    if damage == "flip":
+        at = content.index(b"0.25") if file == "state.json" else len(content) - 2
+        content[at] ^= 1
+    path.write_bytes(content if damage == "flip" else content[:-7])
+    if damage == "remove":
+        path.unlink()
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    with pytest.raises(UserError) as error:
+        Run(Small(str(tmp_path), resume=True), "sft").load_checkpoint({"model": model}, {"optimizer": optimizer})
+    assert str(path) in str(error.value) and "damaged" in str(error.value) and "\n" not in str(error.value)
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+    for p in newest.iterdir():
+        p.unlink()
+    newest.rmdir()
+    assert Run(Small(str(tmp_path), resume=True), "sft").load_checkpoint({"model": model}, {"optimizer": optimizer})["step"] == 3
+
+
+# ------------------------------------------------------------------------------------------------------------- run folder
+def test_nothing_is_written_before_the_inputs_are_loaded(tmp_path):
+    """So a run that stops at a bad input can be repeated as it was typed, and --overwrite has not deleted anything yet."""
+    Run(Small(str(tmp_path / "new")), "sft")
+    assert not (tmp_path / "new").exists()
+    run = Run(Small(str(tmp_path / "old")), "sft")
+    run.load_checkpoint({}, {})
+    run.log(1, 1, {"loss": 1})
+    other = Run(Small(str(tmp_path / "old"), overwrite=True), "sft")
+    assert (tmp_path / "old" / "metrics.jsonl").exists()
+    other.load_checkpoint({}, {})
+    assert [p.name for p in (tmp_path / "old").iterdir()] == ["run.json"]
+
+
+def test_refusals_of_the_run_folder(tmp_path):
+    with pytest.raises(UserError, match="holds no run to resume"):
+        Run(Small(str(tmp_path), resume=True), "sft")
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match="already holds files"):
+        Run(Small(str(tmp_path)), "sft")
+    with pytest.raises(UserError, match="not a run folder"):
+        Run(Small(str(tmp_path), overwrite=True), "sft")
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+@pytest.mark.parametrize(
+    "fields, says",
+    [
+        (dict(dtype="float16"), "--dtype float16: not one of float32, bfloat16"),
+        (dict(lr_schedule="step"), "--lr_schedule step"),
+        (dict(batch_size=0), "--batch_size 0: must be at least 1"),
+        (dict(device="abacus"), "--device abacus"),
+    ],
+)
+def test_an_option_that_is_not_one_of_its_words_is_one_line(fields, says, tmp_path):
+    with pytest.raises(UserError) as error:
+        Run(Small(str(tmp_path / "x"), **fields), "sft")
+    assert says in str(error.value) and not (tmp_path / "x").exists()
+
+
+def test_a_missing_predecessor_names_its_command(tmp_path):
+    for need in (need_folder, need_file):
+        with pytest.raises(UserError, match="first run: python train_sft.py"):
+            need(str(tmp_path / "sft"), "python train_sft.py")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_cuda_without_a_gpu_is_one_line():
+    assert pick_device("auto").type == "cpu"
+    with pytest.raises(UserError, match="no GPU"):
+        pick_device("cuda")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_number_that_is_not_finite_never_reaches_metrics(value, tmp_path):
+    run = Run(Small(str(tmp_path)), "sft")
+    run.load_checkpoint({}, {})
+    run.log(1, 3, {"loss": 1.0})
+    with pytest.raises(UserError, match="step 2: eval/x not finite"):
+        run.log(2, 3, {"loss": 1.0, "eval/x": value})
+    assert [r["step"] for r in read_jsonl(tmp_path / "metrics.jsonl")] == [1]
+
+
+@pytest.mark.parametrize("loss, gradient", [(float("nan"), 1.0), (float("inf"), 1.0), (1.0, float("nan")), (1.0, float("inf"))])
+@pytest.mark.parametrize("clip", [0.0, 1.0])
+def test_a_loss_or_gradient_that_is_not_finite_stops_before_the_step_naming_step_and_rows(loss, gradient, clip, tmp_path):
+    model = torch.nn.Linear(2, 1)
+    optimizer = make_optimizer(model.parameters(), "adamw", 0.1)
+    before = [p.detach().clone() for p in model.parameters()]
+    for p in model.parameters():
+        p.grad = torch.full_like(p, gradient)
+    run = Run(Small(str(tmp_path)), "sft")
+    with pytest.raises(UserError) as error:
+        run.step({optimizer: 0.1}, clip, 17, [5, 3, 8], loss)
+    assert "step 17" in str(error.value) and "[5, 3, 8]" in str(error.value) and "\n" not in str(error.value)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters())) and not optimizer.state
+
+
+def test_step_clips_the_norm_and_reports_it_before_clipping(tmp_path):
+    for clip, expected in ((1.0, [-0.6, -0.8]), (0.0, [-3.0, -4.0]), (10.0, [-3.0, -4.0])):
+        p = torch.nn.Parameter(torch.zeros(2))
+        p.grad = torch.tensor([3.0, 4.0])
+        norm = Run(Small(str(tmp_path)), "sft").step({torch.optim.SGD([p], 0.5): 1.0}, clip, 1, [0], 0.0)
+        assert norm == pytest.approx(5.0) and p.tolist() == pytest.approx(expected, abs=1e-5) and p.grad is None
+
+
+def test_every_is_due_each_n_steps_and_after_the_last():
+    assert [s for s in range(1, 8) if Run.every(3, s, 7)] == [3, 6, 7]
+    assert not any(Run.every(0, s, 7) for s in range(1, 8))
+
+
+def test_run_json_names_options_versions_and_commit(tmp_path):
+    run = Run(Small(str(tmp_path)), "sft")
+    run.load_checkpoint({}, {})
+    found = json.loads((tmp_path / "run.json").read_text())
+    assert found["options"] == dataclasses.asdict(Small(str(tmp_path))) and found["finished"] is False
+    assert found["torch"] == torch.__version__ and found["numpy"] == np.__version__ and "commit" in found
+    run.done()
+    assert json.loads((tmp_path / "run.json").read_text())["finished"] is True
+    assert Run(Small(str(tmp_path), resume=True), "sft").finished
+    assert run_module.git_commit() == found["commit"] or found["commit"] == ""

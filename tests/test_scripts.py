@@ -1,0 +1,927 @@
+"""The six scripts, run as a user runs them on a tiny model: what they write, what they refuse, how they resume.
+
+"Trap" numbers known faults of public RLHF code; each test says which fault it excludes.
+"""
+
+import hashlib
+import importlib
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import sample_bon
+import train_dpo
+import train_ppo
+import train_rm
+import train_rrhf
+import train_sft
+from nanorlhf.data import load_tokenizer
+from nanorlhf.model import RewardModel, Transformer
+from nanorlhf.run import Run, main, read_jsonl
+
+ROOT = Path(__file__).parents[1]
+ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
+SHORT = "--response_length 8 --num_eval_prompts 4"
+PIPELINE = (  # defaults elsewhere: each script finds what the one before it made
+    "train_sft --init scratch --kind text --out out/base --width 16 --layers 1 --heads 2 --context 96 --limit 60 --max_steps 3 "
+    "--batch_size 4",
+    "train_sft --limit 40 --max_steps 3 --batch_size 8",
+    "sample_bon --split train --n 2 --reward gold --label_temperature 0.2 --out out/comparisons --limit 60 --response_length 8 --keep_unfinished",
+    "train_rm --max_steps 3 --batch_size 8 --eval_fraction 0.2",
+    f"train_ppo --max_steps 2 --batch_size 8 --limit 32 {SHORT}",
+    f"train_dpo --max_steps=2 --batch_size=8 {SHORT}",
+    f"train_rrhf --max_steps 2 --batch_size 4 --limit 8 {SHORT}",
+    "sample_bon --n 4 --limit 6 --response_length 8 --keep_unfinished",
+)
+
+
+def start(cwd, command, *more):
+    script, *options = [*command.split(), *map(str, more)]
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / f"{script}.py"), *options],
+        cwd=cwd,
+        env=ENV,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def done(process):
+    out, err = process.communicate(timeout=300)
+    return SimpleNamespace(code=process.returncode, out=out, err=err)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Bits must not depend on how many cores were free; and tiny matrices are faster on one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A folder in which the whole pipeline has run, each script in its own process."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    for command in PIPELINE[:4]:
+        found = done(start(folder, command))
+        assert found.code == 0, found.err
+    for found in [done(p) for p in [start(folder, command) for command in PIPELINE[4:]]]:
+        assert found.code == 0, found.err
+        assert "done: out/" in found.out
+    return folder
+
+
+@pytest.fixture
+def here(root, monkeypatch):
+    """Runs in-process calls inside the pipeline's folder."""
+    monkeypatch.chdir(root)
+    return root
+
+
+COMMON = {
+    train_sft: dict(init="out/base", limit=40, max_steps=4, batch_size=8, eval_every=0),
+    train_rm: dict(init="out/sft", max_steps=4, batch_size=8, eval_fraction=0.2, eval_every=2),
+    train_ppo: dict(init="out/sft", max_steps=4, batch_size=8, limit=32, response_length=8, num_eval_prompts=3, eval_every=2),
+    train_dpo: dict(init="out/sft", max_steps=4, batch_size=8, response_length=8, num_eval_prompts=3, eval_every=2),
+    train_rrhf: dict(init="out/sft", max_steps=4, batch_size=4, limit=8, response_length=8, num_eval_prompts=3, eval_every=2),
+    sample_bon: dict(init="out/sft", limit=6, n=4, response_length=8, keep_unfinished=True),
+}
+
+
+def go(module, out, **options):
+    """train(Config(...)) in this process; returns the rows of metrics.jsonl."""
+    module.train(module.Config(**{**COMMON[module], "device": "cpu", "out": str(out), **options}))
+    return read_jsonl(Path(out) / "metrics.jsonl")
+
+
+def weights(folder):
+    from safetensors.torch import load_file
+
+    return load_file(Path(folder) / "model.safetensors")
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def snapshot(folder):
+    return {str(p): hashlib.sha256(p.read_bytes()).hexdigest() for p in Path(folder).rglob("*") if p.is_file()}
+
+
+# ----------------------------------------------------------------------------------------------------------- what they write
+METRICS = {
+    "base": {"loss", "lr", "grad_norm", "eval/loss"},
+    "sft": {"loss", "lr", "grad_norm", "eval/loss"},
+    "rm": {"loss", "accuracy", "lr", "grad_norm", "eval/held_out/loss", "eval/held_out/accuracy"},
+    "ppo": {
+        "objective/kl",
+        "objective/scores",
+        "objective/rlhf_reward",
+        "objective/entropy",
+        "objective/ended",
+        "objective/length",
+        "policy/approxkl",
+        "policy/clipfrac",
+        "val/ratio",
+        "loss/policy",
+        "loss/value",
+        "eval/kl",
+        "eval/reward",
+        "eval/gold",
+    },
+    "dpo": {
+        "loss",
+        "rewards/chosen",
+        "rewards/rejected",
+        "rewards/margins",
+        "rewards/accuracies",
+        "logps/chosen",
+        "logps/rejected",
+        "eval/loss",
+        "eval/accuracy",
+        "eval/kl",
+        "eval/gold",
+    },
+    "rrhf": {"loss", "loss/rank", "loss/ft", "scores/best", "scores/mean", "eval/reward", "eval/kl", "eval/gold"},
+}
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_every_run_folder_is_a_checkpoint_with_its_metrics_options_and_tokenizer(root, name):
+    folder = root / "out" / name
+    run = json.loads((folder / "run.json").read_text())
+    assert run["finished"] and run["options"]["seed"] == 0 and run["torch"] == torch.__version__
+    load = RewardModel if name == "rm" else Transformer
+    model, tokenizer = load.from_pretrained(folder), load_tokenizer(folder)
+    assert model.config.vocab_size == tokenizer.vocab_size == load_tokenizer("reviews").vocab_size
+    assert model.config.eos_id == tokenizer.eos_id != tokenizer.pad_id  # trap 1
+    rows = [json.loads(line, parse_constant=pytest.fail) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in rows] == list(range(1, len(rows) + 1))
+    assert METRICS[name] <= set().union(*rows)
+    assert all(math.isfinite(v) for r in rows for v in r.values())
+    assert not [p for p in folder.rglob("*") if p.suffix in (".pt", ".pth", ".bin", ".pkl") or ".writing" in p.name]
+
+
+@pytest.mark.parametrize("name", ["ppo", "dpo", "rrhf"])
+def test_samples_are_texts_with_their_step_and_reward(root, name):
+    rows = read_jsonl(root / "out" / name / "samples.jsonl")
+    assert rows and all(
+        r["prompt"].startswith("Review of the") and isinstance(r["completion"], str) and "gold" in r for r in rows
+    )
+    assert {r["step"] for r in rows} == {2}
+
+
+def test_checkpoints_load_in_transformers_and_give_the_same_numbers(root):
+    transformers = pytest.importorskip("transformers", reason="needs transformers (the `parity` extra)")
+    tokens = torch.tensor([[5, 9, 100, 33, 2]])
+    with torch.no_grad():
+        ours = Transformer.from_pretrained(root / "out/ppo")
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(root / "out/ppo").eval()
+        assert torch.allclose(ours.logits(ours(tokens)), theirs(tokens).logits, atol=1e-5)
+        rm = RewardModel.from_pretrained(root / "out/rm")
+        classifier = transformers.AutoModelForSequenceClassification.from_pretrained(root / "out/rm").eval()
+        assert torch.allclose(rm(tokens)[:, -1], classifier(tokens).logits[:, 0], atol=1e-5)
+
+
+def test_reward_model_is_stored_with_mean_0_and_std_1_over_its_held_out_responses(here, tmp_path):
+    from nanorlhf.data import load_records, make_examples, split_records
+    from nanorlhf.rewards import load_reward
+
+    tokenizer = load_tokenizer("out/rm")
+    _, held_out = split_records(load_records("out/comparisons/comparisons.jsonl", "ranked"), 0.2, 0)
+    rows = [e for r in held_out for e in make_examples(tokenizer, r["prompt"], r["responses"])]
+    reward = load_reward("out/rm", tokenizer, torch.device("cpu"))
+    scores = reward([e.tokens[: e.prompt_length] for e in rows], [e.tokens[e.prompt_length :] for e in rows])
+    assert scores.mean().item() == pytest.approx(0, abs=1e-4) and scores.std(correction=0).item() == pytest.approx(1, abs=1e-4)
+    # the same again, starting from that reward model: its constants are taken anew, not on top of the old ones
+    go(train_rm, tmp_path / "again", init="out/rm", max_steps=1, lr=0.0)
+    old, new = (RewardModel.from_pretrained(f) for f in ("out/rm", tmp_path / "again"))
+    assert (new.reward_mean, new.reward_std) == pytest.approx((old.reward_mean, old.reward_std), abs=1e-5)
+    go(train_rm, tmp_path / "none", max_steps=1, normalize="none")
+    go(train_rm, tmp_path / "mean", max_steps=1, normalize="mean", normalize_data="out/comparisons/best.jsonl")
+    none, mean = (RewardModel.from_pretrained(tmp_path / f) for f in ("none", "mean"))
+    assert (none.reward_mean, none.reward_std, mean.reward_std) == (0.0, 1.0, 1.0) and mean.reward_mean != 0
+
+
+# ------------------------------------------------------------------------------------------------------ where they start from
+def test_first_dpo_step_is_ln_2_with_margin_0(root):
+    """Trap 12: reference and policy go through one function in one precision."""
+    first = read_jsonl(root / "out/dpo/metrics.jsonl")[0]
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    for name in ("rewards/margins", "rewards/chosen", "rewards/rejected"):
+        assert first[name] == pytest.approx(0, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options, first",
+    [
+        (dict(loss="ipo", beta=0.2), 1 / (4 * 0.2**2)),
+        (dict(label_smoothing=0.2), math.log(2)),
+        (dict(loss="unlikelihood"), None),
+        (dict(reference_free=True), None),
+        (dict(optimizer="rmsprop", max_grad_norm=10.0), math.log(2)),
+        (dict(dtype="bfloat16"), math.log(2)),
+        (dict(reference="out/base"), None),
+    ],
+    ids=str,
+)
+def test_dpo_variants_start_at_their_closed_form(here, tmp_path, options, first):
+    rows = go(train_dpo, tmp_path / "x", max_steps=2, eval_every=0, **options)
+    assert first is None or rows[0]["loss"] == pytest.approx(first, rel=1e-4)
+    if options.get("loss") == "unlikelihood":
+        assert rows[0]["loss"] == pytest.approx(-rows[0]["logps/chosen"] + 0.5 * rows[0]["logps/rejected"], rel=1e-5)
+
+
+def test_first_ppo_update_has_ratio_1_and_the_rollout_has_kl_0(here, tmp_path):
+    """Traps 7, 8: one minibatch that spans the whitened batch, so L_pi = 0, approxkl = 0 and clipfrac = 0 as well."""
+    for i, options in enumerate((dict(), dict(temperature=0.7, micro_batch_size=3), dict(temperature=1.5))):
+        first = go(train_ppo, tmp_path / str(i), max_steps=1, num_ppo_epochs=1, num_mini_batches=1, eval_every=1, **options)[0]
+        assert first["val/ratio"] == pytest.approx(1, abs=1e-5) and first["policy/approxkl"] == pytest.approx(0, abs=1e-9)
+        assert first["objective/kl"] == pytest.approx(0, abs=1e-4) and first["policy/clipfrac"] == 0 == first["val/clipfrac"]
+        assert first["loss/policy"] == pytest.approx(0, abs=1e-5)
+        assert first["objective/length"] <= 8
+
+
+REWARD = (
+    "def length(prompts, completions):\n    return [len(c) / 10 for c in completions]\n"
+    "def halves(prompts, completions):\n    return [float(len(c) % 2) for c in completions]\n"
+    "def bad(prompts, completions):\n    return [float('nan') for c in completions]\n"
+    "def broken(prompts, completions):\n    return 1 / 0\n"
+)
+
+
+@pytest.fixture
+def reward_file(tmp_path):
+    (tmp_path / "mine.py").write_text(REWARD)
+    return f"{tmp_path / 'mine.py'}:"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(kl_estimator="k2"),
+        dict(kl_estimator="k3"),
+        dict(whiten_rewards=True),
+        dict(missing_eos="subtract", missing_eos_penalty=3.0),
+        dict(missing_eos="none"),
+        dict(reward="gold"),
+        dict(micro_batch_size=3, num_mini_batches=3),
+        dict(dtype="bfloat16"),
+        dict(value_init="out/sft", reference="out/base"),
+        dict(num_mini_batches=20, gamma=0.9, lam=1.0),
+        dict(data="out/comparisons/best.jsonl"),
+    ],
+    ids=str,
+)
+def test_ppo_variants_run(here, tmp_path, options):
+    rows = go(train_ppo, tmp_path / "x", max_steps=2, **options)
+    assert len(rows) == 2 and rows[0]["val/ratio"] == pytest.approx(1, abs=0.1)
+    if "reference" in options:
+        assert rows[0]["objective/kl"] != 0
+
+
+def test_ppo_missing_eos_scores(here, tmp_path, reward_file):
+    """Trap 5: no response of 2 tokens ends here; replaced by -penalty, lowered by it, or left alone."""
+    scores = {}
+    for word in ("none", "subtract", "replace"):
+        row = go(
+            train_ppo,
+            tmp_path / word,
+            max_steps=1,
+            response_length=2,
+            reward=reward_file + "length",
+            missing_eos=word,
+            missing_eos_penalty=2.5,
+            eval_every=0,
+        )[0]
+        assert row["objective/ended"] == 0
+        scores[word] = row["objective/scores"]
+    assert scores["none"] > 0 and scores["replace"] == -2.5
+    assert scores["subtract"] == pytest.approx(scores["none"] - 2.5, abs=1e-5)
+
+
+def test_ppo_kl_target_adapts_beta_as_ziegler_does(here, tmp_path, reward_file):
+    rows = go(train_ppo, tmp_path / "x", reward=reward_file + "length", kl_target=6.0, kl_horizon=16.0, eval_every=0)
+    assert rows[0]["objective/kl_coef"] == 0.05
+    for a, b in zip(rows, rows[1:]):
+        error = min(max(a["objective/kl"] / 6 - 1, -0.2), 0.2)
+        assert b["objective/kl_coef"] == pytest.approx(a["objective/kl_coef"] * (1 + error * 8 / 16), rel=1e-5)
+
+
+def test_ppo_learns_a_reward_that_it_can_see(here, tmp_path, reward_file):
+    """End to end, all signs right: the mean of an easy reward (long words) rises clearly within a few dozen steps."""
+    rows = go(
+        train_ppo,
+        tmp_path / "x",
+        reward=reward_file + "length",
+        missing_eos="none",
+        max_steps=25,
+        batch_size=32,
+        lr=1e-2,
+        value_lr=1e-2,
+        kl_coef=0.0,
+        eval_every=0,
+    )
+    scores = [r["objective/scores"] for r in rows]
+    assert sum(scores[-5:]) / 5 > sum(scores[:5]) / 5 + 0.2
+    assert rows[-1]["objective/kl"] > 0.1
+
+
+def test_dpo_learns_its_preferences(here, tmp_path):
+    rows = go(train_dpo, tmp_path / "x", max_steps=20, lr=1e-2, beta=0.5, eval_every=0)
+    assert rows[-1]["rewards/margins"] > 0.5 and rows[-1]["rewards/accuracies"] > 0.8 and rows[-1]["loss"] < 0.5
+
+
+# ---------------------------------------------------------------------------------------------------------- data and candidates
+def test_sample_bon_outputs_are_what_the_trainers_read(here, tmp_path, reward_file):
+    go(
+        sample_bon,
+        tmp_path / "bon",
+        reward=reward_file + "length",
+        data="reviews",
+        split="train",
+        limit=16,
+        label_temperature=0.0,
+    )
+    best, ranked, comparisons = (
+        [json.loads(line) for line in open(tmp_path / "bon" / f"{n}.jsonl", encoding="utf-8")]
+        for n in ("best", "ranked", "comparisons")
+    )
+    for b, r in zip(best, ranked):
+        assert b["score"] == max(r["scores"]) and r["responses"][r["scores"].index(b["score"])] == b["completion"]
+        assert r["scores"] == pytest.approx([len(t) / 10 for t in r["responses"]])
+    assert len(best) == len(ranked) == 16 and all(len(r["responses"]) == 4 for r in ranked)
+    assert all(c["score_chosen"] >= c["score_rejected"] for c in comparisons)
+    curve = json.loads((tmp_path / "bon" / "curve.json").read_text())
+    assert [c["n"] for c in curve] == [1, 2, 4] and curve[2]["kl"] == pytest.approx(math.log(4) - 0.75)
+    assert curve[0]["reward"] < curve[1]["reward"] < curve[2]["reward"] == pytest.approx(sum(b["score"] for b in best) / 16)
+    bon = str(tmp_path / "bon")
+    go(train_sft, tmp_path / "sft", init="out/sft", data=f"{bon}/best.jsonl", max_steps=1, eval_fraction=0.0)
+    go(train_rm, tmp_path / "rm", data=f"{bon}/comparisons.jsonl", max_steps=1)
+    go(train_dpo, tmp_path / "dpo", data=f"{bon}/comparisons.jsonl", max_steps=1, eval_fraction=0.2, eval_every=0)
+    go(
+        train_rrhf,
+        tmp_path / "rrhf",
+        data=f"{bon}/ranked.jsonl",
+        kind="ranked",
+        reward="given",
+        sampling="none",
+        max_steps=1,
+        eval_every=0,
+    )
+
+
+def test_sample_bon_resumes_by_drawing_the_same_again(here, tmp_path):
+    go(sample_bon, tmp_path / "x", reward="gold")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "x").iterdir() if p.name not in ("metrics.jsonl", "run.json")}
+    run = json.loads((tmp_path / "x" / "run.json").read_text())
+    (tmp_path / "x" / "run.json").write_text(json.dumps(dict(run, finished=False)))  # as if killed
+    (tmp_path / "x" / "best.jsonl").unlink()
+    rows = go(sample_bon, tmp_path / "x", reward="gold", resume=True)
+    assert {p.name: p.read_bytes() for p in (tmp_path / "x").iterdir() if p.name not in ("metrics.jsonl", "run.json")} == before
+    assert len(rows) == 1
+
+
+@pytest.mark.parametrize(
+    "options, count",
+    [
+        (dict(sampling="none"), 1),
+        (dict(sampling="sample"), 5),
+        (dict(sampling="beam"), 5),
+        (dict(sampling="diverse_beam"), 5),
+        (dict(sampling="diverse_beam", from_data=False), 4),
+        (dict(sampling="sample", resample_every=1), 5),
+        (dict(released_code=True, rrhf_weight=100.0), 5),
+        (dict(micro_batch_size=2, dtype="bfloat16"), 5),
+        (dict(reward="gold", length_penalty=0.5), 5),
+    ],
+    ids=str,
+)
+def test_rrhf_candidates(here, tmp_path, options, count):
+    rows = go(train_rrhf, tmp_path / "x", max_steps=2, **options)
+    files = sorted((tmp_path / "x").glob("candidates-*.jsonl"))
+    assert len(files) == (2 if "resample_every" in options else 1)
+    for c in read_jsonl(files[0]):
+        assert len(c["responses"]) == len(c["scores"]) == count and all(c["responses"])
+        assert (c["responses"][-1][-1] == load_tokenizer("out/sft").eos_id) == options.get("from_data", True)
+    if options.get("sampling") == "none":
+        assert all(r["loss/rank"] == 0 for r in rows)  # one candidate: only L_ft
+    if "released_code" not in options:
+        assert rows[0]["loss"] == pytest.approx(rows[0]["loss/rank"] + rows[0]["loss/ft"], rel=1e-4)
+
+
+def test_rrhf_own_responses_respect_max_length(here, tmp_path):
+    go(train_rrhf, tmp_path / "x", max_steps=1, max_length=30, eval_every=0)
+    assert (
+        max(len(c["prompt"]) + len(y) for c in read_jsonl(tmp_path / "x" / "candidates-000000.jsonl") for y in c["responses"])
+        == 30
+    )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(kind="text"),
+        dict(train_on_prompt=True),
+        dict(data="out/comparisons/comparisons.jsonl", eval_fraction=0.2, eval_every=1),
+        dict(data="out/comparisons/best.jsonl", eval_data="out/comparisons/best.jsonl", eval_every=1),
+        dict(family="llama", init="scratch", width=16, heads=2, kv_heads=1, layers=1),
+        dict(dtype="bfloat16", micro_batch_size=3),
+        dict(lr_schedule="constant", optimizer="adam", weight_decay=0.1),
+    ],
+    ids=str,
+)
+def test_sft_variants_run(here, tmp_path, options):
+    """Completion, text, Preferred-FT (chosen responses), another family."""
+    rows = go(train_sft, tmp_path / "x", max_steps=2, **options)
+    assert len(rows) == 2 and 0 < rows[-1]["loss"] < 8
+    assert ("eval/loss" in rows[-1]) == bool(options.get("eval_every"))
+
+
+def test_preferred_ft_trains_on_the_chosen_response(here, tmp_path, monkeypatch):
+    from nanorlhf.data import load_records
+
+    seen = []
+    monkeypatch.setattr(
+        train_sft,
+        "make_example",
+        lambda t, p, y, *rest: seen.append(y) or importlib.import_module("nanorlhf.data").make_example(t, p, y, *rest),
+    )
+    go(train_sft, tmp_path / "x", data="out/comparisons/comparisons.jsonl", max_steps=1, limit=20, eval_fraction=0.0)
+    assert seen == [r["chosen"] for r in load_records("out/comparisons/comparisons.jsonl", "preference", limit=20)]
+
+
+def test_rm_on_rankings_of_k_with_ties_learns_them(here, tmp_path, reward_file):
+    go(sample_bon, tmp_path / "bon", reward=reward_file + "halves", split="train", limit=24)
+    rows = go(
+        train_rm,
+        tmp_path / "x",
+        data=str(tmp_path / "bon/ranked.jsonl"),
+        max_steps=30,
+        lr=3e-3,
+        eval_data=str(tmp_path / "bon/ranked.jsonl"),
+    )
+    assert rows[-1]["accuracy"] > 0.7 and "eval/ranked/accuracy" in rows[-1]
+    assert {f"eval/ranked/accuracy_q{k}" for k in (1, 2, 3, 4)} <= rows[-1].keys()
+
+
+def test_prompts_longer_than_the_context_are_cut_and_responses_keep_their_room(here, tmp_path):
+    rows = [dict(prompt="The plot is good. " * 60, chosen=" good." * (3 + i), rejected=" bad." * 60) for i in range(8)]
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    for module in (train_sft, train_rm, train_dpo, train_ppo, train_rrhf):
+        options = dict(eval_fraction=0.0) if module in (train_sft, train_rm, train_dpo) else {}
+        found = go(
+            module,
+            tmp_path / module.__name__,
+            data=str(tmp_path / "long.jsonl"),
+            max_steps=1,
+            batch_size=4,
+            eval_every=0,
+            **options,
+        )
+        assert len(found) == 1
+
+
+# --------------------------------------------------------------------------------------------------------------- invariances
+def first_gradient(module, out, monkeypatch, double=False, **options):
+    """The gradients and loss that reach the first optimizer step, whatever makes them up."""
+
+    class Stop(Exception):
+        pass
+
+    found = []
+
+    def step(self, rates, max_grad_norm, step, rows, loss):  # PPO steps two networks, policy and value
+        found.extend(torch.cat([p.grad.flatten().double() for g in o.param_groups for p in g["params"]]) for o in rates)
+        raise Stop
+
+    prepare = Run.prepare
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "step", step)
+        if double:
+            patch.setattr(
+                Run,
+                "prepare",
+                lambda self, model, tokenizer: prepare(
+                    self, model.double() if isinstance(model, Transformer) else model, tokenizer
+                ),
+            )
+        with pytest.raises(Stop):
+            go(module, out, eval_every=0, **options)
+    return found
+
+
+@pytest.mark.parametrize(
+    "module, double",
+    [
+        (train_sft, True),
+        (train_dpo, True),
+        (train_ppo, True),
+        (train_sft, False),
+        (train_rm, False),
+        (train_ppo, False),
+        (train_dpo, False),
+        (train_rrhf, False),
+    ],
+    ids=lambda x: getattr(x, "__name__", "float64" if x else "float32"),
+)
+def test_one_micro_batch_of_8_equals_8_of_1(here, tmp_path, monkeypatch, module, double):
+    """Trap 16: the gradient that a step takes does not depend on how the batch was divided, nor on the padding it got so."""
+    options = dict(num_mini_batches=1) if module is train_ppo else {}
+    results = [
+        first_gradient(module, tmp_path / str(size), monkeypatch, double, batch_size=8, micro_batch_size=size, **options)
+        for size in (0, 1, 3)
+    ]
+    for other in results[1:]:
+        for i, (a, b) in enumerate(zip(results[0], other)):
+            tolerance = 1e-12 if double and i == 0 and module is not train_ppo else 1e-6 if double else 1e-5
+            assert a.norm() > 0 and (a - b).norm() / a.norm() < tolerance
+
+
+def test_same_seed_same_weights_and_another_seed_others(here, tmp_path):
+    results = []
+    for i, seed in enumerate((5, 5, 6)):
+        go(train_ppo, tmp_path / str(i), seed=seed, max_steps=2, eval_every=0)
+        results.append(weights(tmp_path / str(i)))
+    assert same(results[0], results[1]) and not same(results[0], results[2])
+
+
+# ------------------------------------------------------------------------------------------------------------------- resuming
+TRAINERS = {
+    train_sft: dict(),
+    train_rm: dict(),
+    train_dpo: dict(),
+    train_rrhf: dict(resample_every=3, reward="out/rm"),
+    train_ppo: dict(kl_target=6.0, whiten_rewards=True),
+}
+
+
+@pytest.fixture(scope="module")
+def resumed(root):
+    """For each trainer: six steps at once, and two that were saved, a third that was lost, then a fresh process for the rest."""
+
+    class Killed(BaseException):
+        pass
+
+    log, processes = Run.log, {}
+    back = os.getcwd()
+    os.chdir(root)
+    try:
+        for module, options in TRAINERS.items():
+            options = dict(options, max_steps=6, save_every=2, eval_every=3)
+            name = module.__name__
+            go(module, f"whole/{name}", **options)
+
+            def dying(self, step, *args, **kwargs):
+                log(self, step, *args, **kwargs)
+                if step == 3:
+                    raise Killed
+
+            Run.log = dying
+            with pytest.raises(Killed):
+                go(module, f"parts/{name}", **options)
+            Run.log = log
+            assert [r["step"] for r in read_jsonl(f"parts/{name}/metrics.jsonl")] == [1, 2, 3]
+            with open(f"parts/{name}/metrics.jsonl", "a", encoding="utf-8") as f:
+                f.write('{"step": 4, "lo')  # cut off in the middle of a line
+            words = [w for k, v in {**COMMON[module], "device": "cpu", **options}.items() for w in (f"--{k}", v)]
+            processes[module] = start(root, f"{name} --out parts/{name} --resume", *words)
+        return {module: done(process) for module, process in processes.items()}
+    finally:
+        Run.log = log
+        os.chdir(back)
+
+
+@pytest.mark.parametrize("module", TRAINERS, ids=lambda m: m.__name__)
+def test_n_steps_equal_k_steps_and_a_fresh_process_bit_for_bit(root, resumed, module):
+    found, name = resumed[module], module.__name__
+    assert found.code == 0 and "resumes" in found.out and "after step 2" in found.out, found.err
+    assert same(weights(root / f"whole/{name}"), weights(root / f"parts/{name}"))
+    whole, parts = (read_jsonl(root / f"{kind}/{name}/metrics.jsonl") for kind in ("whole", "parts"))
+    assert [r["step"] for r in parts] == [1, 2, 3, 4, 5, 6]  # each once
+    assert [{k: v for k, v in r.items() if k != "time"} for r in parts] == [
+        {k: v for k, v in r.items() if k != "time"} for r in whole
+    ]
+    samples = [read_jsonl(root / f"{kind}/{name}/samples.jsonl") for kind in ("whole", "parts")]
+    assert samples[0] == samples[1]
+    assert (root / f"whole/{name}/config.json").read_bytes() == (root / f"parts/{name}/config.json").read_bytes()
+
+
+def test_a_killed_process_resumes(root, tmp_path):
+    """SIGKILL at an arbitrary moment, then --resume: the same weights as without."""
+    options = dict(init=str(root / "out/base"), max_steps=120, save_every=2)
+    words = [w for k, v in {**COMMON[train_sft], **options}.items() for w in (f"--{k}", v)]
+    process = start(root, "train_sft --device cpu --out", tmp_path / "x", *words)
+    metrics = tmp_path / "x" / "metrics.jsonl"
+    while process.poll() is None and len(read_jsonl(metrics)) < 7:
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    assert not (tmp_path / "x" / "model.safetensors").exists()
+    rows = go(train_sft, tmp_path / "x", resume=True, **options)
+    assert [r["step"] for r in rows] == list(range(1, 121))
+    go(train_sft, tmp_path / "whole", **{**options, "save_every": 0})
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "x"))
+
+
+def test_resuming_a_finished_run_changes_nothing(here, capsys):
+    before = snapshot("out/dpo")
+    go(train_dpo, "out/dpo", resume=True)
+    assert snapshot("out/dpo") == before
+
+
+def test_a_damaged_checkpoint_is_named(here, tmp_path, monkeypatch):
+    go(train_sft, tmp_path / "x", max_steps=2, save_every=1)
+    run = json.loads((tmp_path / "x/run.json").read_text())
+    (tmp_path / "x/run.json").write_text(json.dumps(dict(run, finished=False)))
+    file = tmp_path / "x/checkpoints/step-0000002/model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 16
+    file.write_bytes(content)
+    before = snapshot(tmp_path)
+    assert f"{file} is damaged" in stops(monkeypatch, train_sft, "--resume", "--out", tmp_path / "x", "--init", "out/base")
+    assert snapshot(tmp_path) == before
+
+
+# ------------------------------------------------------------------------------------------------------------- what they refuse
+def stops(monkeypatch, module, *argv):
+    """Runs the script's main in this process: it must exit with one line for stderr, and nothing on stderr besides."""
+    import contextlib
+    import io
+
+    stderr = io.StringIO()
+    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, argv)])
+    with pytest.raises(SystemExit) as stop, contextlib.redirect_stderr(stderr):
+        main(module.Config, module.train, module.__doc__)
+    assert isinstance(stop.value.code, str) and stop.value.code.startswith("error: ") and "\n" not in stop.value.code
+    assert stderr.getvalue() == ""
+    return stop.value.code
+
+
+def test_in_a_process_errors_are_one_line_and_exit_code_1(root, tmp_path):
+    (tmp_path / "reward.py").write_text(REWARD)
+    cases = [
+        (root, "train_sft --lerning_rate 1", "--lerning_rate"),
+        (tmp_path, "train_ppo", "python train_sft.py"),
+        (root, f"train_ppo --out x --reward {tmp_path / 'reward.py'}:broken --limit 8 --response_length 4", "ZeroDivisionError"),
+    ]
+    for process, (_, _, says) in zip([start(cwd, command) for cwd, command, _ in cases], cases):
+        found = done(process)
+        assert found.code == 1 and says in found.err
+        assert len(found.err.splitlines()) == 1 and "Traceback" not in found.err
+
+
+@pytest.mark.parametrize(
+    "module, argv, says",
+    [
+        (train_dpo, ["--batch_size", "many"], "--batch_size"),
+        (train_rm, ["--resume=maybe"], "--resume"),
+        (train_rrhf, ["--sampling", "beams"], "--sampling beams: not one of none, sample, beam, diverse_beam"),
+        (train_ppo, ["--kl_estimator", "k4"], "--kl_estimator k4"),
+        (train_ppo, ["--missing_eos", "drop"], "--missing_eos drop"),
+        (train_sft, ["--lr_schedule", "step"], "--lr_schedule step"),
+        (train_sft, ["--optimizer", "sgd"], "--optimizer sgd"),
+        (train_rm, ["--normalize", "max"], "--normalize max"),
+        (train_dpo, ["--loss", "kto"], "--loss kto"),
+        (train_dpo, ["--label_smoothing", "0.5"], "--label_smoothing 0.5"),
+        (train_ppo, ["--batch_size", "0"], "--batch_size 0"),
+        (train_sft, ["--micro_batch_size", "-1"], "--micro_batch_size -1"),
+        (train_ppo, ["--num_mini_batches", "0"], "--num_mini_batches 0"),
+        (train_sft, ["--kind", "poem"], "poem"),
+        (train_sft, ["--init", "scratch", "--heads", "3", "--width", "16"], "--heads 3"),
+        (train_sft, ["--init", "scratch", "--family", "gpt5"], "--family gpt5"),
+        (train_sft, ["--dtype", "int8"], "--dtype int8"),
+        (train_sft, ["--device", "tpu9x"], "--device tpu9x"),
+        (train_ppo, ["--response_length", "96"], "leaves no room"),
+        (sample_bon, ["--n", "0"], "--n 0"),
+        (sample_bon, ["--n", "1", "--label_temperature", "0.2"], "two to compare"),
+        (sample_bon, ["--split", "validation"], "validation"),
+        (sample_bon, ["--response_length", "96"], "leaves no room"),
+        (train_rrhf, ["--reward", "given"], "--kind ranked"),
+        (train_sft, ["--data", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
+        (train_sft, ["--eval_data", "nowhere.jsonl"], "nowhere.jsonl"),
+        (train_rm, ["--data", "nowhere.jsonl"], "nowhere.jsonl"),
+        (train_dpo, ["--data", "nowhere.jsonl"], "sample_bon.py"),
+        (train_ppo, ["--reward", "nowhere"], "--reward nowhere"),
+        (train_ppo, ["--reference", "nowhere"], "nowhere"),
+        (train_ppo, ["--value_init", "nowhere"], "nowhere"),
+        (train_ppo, ["--eval_prompts", "nowhere.jsonl"], "nowhere.jsonl"),
+        (train_dpo, ["--eval_reward", "nowhere.py:f"], "nowhere.py"),
+        (sample_bon, ["--reward", "out/sft"], "no reward model"),
+        (train_sft, ["--init", "scratch", "--tokenizer", "nowhere"], "nowhere"),
+        (train_sft, ["--init", "nowhere"], "python train_sft.py --init scratch"),
+        (train_rm, ["--init", "nowhere"], "python train_sft.py"),
+        (train_dpo, ["--init", "nowhere"], "python train_sft.py"),
+        (train_rrhf, ["--init", "nowhere"], "python train_sft.py"),
+        (sample_bon, ["--init", "nowhere"], "python train_sft.py"),
+        (train_sft, ["--resume"], "holds no run to resume"),
+        (train_rm, ["--data", "reviews"], "reviews"),
+    ],
+    ids=lambda x: " ".join(x) if isinstance(x, list) else getattr(x, "__name__", ""),
+)
+def test_bad_options_and_missing_inputs_are_one_line_and_leave_no_folder(here, tmp_path, monkeypatch, module, argv, says):
+    extra = ["--limit", "8"] if "--limit" not in argv else []
+    assert says in stops(monkeypatch, module, *argv, *extra, "--out", tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    "module, command",
+    [
+        (train_ppo, "python train_rm.py"),
+        (train_rrhf, "python train_rm.py"),
+        (sample_bon, "python train_rm.py"),
+        (train_rm, "python sample_bon.py"),
+        (train_dpo, "python sample_bon.py"),
+    ],
+    ids=lambda x: getattr(x, "__name__", ""),
+)
+def test_a_missing_predecessor_names_the_command_that_makes_it(root, tmp_path, monkeypatch, module, command):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(root / "out/sft", tmp_path / "out/sft")
+    assert command in stops(monkeypatch, module)
+
+
+@pytest.mark.parametrize(
+    "row, says",
+    [
+        ("not json", "bad JSON"),
+        ("[1, 2]", "not a JSON object"),
+        ('{"prompt": 3, "chosen": "a", "rejected": "b"}', "not a string"),
+        ('{"question": "a"}', "no known record"),
+        ('{"prompt": "a", "chosen": "b", "rejected": "b"}', "chosen equals rejected"),
+        ('{"prompt": "a", "chosen": "", "rejected": "b"}', "empty chosen"),
+        ('{"prompt": "a", "responses": ["x"], "scores": [1, 2]}', "differ"),
+    ],
+)
+@pytest.mark.parametrize("module", [train_rm, train_dpo], ids=lambda m: m.__name__)
+def test_malformed_rows_name_file_and_line_and_can_be_skipped(here, tmp_path, monkeypatch, capsys, module, row, says):
+    good = [json.dumps(dict(prompt=f"p{i}", chosen=" good.", rejected=" bad.")) for i in range(9)]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join([*good[:4], row, *good[4:]]))
+    message = stops(monkeypatch, module, "--data", file, "--out", tmp_path / "x")
+    assert f"{file}:5: " in message and says in message and not (tmp_path / "x").exists()
+    assert go(module, tmp_path / "x", data=str(file), skip_bad=True, eval_fraction=0.0, max_steps=1, eval_every=0)
+    assert "skipped 1 of 10 rows" in capsys.readouterr().err
+
+
+def test_data_without_anything_to_learn_from_is_one_line(here, tmp_path, monkeypatch):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(dict(prompt=f"p{i}", responses=["a", "b"], scores=[1, 1])) + "\n" for i in range(20)))
+    assert "differ in score" in stops(monkeypatch, train_rm, "--data", file, "--out", tmp_path / "x")
+    file.write_text("")
+    assert "no preference records" in stops(monkeypatch, train_dpo, "--data", file, "--out", tmp_path / "x")
+    file.write_text('{"prompt": "a"}\n')
+    assert "no candidate" in stops(monkeypatch, train_rrhf, "--data", file, "--out", tmp_path / "y", "--sampling", "none")
+    assert "too few" in stops(monkeypatch, train_sft, "--data", "reviews", "--limit", "1", "--out", tmp_path / "x")
+
+
+def test_a_prompt_that_leaves_no_room_is_one_line(here, tmp_path, monkeypatch):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps(dict(prompt="The plot is good. " * 60, chosen=" good.", rejected=" bad.")) + "\n")
+    for module in (train_sft, train_rm, train_dpo):
+        message = stops(
+            monkeypatch, module, "--data", file, "--max_prompt_length", "96", "--eval_fraction", "0", "--out", tmp_path / "x"
+        )
+        assert "leaves no room" in message
+    for module in (train_ppo, train_rrhf, sample_bon):
+        message = stops(
+            monkeypatch,
+            module,
+            "--data",
+            file,
+            "--max_prompt_length",
+            "95",
+            "--response_length",
+            "8",
+            "--out",
+            tmp_path / module.__name__,
+        )
+        assert "does not fit the context of 96" in message
+
+
+@pytest.mark.parametrize(
+    "damage, says",
+    [
+        (lambda f: f.write_text(f.read_text().replace('"n_layer": 1', '"n_layer": 2')), "missing"),
+        (lambda f: f.write_text(f.read_text().replace('"n_embd": 16', '"n_embd": 32')), "shape"),
+        (lambda f: f.write_text(f.read_text().replace('"gpt2"', '"mamba"')), "model_type 'mamba'"),
+        (lambda f: f.write_text("{"), "not JSON"),
+        (lambda f: (f.parent / "model.safetensors").write_bytes((f.parent / "model.safetensors").read_bytes()[:5000]), "damaged"),
+        (lambda f: (f.parent / "model.safetensors").unlink(), "missing"),
+        (lambda f: (f.parent / "tokenizer.json").unlink(), "tokenizer"),
+    ],
+    ids=["layers", "width", "family", "json", "cut", "no weights", "no tokenizer"],
+)
+def test_a_checkpoint_that_does_not_fit_is_one_line(here, tmp_path, monkeypatch, damage, says):
+    shutil.copytree("out/sft", tmp_path / "sft")
+    damage(tmp_path / "sft" / "config.json")
+    for module in (train_sft, train_ppo):
+        assert says in stops(monkeypatch, module, "--init", tmp_path / "sft", "--out", tmp_path / "x", "--limit", "40")
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_model_of_another_vocabulary_is_one_line(here, tmp_path, monkeypatch):
+    import dataclasses
+
+    config = Transformer.from_pretrained("out/sft").config
+    for size in (config.vocab_size - 1, config.vocab_size + 1):
+        other = Transformer(dataclasses.replace(config, vocab_size=size))
+        other.save_pretrained(tmp_path / str(size))
+        for module in (train_ppo, train_dpo):
+            message = stops(monkeypatch, module, "--reference", tmp_path / str(size), "--out", tmp_path / "x", "--limit", "40")
+            assert str(size) in message and str(config.vocab_size) in message
+        assert str(size) in stops(
+            monkeypatch, train_ppo, "--value_init", tmp_path / str(size), "--out", tmp_path / "x", "--limit", "8"
+        )
+    load_tokenizer("out/sft").save(tmp_path / str(config.vocab_size - 1))
+    for module in (train_sft, train_rm, train_dpo, train_ppo, train_rrhf, sample_bon):
+        assert "does not fit the tokenizer" in stops(
+            monkeypatch, module, "--init", tmp_path / str(config.vocab_size - 1), "--out", tmp_path / "x", "--limit", "40"
+        )
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("module", COMMON, ids=lambda m: m.__name__)
+def test_a_folder_that_holds_a_run_is_not_overwritten(here, tmp_path, monkeypatch, module):
+    before = snapshot("out")
+    assert "already holds files" in stops(monkeypatch, module, "--out", "out/sft")
+    # and --overwrite deletes it only once everything that was asked for could be loaded
+    stops(monkeypatch, module, "--out", "out/sft", "--overwrite", "--init", "nowhere")
+    stops(monkeypatch, module, "--out", "out/sft", "--overwrite", "--data", "nowhere.jsonl")
+    assert snapshot("out") == before
+
+
+def test_overwrite_may_replace_its_own_start(here, tmp_path):
+    shutil.copytree("out/sft", tmp_path / "sft")
+    rows = go(train_sft, tmp_path / "sft", init=str(tmp_path / "sft"), overwrite=True, max_steps=2)
+    assert [r["step"] for r in rows] == [1, 2] and not same(weights(tmp_path / "sft"), weights("out/sft"))
+
+
+LOSSES = {
+    train_sft: "sft_loss",
+    train_rm: "preference_loss",
+    train_ppo: "ppo_loss",
+    train_dpo: "dpo_loss",
+    train_rrhf: "rrhf_loss",
+}
+
+
+@pytest.mark.parametrize("module", LOSSES, ids=lambda m: m.__name__)
+def test_a_loss_that_is_not_finite_stops_before_the_step_and_touches_nothing_saved(here, tmp_path, monkeypatch, module):
+    """The message names the step and the rows of its batch; the run can be resumed from what was saved before."""
+    from nanorlhf.data import batch_indices
+
+    real, states, steps = getattr(module, LOSSES[module]), [], []
+
+    def poisoned(*args, **kwargs):
+        found = real(*args, **kwargs)
+        if len(steps) < 2:
+            return found
+        if not states:
+            states.append(snapshot(tmp_path))
+        return (found[0] * math.nan, *found[1:]) if isinstance(found, tuple) else found * math.nan
+
+    guard = Run.step
+
+    def counted(self, rates, max_grad_norm, step, rows, loss):
+        norm = guard(self, rates, max_grad_norm, step, rows, loss)
+        steps.append(step)
+        return norm
+
+    options = dict(num_ppo_epochs=1, num_mini_batches=1, max_steps=3) if module is train_ppo else dict(max_steps=4)
+    bad = 3
+    options |= dict(eval_every=0, save_every=1)
+    words = [w for k, v in {**COMMON[module], **options}.items() for w in (f"--{k}", v)]
+    with monkeypatch.context() as patch:
+        patch.setattr(module, LOSSES[module], poisoned)
+        patch.setattr(Run, "step", counted)
+        message = stops(monkeypatch, module, *words, "--device", "cpu", "--out", tmp_path / "x")
+    rows = message.split("[", 1)[1].split("]", 1)[0]
+    assert f"step {bad}: loss nan" in message and "weights were not changed" in message
+    size = COMMON[module]["batch_size"]
+    batches = [batch_indices(n, size, bad - 1, 0)[:8] for n in range(4, 61)]  # n is known to the script only
+    assert [int(r) for r in rows.split(",")] in batches
+    assert snapshot(tmp_path) == states[0] and not (tmp_path / "x/model.safetensors").exists()
+    assert [r["step"] for r in read_jsonl(tmp_path / "x/metrics.jsonl")] == list(range(1, bad))
+    rows = go(module, tmp_path / "x", resume=True, **options)
+    assert [r["step"] for r in rows] == list(range(1, options["max_steps"] + 1))
+
+
+def test_a_reward_that_is_not_finite_stops_ppo(here, tmp_path, monkeypatch, reward_file):
+    message = stops(
+        monkeypatch, train_ppo, "--reward", reward_file + "bad", "--response_length", 8, "--limit", 8, "--out", tmp_path / "x"
+    )
+    assert "finite numbers expected" in message and not (tmp_path / "x/model.safetensors").exists()

@@ -120,7 +120,7 @@ def test_ppo_logs_what_the_reward_function_said(base, reward, prompts, tmp_path)
 def test_best_of_n_then_dpo_and_rrhf(base, reward, prompts, tmp_path):
     spec, calls = reward
     sample_bon.train(sample_bon.Config(init=base, reward=spec, data=prompts, n=4, label_temperature=0.0, response_length=12,
-                                       device="cpu", out=str(tmp_path / "bon")))
+                                       keep_unfinished=True, device="cpu", out=str(tmp_path / "bon")))
     best, ranked, pairs = (read_jsonl(tmp_path / "bon" / f"{n}.jsonl") for n in ("best", "ranked", "comparisons"))
     (asked, answers, values), = calls()
     assert len(best) == len(ranked) == 12 and asked[::4] == [r["prompt"] for r in best]

@@ -44,7 +44,7 @@ class Config:
     compile: bool = False            # torch.compile the layers
 
     loss: str = "dpo"                # dpo (cdpo with label_smoothing > 0), ipo or unlikelihood
-    beta: float = 0.1                # strength of the pull to the reference
+    beta: float = 0.5                # strength of the pull to the reference (paper: 0.1, and 0.5 on TL;DR)
     label_smoothing: float = 0.0     # e of cDPO, in [0, 0.5)
     reference_free: bool = False     # drop the reference from h
     alpha: float = 0.5               # of unlikelihood, in [0, 1]
@@ -57,7 +57,7 @@ class Config:
     max_steps: int = 0               # stop after so many steps; 0 = as many as the epochs make
     batch_size: int = 64             # pairs a step
     micro_batch_size: int = 0        # pairs at a time in memory; 0 = batch_size
-    lr: float = 2e-4                 # peak learning rate
+    lr: float = 4e-4                 # peak learning rate
     warmup_steps: int = 10           # linear warm-up
     lr_schedule: str = "linear"      # cosine, linear or constant
     optimizer: str = "adamw"         # adamw, adam, or rmsprop (the paper's)

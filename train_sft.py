@@ -27,7 +27,7 @@ class Config:
     data: str = "reviews"            # record file, or `reviews`
     kind: str = "completion"         # completion (prompt -> response), or text (pretraining)
     eval_data: str = ""              # held-out record file; '' holds out a part of --data
-    limit: int = 0                   # at most so many records; 0 = all (for `reviews`: 12000 texts, 4000 demonstrations)
+    limit: int = 0                   # at most so many records; 0 = all (of `reviews`: 40000 texts, 8000 demonstrations)
     skip_bad: bool = False           # skip bad rows and count them, instead of stopping at the first
     out: str = "out/sft"             # run folder
     overwrite: bool = False          # replace a run that is there
@@ -41,7 +41,7 @@ class Config:
     family: str = "gpt2"             # with --init scratch: gpt2 or llama
     context: int = 128               # with --init scratch: longest sequence
     width: int = 128                 # with --init scratch
-    layers: int = 4                  # with --init scratch
+    layers: int = 2                  # with --init scratch
     heads: int = 4                   # with --init scratch
     kv_heads: int = 0                # with --init scratch: 0 = as many as heads
 
@@ -51,7 +51,7 @@ class Config:
     train_on_prompt: bool = False    # count the prompt's tokens too
     epochs: float = 1.0              # passes over the data
     max_steps: int = 0               # stop after so many steps; 0 = as many as the epochs make
-    batch_size: int = 64             # rows a step
+    batch_size: int = 32             # rows a step
     micro_batch_size: int = 0        # rows at a time in memory; 0 = batch_size
     lr: float = 1e-3                 # peak learning rate
     warmup_steps: int = 20           # linear warm-up
@@ -93,7 +93,7 @@ def train(config):
 
     # Records -> examples: token rows of which the part after the prompt is trained on.
     max_length = config.max_length or model.config.context
-    limit = config.limit or ((12000 if config.kind == "text" else 4000) if config.data == "reviews" else None)
+    limit = config.limit or ((40000 if config.kind == "text" else 8000) if config.data == "reviews" else None)
     records = load_records(config.data, config.kind, limit=limit, skip_bad=config.skip_bad)
     if config.eval_data:
         held_out = load_records(config.eval_data, config.kind, skip_bad=config.skip_bad)

@@ -45,24 +45,27 @@ def stages(out, seed, scale):
     splits = ("test", "ood_near", "ood_far")
     labels = dict(init=sft, n=2, reward="gold", label_temperature=LABEL_TEMPERATURE, seed=seed, batch_size=128)
     yield "base", train_sft, dict(init="scratch", kind="text", limit=40000, max_steps=steps(1000), batch_size=16, lr=5e-3,
-                                  eval_every=steps(250), seed=seed, layers=2)
+                                  eval_every=steps(250), seed=seed)
     yield "sft", train_sft, dict(init=f"{out}/base", limit=8000, max_steps=steps(300), batch_size=32, lr=1e-3, seed=seed)
-    yield "comparisons", sample_bon, labels | dict(split="train", limit=steps(4000))
+    yield "comparisons", sample_bon, labels | dict(split="train", limit=steps(8000))
     for split in splits:
         yield f"comparisons_{split}", sample_bon, labels | dict(split=split, limit=steps(300))
     yield "rm", train_rm, dict(init=sft, data=pairs, seed=seed, max_steps=steps(220), eval_every=steps(110),
                                eval_data=",".join(f"{s}={out}/comparisons_{s}/comparisons.jsonl" for s in splits))
     yield "ppo", train_ppo, dict(init=sft, reward=rm, seed=seed, max_steps=steps(60))
     yield "ppo_gold", train_ppo, dict(init=sft, reward="gold", value_init=rm, seed=seed, max_steps=steps(60))
-    yield "dpo", train_dpo, dict(init=sft, data=pairs, seed=seed, max_steps=steps(110))
-    yield "unlikelihood", train_dpo, dict(init=sft, data=pairs, seed=seed, loss="unlikelihood", max_steps=steps(110))
-    yield "preferred_ft", train_sft, dict(init=sft, data=pairs, seed=seed, batch_size=64, lr=2e-4, max_steps=steps(110))
-    yield "rrhf", train_rrhf, dict(init=sft, reward=rm, seed=seed, max_steps=steps(100))
+    yield "dpo", train_dpo, dict(init=sft, data=pairs, seed=seed, max_steps=steps(120))
+    yield "unlikelihood", train_dpo, dict(init=sft, data=pairs, seed=seed, loss="unlikelihood", alpha=0.5, lr=2e-4,
+                                          max_steps=steps(120))
+    yield "unlikelihood_1", train_dpo, dict(init=sft, data=pairs, seed=seed, loss="unlikelihood", alpha=1.0, lr=2e-4,
+                                            max_steps=steps(120))
+    yield "preferred_ft", train_sft, dict(init=sft, data=pairs, seed=seed, batch_size=64, lr=2e-4, max_steps=steps(120))
+    yield "rrhf", train_rrhf, dict(init=sft, reward=rm, seed=seed, num_samples=8, lr=3e-4, max_steps=steps(120))
     yield "bon", sample_bon, dict(init=sft, reward=rm, n=N, limit=steps(250), seed=seed, batch_size=16)
 
 
-POLICIES = {"SFT": "sft", "Preferred-FT": "preferred_ft", "Unlikelihood": "unlikelihood", "DPO": "dpo", "RRHF": "rrhf",
-            "PPO": "ppo", "PPO-GT": "ppo_gold"}
+POLICIES = {"SFT": "sft", "Preferred-FT": "preferred_ft", "Unlikelihood 0.5": "unlikelihood", "Unlikelihood 1": "unlikelihood_1",
+            "DPO": "dpo", "RRHF": "rrhf", "PPO": "ppo", "PPO-GT": "ppo_gold"}          # Unlikelihood's number is its alpha
 
 
 def train_all(out, seed, scale):

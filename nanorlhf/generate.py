@@ -88,30 +88,43 @@ def _decode(model, prompts, rows, uniform, n, out, options, stop, tokenizer):
     logits = logits.repeat_interleave(n, 0)                                            # [R, V]
     alive = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
     check_every = 1 if rows.device.type == "cpu" else 16                               # asking a GPU makes it wait
+    steps = []                                                                         # drawn since the rows last changed
     for t in range(T):
         token, logprob = sample(logits[:, :V], uniform[:, t], **options)
-        out.tokens[rows, t] = torch.where(alive, token, out.tokens[rows, t])
-        out.logprobs[rows, t] = torch.where(alive, logprob, 0.0)
-        out.mask[rows, t] = alive
+        steps.append((token, logprob, alive))
         if eos is not None:
             alive = alive & (token != eos)
         if stop:
+            steps = _write(out, rows, t + 1, steps)
             alive = alive & ~_stopped(out, rows, t, stop, tokenizer)
         if t + 1 == T:
             break
-        if (t + 1) % check_every == 0:
+        if (t + 1) % check_every == 0 and not bool(alive.all()):
             grid = alive.view(-1, n)
             most, prompts_left = int(grid.sum(1).max()), grid.any(1).nonzero()[:, 0]
             if most == 0:
                 break
             if len(prompts_left) * most <= 0.75 * len(rows):                           # worth copying the cache
+                steps = _write(out, rows, t + 1, steps)
+                out.finished[rows[~alive]] = True
                 first = (~grid).to(torch.uint8).argsort(dim=1, stable=True)[prompts_left, :most]   # the living first
                 kept = (prompts_left[:, None] * n + first).flatten()
                 cache.keep(prompts_left, kept, most)
-                out.finished[rows[~alive]] = True
                 n, rows, alive, token, uniform = most, rows[kept], alive[kept], token[kept], uniform[kept]
         logits = model.logits(model(token[:, None], cache)[:, 0]).float()
+    _write(out, rows, t + 1, steps)
     out.finished[rows] |= ~alive
+
+
+def _write(out, rows, end, steps):
+    """Writes the last steps, up to position `end`, into `out`; what a finished row drew is not a response."""
+    if steps:
+        token, logprob, alive = (torch.stack(column, 1) for column in zip(*steps))
+        span = slice(end - len(steps), end)
+        out.tokens[rows, span] = torch.where(alive, token, out.tokens[rows, span])
+        out.logprobs[rows, span] = torch.where(alive, logprob, 0.0)
+        out.mask[rows, span] = alive
+    return []
 
 
 def _stopped(out, rows, t, stop, tokenizer):

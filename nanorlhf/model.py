@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from nanorlhf.kernels import decode_attention, token_logprobs
+from nanorlhf.kernels import decode_attention, thin_linear, token_logprobs
 from nanorlhf.run import UserError, write_json, written_whole
 
 
@@ -70,6 +70,11 @@ class Linear(nn.Linear):
     def reset_parameters(self):                   # nothing: Transformer draws all weights, once, from its own generator
         pass
 
+    def forward(self, x):
+        if x.shape[1] == 1 and not torch.is_grad_enabled():                            # a decoding step
+            return thin_linear(x[:, 0], self.weight, self.bias)[:, None]
+        return super().forward(x)
+
 
 class Embedding(nn.Embedding):
     def reset_parameters(self):                   # likewise
@@ -93,7 +98,7 @@ class Attention(nn.Module):
             y = cache.attend(layer, q[:, :, 0], k[:, :, 0], v[:, :, 0])[:, None]       # [B, 1, H*E]
         else:
             if cache is not None:
-                cache.store_prefix(layer, k, v)
+                cache.store_prompt(layer, k, v)
             # Right padding: a real position never sees what comes after it, so causality is all the mask there is.
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.kv_heads != self.heads)
             y = y.transpose(1, 2).reshape(B, T, -1)
@@ -145,7 +150,7 @@ def rotate(x, cos, sin):
 
 
 class Cache:
-    """Keys and values of R = P*n rows: each prompt's once, shared by its n samples, and every row's own new tokens.
+    """Keys and values of R = P*n rows: a prompt's once for its n samples (n = 1: with the row's own), and each row's own.
 
     All rows of a batch have decoded the same number of tokens, so a new one goes to the same slot in all of them whatever
     their prompts' lengths; positions were put into the keys when they were made, so where a key is stored does not matter.
@@ -153,34 +158,45 @@ class Cache:
 
     def __init__(self, lengths, num_samples, max_new_tokens):
         self.lengths, self.n, self.capacity = lengths, num_samples, max_new_tokens     # prompt lengths [P]
-        self.prefix, self.suffix, self.t, self.filled = [], [], 0, False
+        self.shared = num_samples > 1                                                  # prompts apart from the rows' own
+        self.prefix, self.own, self.t, self.start, self.filled = [], [], 0, 0, False   # own: slot start + t is the next
 
-    def store_prefix(self, layer, k, v):
-        self.prefix.append((k.contiguous(), v.contiguous()))                           # [P, K, S, E]
-        R, (_, K, S, E) = len(self.lengths) * self.n, k.shape
-        self.suffix.append((k.new_empty(R, K, self.capacity, E), v.new_empty(R, K, self.capacity, E)))
-        padding = torch.arange(S, device=k.device) >= self.lengths[:, None]
-        self.bias = torch.zeros(padding.shape, device=k.device).masked_fill_(padding, -torch.inf)[:, None, None, None]
+    def store_prompt(self, layer, k, v):
+        P, K, S, E = k.shape
+        if self.shared:
+            self.prefix.append((k.contiguous(), v.contiguous()))
+        else:
+            self.start = S
+        self.own.append((k.new_empty(P * self.n, K, self.start + self.capacity, E),
+                         v.new_empty(P * self.n, K, self.start + self.capacity, E)))
+        if not self.shared:
+            self.own[layer][0][:, :, :S], self.own[layer][1][:, :, :S] = k, v
+        slots = torch.arange(S if self.shared else S + self.capacity, device=k.device)
+        padding = (slots >= self.lengths[:, None]) & (slots < S)
+        self.bias = torch.zeros(padding.shape, device=k.device).masked_fill_(padding, -torch.inf)[:, None, None]
 
     def positions(self):
         """[R, 1] position of the token being decoded."""
         return (self.lengths + self.t).repeat_interleave(self.n)[:, None]
 
     def attend(self, layer, q, k, v):
-        keys, values = self.suffix[layer]
-        keys[:, :, self.t], values[:, :, self.t] = k, v
-        return decode_attention(q, *self.prefix[layer], self.bias, keys[:, :, :self.t + 1], values[:, :, :self.t + 1])
+        keys, values = self.own[layer]
+        end = self.start + self.t + 1
+        keys[:, :, end - 1], values[:, :, end - 1] = k, v
+        if self.shared:
+            return decode_attention(q, keys[:, :, :end], values[:, :, :end], prefix=(*self.prefix[layer], self.bias[:, :, None]))
+        return decode_attention(q, keys[:, :, :end], values[:, :, :end], self.bias[..., :end])
 
     def keep(self, prompts, rows, n):
         """Keeps these prompts [P'] and rows [P'*n] (indices into the present ones), n a prompt, in this order."""
         if len(prompts) != len(self.lengths):
             self.prefix = [(k[prompts], v[prompts]) for k, v in self.prefix]
             self.lengths, self.bias = self.lengths[prompts], self.bias[prompts]
-        used = slice(0, self.t)
-        for layer, (k, v) in enumerate(self.suffix):
+        used = slice(0, self.start + self.t)
+        for layer, (k, v) in enumerate(self.own):
             new = k.new_empty(len(rows), *k.shape[1:]), v.new_empty(len(rows), *v.shape[1:])
             new[0][:, :, used], new[1][:, :, used] = k[rows, :, used], v[rows, :, used]
-            self.suffix[layer] = new
+            self.own[layer] = new
         self.n = n
 
 
@@ -241,8 +257,8 @@ class Transformer(nn.Module):
     def head_weight(self):                        # [V, D]
         return self.embed.weight if self.head is None else self.head.weight
 
-    def logits(self, hidden):
-        return F.linear(hidden, self.head_weight)
+    def logits(self, hidden):                     # [..., D] -> [..., V]
+        return thin_linear(hidden, self.head_weight) if hidden.dim() == 2 else F.linear(hidden, self.head_weight)
 
     def logprobs(self, tokens, mask, temperature=1.0, entropy=False):
         """log p(token t | tokens before t) / softmax at the temperature, at the masked positions; 0 elsewhere.

@@ -201,7 +201,7 @@ class Run:
         for option, value in () if self.finished else dataclasses.asdict(config).items():
             if option not in FREE and value != (was := before.get("options", {}).get(option, value)):
                 raise UserError(f"--{option} {value}: the run in {self.out} was begun with {was}, and --resume continues it as it was")
-        self.started, self.printed, self.tokens, self.first_step = time.monotonic(), 0.0, 0, None
+        self.started, self.printed, self.tokens, self.first_step = time.monotonic(), 0.0, 0, 0
 
     def _write_run_json(self, finished):
         versions = {p: importlib.metadata.version(p) for p in ("torch", "tiktoken", "numpy", "safetensors")}
@@ -257,8 +257,6 @@ class Run:
             raise UserError(f"step {step}: {', '.join(bad)} not finite")
         with open(self.out / "metrics.jsonl", "a", encoding="utf-8") as f:
             f.write(json.dumps({"step": step, "time": round(time.monotonic() - self.started, 3), **row}) + "\n")
-        if self.first_step is None:
-            self.first_step = step - 1
         self.tokens += tokens
         now = time.monotonic()
         if step >= total or step == 1 or now - self.printed > 5:
@@ -316,6 +314,7 @@ class Run:
             for log in (self.out / "metrics.jsonl", self.out / "samples.jsonl"):
                 if log.exists():
                     write_records(log, [r for r in read_jsonl(log) if r["step"] <= state["step"]])
+            self.first_step = state["step"]
             print(f"{self.name} resumes {self.out} after step {state['step']}", flush=True)
         return state
 

@@ -252,7 +252,11 @@ def test_decode_attention_equals_plain_attention_on_ragged_prompts(H, K, n):
     for p, length in enumerate(lengths):
         bias[p, ..., length:] = -torch.inf
         prefix_k[p, :, length:] = 1e6                                                  # garbage in the padding
-    got = decode_attention(q, prefix_k, prefix_v, bias, suffix_k, suffix_v)
+    if n == 1:                                                                         # prompt and own tokens in one buffer
+        own_bias = torch.cat([bias[:, 0], torch.zeros(P, 1, 1, T, dtype=torch.float64)], -1)
+        got = decode_attention(q, torch.cat([prefix_k, suffix_k], 2), torch.cat([prefix_v, suffix_v], 2), own_bias)
+    else:
+        got = decode_attention(q, suffix_k, suffix_v, prefix=(prefix_k, prefix_v, bias))
     for r in range(P * n):
         for h in range(H):
             k = h // (H // K)

@@ -32,7 +32,7 @@ class Config:
     data: str = "out/comparisons/comparisons.jsonl"  # prompt, chosen, rejected
     eval_data: str = ""              # held-out comparisons; '' holds out a part of --data
     eval_prompts: str = ""           # prompts to sample on while training: record file; '' = the test prompts, if on `reviews`
-    eval_reward: str = ""            # a reward that is only measured there: folder, gold or file.py:function; '' = gold, if on `reviews`
+    eval_reward: str = ""            # a reward only measured there: folder, gold or file.py:function; '' = gold, if on `reviews`
     limit: int = 0                   # at most so many records; 0 = all
     skip_bad: bool = False           # skip bad rows and count them, instead of stopping at the first
     out: str = "out/dpo"             # run folder
@@ -65,8 +65,8 @@ class Config:
     max_grad_norm: float = 1.0       # clip to this norm (paper: 10); 0 = off
     eval_fraction: float = 0.05      # share of --data held out when there is no --eval_data
     num_eval_prompts: int = 128      # evaluation prompts, one sample each
-    eval_every: int = 20             # steps between evaluations (and after the last)
-    save_every: int = 100            # steps between checkpoints
+    eval_every: int = 20             # steps between evaluations, the last step included; 0 = never
+    save_every: int = 100            # steps between checkpoints; 0 = none
 
 
 def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=0.1, label_smoothing=0.0, loss="dpo", alpha=0.5,
@@ -128,7 +128,7 @@ def train(config):
     else:
         records, held_out = split_records(records, config.eval_fraction, config.seed)
     pairs, eval_pairs = to_pairs(records), to_pairs(held_out)
-    eval_prompts, eval_rewards = load_eval_prompts(config, records, tokenizer, model, {}, run)
+    eval_prompts, eval_rewards = load_eval_prompts(config.eval_prompts, config, records, tokenizer, model, {}, run)
 
     # The reference's log-probabilities, once an example.
     micro_batch_size = config.micro_batch_size or config.batch_size

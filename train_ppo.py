@@ -37,7 +37,7 @@ class Config:
     reward: str = "out/rm"           # reward-model folder, `gold`, or file.py:function
     value_init: str = ""             # folder the value model starts from; '' = --reward if it is a folder, else --init
     data: str = "reviews"            # prompts: record file, or `reviews`
-    eval_prompts: str = ""           # prompts to sample on while training: record file; '' = the test prompts, if on `reviews`
+    eval_data: str = ""              # prompts to sample on while training: record file; '' = the test prompts, if on `reviews`
     eval_reward: str = ""            # a reward that is only measured there: as --reward; '' = gold, if on `reviews`
     limit: int = 0                   # at most so many prompts; 0 = all
     skip_bad: bool = False           # skip bad rows and count them, instead of stopping at the first
@@ -76,8 +76,8 @@ class Config:
     missing_eos: str = "replace"     # score of a response without EOS: replace (by -penalty), subtract (the penalty) or none
     missing_eos_penalty: float = 1.0  # how much
     num_eval_prompts: int = 128      # evaluation prompts, one sample each
-    eval_every: int = 10             # steps between evaluations (and after the last)
-    save_every: int = 50             # steps between checkpoints
+    eval_every: int = 10             # steps between evaluations, the last step included; 0 = never
+    save_every: int = 50             # steps between checkpoints; 0 = none
 
 
 def whiten(values, mask, shift_mean=True):
@@ -173,7 +173,7 @@ def train(config):
         raise UserError(f"--response_length {config.response_length} leaves no room in a context of {policy.config.context}")
     records = load_records(config.data, "prompt", limit=config.limit or None, skip_bad=config.skip_bad)
     prompts = [encode_prompt(tokenizer, r["prompt"], config.max_prompt_length or room, config.keep) for r in records]
-    eval_prompts, eval_rewards = load_eval_prompts(config, records, tokenizer, policy, {"reward": reward}, run)
+    eval_prompts, eval_rewards = load_eval_prompts(config.eval_data, config, records, tokenizer, policy, {"reward": reward}, run)
 
     policy_optimizer = make_optimizer(policy.parameters(), "adam", config.lr, eps=config.adam_eps)
     value_optimizer = make_optimizer(value_model.parameters(), "adam", config.value_lr, eps=config.adam_eps)

@@ -56,8 +56,8 @@ class Config:
     normalize: str = "standard"      # stored constants: standard (mean 0, std 1: Kirk 2023), mean (Stiennon 2020) or none
     normalize_data: str = ""         # completions to take them from, such as demonstrations; '' = the held-out responses
     eval_fraction: float = 0.1       # share of --data held out (all responses of a prompt together)
-    eval_every: int = 100            # steps between evaluations (and after the last)
-    save_every: int = 200            # steps between checkpoints
+    eval_every: int = 100            # steps between evaluations, the last step included; 0 = never
+    save_every: int = 200            # steps between checkpoints; 0 = none
 
 
 def preference_loss(chosen, rejected):

@@ -5,6 +5,7 @@
     L_ft   = - sum_t log pi(y_best,t | x, y_best,<t),  best = argmax_i r_i  Eq. 3
     L      = L_rank + L_ft                                                  Eq. 4
 
+L_ft sums over tokens while p_i is a mean over them: on long responses L_ft outweighs L_rank at --rrhf_weight 1, the paper's.
 No reference policy, no KL, no value model. Candidates come from the data, from the policy, or both (--sampling): P is the
 data alone, BP and DP add beams and diverse beams, D is diverse beams alone (--from_data false). They are drawn once, from
 the starting policy; --resample_every k draws anew every k steps: OP-k, and with k the steps of an epoch, IP.
@@ -39,7 +40,7 @@ class Config:
     num_samples: int = 4             # how many a prompt
     from_data: bool = True           # the data's own responses are candidates too
     resample_every: int = 0          # draw candidates anew from the policy every so many steps (OP-k, IP); 0 = once
-    eval_prompts: str = ""           # prompts to sample on while training: record file; '' = the test prompts, if on `reviews`
+    eval_data: str = ""              # prompts to sample on while training: record file; '' = the test prompts, if on `reviews`
     eval_reward: str = ""            # a reward that is only measured there: as --reward; '' = gold, if on `reviews`
     limit: int = 0                   # at most so many records; 0 = all
     skip_bad: bool = False           # skip bad rows and count them, instead of stopping at the first
@@ -71,8 +72,8 @@ class Config:
     weight_decay: float = 0.0        # on matrices
     max_grad_norm: float = 1.0       # clip to this norm; 0 = off
     num_eval_prompts: int = 128      # evaluation prompts, one sample each
-    eval_every: int = 20             # steps between evaluations (and after the last)
-    save_every: int = 100            # steps between checkpoints
+    eval_every: int = 20             # steps between evaluations, the last step included; 0 = never
+    save_every: int = 100            # steps between checkpoints; 0 = none
 
 
 def rrhf_loss(logps, lengths, scores, rrhf_weight=1.0, length_penalty=1.0):
@@ -144,7 +145,7 @@ def train(config):
     reward = load_reward(config.reward, tokenizer, run.device) if config.reward != "given" else None
     records = load_records(config.data, config.kind, limit=config.limit or None, skip_bad=config.skip_bad)
     rewards = {"reward": reward} if reward else {}
-    eval_prompts, eval_rewards = load_eval_prompts(config, records, tokenizer, model, rewards, run)
+    eval_prompts, eval_rewards = load_eval_prompts(config.eval_data, config, records, tokenizer, model, rewards, run)
 
     optimizer = make_optimizer(model.parameters(), config.optimizer, config.lr, config.weight_decay)
     state = run.load_checkpoint({"model": model}, {"optimizer": optimizer})

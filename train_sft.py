@@ -60,8 +60,8 @@ class Config:
     weight_decay: float = 0.0        # on matrices
     max_grad_norm: float = 1.0       # clip to this norm; 0 = off
     eval_fraction: float = 0.05      # share of --data held out when there is no --eval_data
-    eval_every: int = 100            # steps between evaluations (and after the last)
-    save_every: int = 200            # steps between checkpoints
+    eval_every: int = 100            # steps between evaluations, the last step included; 0 = never
+    save_every: int = 200            # steps between checkpoints; 0 = none
 
 
 def sft_loss(logprobs, mask, count):

@@ -240,7 +240,8 @@ def _read_transcripts(row):
     (head, _, chosen), (other, _, rejected) = [text.rpartition(ASSISTANT) for text in texts]
     if head != other:
         raise DataError("prompts differ")
-    return {"prompt": head + ASSISTANT, "chosen": chosen, "rejected": rejected}
+    # Rows that open with the same question are often one conversation at different lengths: they belong to one group.
+    return {"prompt": head + ASSISTANT, "chosen": chosen, "rejected": rejected, "group": (head + ASSISTANT).partition(ASSISTANT)[0]}
 
 
 def _read_ranked(row):

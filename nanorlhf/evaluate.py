@@ -182,16 +182,16 @@ def measure(policy, reference, tokenizer, prompts, rewards, max_new_tokens, temp
     return metrics, texts
 
 
-def load_eval_prompts(config, records, tokenizer, model, rewards, run):
+def load_eval_prompts(file, config, records, tokenizer, model, rewards, run):
     """Prompts to sample on while training, as ids, and the rewards to measure there: (prompts, {name: function}).
 
-    --eval_prompts names them and --eval_reward a reward that is only measured. Without them, training on the built-in
-    task's prompts is evaluated on its test prompts under the gold reward, and training on other data is not.
+    `file` holds them, and --eval_reward names a reward that is only measured. Without them, training on the built-in task's
+    prompts is evaluated on its test prompts under the gold reward, and training on other data is not.
     """
     on_reviews = all(reviews.domain_of(r["prompt"]) for r in records[:10])
-    if not (config.eval_prompts or on_reviews) or config.num_eval_prompts == 0:
+    if not (file or on_reviews) or config.num_eval_prompts == 0:
         return [], {}
-    found = load_records(config.eval_prompts or "reviews", "prompt", "test", config.num_eval_prompts)
+    found = load_records(file or "reviews", "prompt", "test", config.num_eval_prompts)
     room = model.config.context - config.response_length
     prompts = [encode_prompt(tokenizer, r["prompt"], config.max_prompt_length or room, config.keep) for r in found]
     if config.eval_reward or on_reviews:

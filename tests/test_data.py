@@ -363,7 +363,7 @@ NO = {"role": "assistant", "content": "no"}
      {"prompt": "\n\nHuman: hi\n\nAssistant:", "responses": [" yes", " no"], "scores": [1.0, 0.0]}),
     ({"chosen": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: d",
       "rejected": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: e"}, "preference",
-     {"prompt": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:", "chosen": " d", "rejected": " e"}),
+     {"prompt": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:", "chosen": " d", "rejected": " e", "group": "\n\nHuman: a"}),
     ({"info": {"id": "t3", "subreddit": "s", "title": "t", "post": "x {y}", "article": None}, "choice": 1,
       "summaries": [{"text": " a"}, {"text": " b"}]}, "preference",
      {"prompt": "SUBREDDIT: r/s\n\nTITLE: t\n\nPOST: x {y}\n\nTL;DR:", "chosen": " b", "rejected": " a",

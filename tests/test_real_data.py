@@ -100,7 +100,7 @@ def test_pretraining_on_reviews_learns(base):
 def test_ppo_logs_what_the_reward_function_said(base, reward, prompts, tmp_path):
     spec, calls = reward
     train_ppo.train(train_ppo.Config(
-        init=base, reward=spec, data=prompts, eval_prompts=prompts, num_eval_prompts=5, response_length=12, batch_size=6,
+        init=base, reward=spec, data=prompts, eval_data=prompts, num_eval_prompts=5, response_length=12, batch_size=6,
         max_steps=3, missing_eos="none", eval_every=2, device="cpu", out=str(tmp_path / "ppo")))
     log, said = metrics(tmp_path / "ppo"), calls()
     rollouts, evaluations = [c for c in said if len(c[0]) == 6], [c for c in said if len(c[0]) == 5]

@@ -717,7 +717,7 @@ def test_in_a_process_errors_are_one_line_and_exit_code_1(root, tmp_path):
         (train_ppo, ["--reward", "nowhere"], "--reward nowhere"),
         (train_ppo, ["--reference", "nowhere"], "nowhere"),
         (train_ppo, ["--value_init", "nowhere"], "nowhere"),
-        (train_ppo, ["--eval_prompts", "nowhere.jsonl"], "nowhere.jsonl"),
+        (train_ppo, ["--eval_data", "nowhere.jsonl"], "nowhere.jsonl"),
         (train_dpo, ["--eval_reward", "nowhere.py:f"], "nowhere.py"),
         (sample_bon, ["--reward", "out/sft"], "no reward model"),
         (train_sft, ["--init", "scratch", "--tokenizer", "nowhere"], "nowhere"),

@@ -14,11 +14,11 @@ both="--epochs 1 --lr 2e-4 --batch_size 16"
 hh_rm() { python train_rm.py --init "$OUT/base" --data "$OUT/hh_train.jsonl" --limit 900 --eval_fraction 0 --eval_data "$OUT/hh_heldout.jsonl" \
     --out "$OUT/hh_rm" $common $both --eval_every 1000; }
 hh_dpo() { python train_dpo.py --init "$OUT/base" --data "$OUT/hh_train.jsonl" --limit 900 --eval_data "$OUT/hh_heldout.jsonl" \
-    --out "$OUT/hh_dpo" $common $both --eval_every 1000; }
+    --out "$OUT/hh_dpo" $common $both --beta 0.1 --eval_every 1000; }
 tldr_rm() { python train_rm.py --init "$OUT/base" --data "$OUT/tldr_train.jsonl" --limit 600 --eval_fraction 0 --eval_data "$OUT/tldr_heldout.jsonl" \
     --out "$OUT/tldr_rm" $common $both --keep tldr --max_prompt_length 420 --eval_every 1000; }
 tldr_dpo() { python train_dpo.py --init "$OUT/base" --data "$OUT/tldr_train.jsonl" --limit 600 --eval_data "$OUT/tldr_heldout.jsonl" \
-    --out "$OUT/tldr_dpo" $common $both --keep tldr --max_prompt_length 420 --eval_every 1000; }
+    --out "$OUT/tldr_dpo" $common $both --beta 0.1 --keep tldr --max_prompt_length 420 --eval_every 1000; }
 table() { python "$here/measure.py" "$OUT" | tee "$OUT/table.md"; }
 
 for stage in ${*:-prepare base hh_rm tldr_rm tldr_dpo hh_dpo table}; do

@@ -139,7 +139,8 @@ def plot_frontier(lines, sft_gold, file):
     for i, (method, seeds) in enumerate(lines.items()):
         for k, line in enumerate(seeds):
             axes.plot(*zip(*line), "o-", color=f"C{i}", markersize=3, linewidth=0.8, alpha=0.8, label=None if k else method)
-    axes.set(xlabel="KL(policy || SFT), nats a sequence", ylabel="gold reward on held-out prompts", xscale="symlog", xlim=(0, None))
+    axes.set(xlabel="KL(policy || SFT), nats a sequence", ylabel="gold reward on held-out prompts", xscale="symlog", ylim=(-2.05, 1))
+    axes.set_xlim(left=0)
     axes.legend(fontsize=8)
     figure.savefig(file, dpi=120, bbox_inches="tight")
     plt.close(figure)

@@ -241,7 +241,8 @@ def _read_transcripts(row):
     if head != other:
         raise DataError("prompts differ")
     # Rows that open with the same question are often one conversation at different lengths: they belong to one group.
-    return {"prompt": head + ASSISTANT, "chosen": chosen, "rejected": rejected, "group": (head + ASSISTANT).partition(ASSISTANT)[0]}
+    question = (head + ASSISTANT).partition(ASSISTANT)[0]
+    return {"prompt": head + ASSISTANT, "chosen": chosen, "rejected": rejected, "group": question}
 
 
 def _read_ranked(row):

@@ -238,7 +238,8 @@ class Setting:
             sources = {name: (file, "") for name, file in named_files(options.data).items()}
         self.records = {name: load_records(file, "prompt", split, options.num_prompts) for name, (file, split) in sources.items()}
         room = self.reference.config.context - options.response_length
-        self.prompts = {name: [encode_prompt(tokenizer, r["prompt"], room) for r in records] for name, records in self.records.items()}
+        self.prompts = {name: [encode_prompt(tokenizer, r["prompt"], room) for r in records]
+                        for name, records in self.records.items()}
         self.first = next(iter(sources))                                               # in distribution
         written = [r.get("completion") for r in self.records[self.first]]
         self.written_scores = None

@@ -47,7 +47,8 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
     uniform = torch.from_numpy(uniform).to(device)
     pad = model.config.pad_id or 0
     out = Samples(torch.full((R, max_new_tokens), pad, device=device), torch.zeros(R, max_new_tokens, device=device),
-                  torch.zeros(R, max_new_tokens, dtype=torch.bool, device=device), torch.zeros(R, dtype=torch.bool, device=device))
+                  torch.zeros(R, max_new_tokens, dtype=torch.bool, device=device),
+                  torch.zeros(R, dtype=torch.bool, device=device))
     by_length = sorted(range(len(prompts)), key=lambda p: len(prompts[p]))             # little padding within a chunk
     size = max(1, batch_size // num_samples)
     options = dict(temperature=temperature, top_k=top_k, top_p=top_p)

@@ -167,7 +167,7 @@ LEAST = dict(batch_size=1, micro_batch_size=0, max_steps=0, limit=0, max_length=
              num_ppo_epochs=1, num_mini_batches=1, warmup_steps=0, resample_every=0)     # of options that count something
 
 
-FREE = ("out", "resume", "overwrite", "device", "compile", "micro_batch_size", "eval_every", "save_every")   # may differ in a resumed run
+FREE = ("out", "resume", "overwrite", "device", "compile", "micro_batch_size", "eval_every", "save_every")   # may differ on --resume
 
 
 class Run:
@@ -200,7 +200,7 @@ class Run:
         self.finished = before.get("finished", False)
         for option, value in () if self.finished else dataclasses.asdict(config).items():
             if option not in FREE and value != (was := before.get("options", {}).get(option, value)):
-                raise UserError(f"--{option} {value}: the run in {self.out} was begun with {was}, and --resume continues it as it was")
+                raise UserError(f"--{option} {value}: the run in {self.out} was begun with {was}, and --resume goes on as it was")
         self.started, self.printed, self.tokens, self.first_step = time.monotonic(), 0.0, 0, 0
 
     def _write_run_json(self, finished):
@@ -239,8 +239,8 @@ class Run:
         norms = [float(torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]],
                                                       max_grad_norm or math.inf)) for optimizer in rates]
         if not all(map(math.isfinite, [loss, *norms])):
-            raise UserError(f"step {step}: loss {loss}, gradient norm {', '.join(map(str, norms))}, on the examples {list(rows)[:8]} "
-                            f"(of {len(rows)}); the weights were not changed (lower --lr?)")
+            raise UserError(f"step {step}: loss {loss}, gradient norm {', '.join(map(str, norms))}, on the examples "
+                            f"{list(rows)[:8]} (of {len(rows)}); the weights were not changed (lower --lr?)")
         for optimizer, lr in rates.items():
             for group in optimizer.param_groups:
                 group["lr"] = lr
@@ -380,7 +380,8 @@ def need_file(file, made_by):
 def git_commit():
     """Commit of the code that runs, with + when files differ from it; '' outside a checkout."""
     def git(*args):
-        return subprocess.run(["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10).stdout.strip()
+        here = Path(__file__).parent
+        return subprocess.run(["git", *args], cwd=here, capture_output=True, text=True, timeout=10).stdout.strip()
     try:
         return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.SubprocessError):

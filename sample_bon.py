@@ -18,7 +18,6 @@ With no option it draws best-of-16 from out/sft under out/rm on the built-in tes
 """
 
 import itertools
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -60,16 +59,28 @@ class Config:
     batch_size: int = 64             # prompts at a time
 
 
+def prefers(score_a, score_b, temperature, rng):
+    """Whether a judge prefers a to b: with P = sigmoid((score_a - score_b) / temperature) (Bradley & Terry 1952); at
+    temperature 0 the higher score wins, and a tie is a coin's. rng: numpy Generator; one number is drawn."""
+    difference = score_a - score_b
+    p = 0.5 * (1 + np.tanh(difference / (2 * temperature))) if temperature > 0 else 0.5 * (1 + np.sign(difference))
+    return bool(rng.random() < p)
+
+
+def label_ceiling(scores_a, scores_b, temperature):
+    """Expected agreement with these labels of one who knows all scores [N]: mean sigmoid(|a - b| / temperature). No reward
+    model can be expected to do better."""
+    gap = np.abs(np.asarray(scores_a, dtype=np.float64) - np.asarray(scores_b, dtype=np.float64))
+    return float(np.mean(0.5 * (1 + np.tanh(gap / (2 * temperature))))) if temperature > 0 else 1.0
+
+
 def comparisons(prompt, responses, scores, temperature, rng):
-    """All pairs of a prompt's responses, labelled by Bradley-Terry at `temperature`: records prompt, chosen, rejected and
-    their scores. Pairs of equal texts are dropped. rng: numpy Generator."""
+    """All pairs of a prompt's responses with a preference each: records prompt, chosen, rejected and their scores. Pairs of
+    equal texts are dropped."""
     records = []
     for a, b in itertools.combinations(range(len(responses)), 2):
         if responses[a] != responses[b]:
-            difference = scores[a] - scores[b]
-            p = 1 / (1 + math.exp(-max(-700.0, min(700.0, difference / temperature)))) \
-                if temperature > 0 else (0.5 if difference == 0 else float(difference > 0))
-            w, l = (a, b) if rng.random() < p else (b, a)
+            w, l = (a, b) if prefers(scores[a], scores[b], temperature, rng) else (b, a)
             records.append(dict(prompt=prompt, chosen=responses[w], rejected=responses[l], score_chosen=scores[w],
                                 score_rejected=scores[l]))
     return records
@@ -78,7 +89,7 @@ def comparisons(prompt, responses, scores, temperature, rng):
 def usable(scored, keep_unfinished):
     """The record (prompt, responses, scores) of those of a prompt's samples that can be written as text."""
     kept = [i for i, y in enumerate(scored["responses"]) if y.strip() and (keep_unfinished or scored["finished"][i])]
-    return dict(prompt=scored["prompt"], responses=[scored["responses"][i] for i in kept], scores=[scored["scores"][i] for i in kept])
+    return dict(prompt=scored["prompt"], **{k: [scored[k][i] for i in kept] for k in ("responses", "scores")})
 
 
 def train(config):
@@ -126,16 +137,18 @@ def train(config):
     if dropped := sum(len(s["responses"]) for s in scored) - sum(len(r["responses"]) for r in records):
         print(f"{dropped} of {len(scored) * config.n} responses are unfinished or empty and not written"
               + ("" if config.keep_unfinished else " (--keep_unfinished writes the unfinished)"))
-    best = [(r, int(np.argmax(r["scores"]))) for r in records if r["responses"]]
-    write_records(run.out / "best.jsonl", [dict(prompt=r["prompt"], completion=r["responses"][b], score=r["scores"][b]) for r, b in best])
+    best = [(r["prompt"], *max(zip(r["scores"], r["responses"]), key=lambda pair: pair[0])) for r in records if r["responses"]]
+    write_records(run.out / "best.jsonl", [dict(prompt=x, completion=y, score=s) for x, s, y in best])
     if config.n > 1:
         write_records(run.out / "ranked.jsonl", [r for r in records if len(r["responses"]) > 1])
     if config.label_temperature >= 0:
         rng = np.random.Generator(np.random.Philox(key=seed_for(config.seed, "labels")))
         pairs = [pair for r in records for pair in comparisons(**r, temperature=config.label_temperature, rng=rng)]
         write_records(run.out / "comparisons.jsonl", pairs)
-        agree = np.mean([np.sign(c["score_chosen"] - c["score_rejected"]) for c in pairs] or [0]) / 2 + 0.5      # a tie is half
-        print(f"{len(pairs)} comparisons; a perfect judge agrees with {agree:.1%} of their labels")
+        if pairs:
+            ceiling = label_ceiling([p["score_chosen"] for p in pairs], [p["score_rejected"] for p in pairs],
+                                    config.label_temperature)
+            print(f"{len(pairs)} comparisons; a perfect judge would agree with {ceiling:.1%} of their labels")
 
     curve = []
     for n in [2 ** k for k in range(config.n.bit_length()) if 2 ** k < config.n] + [config.n]:

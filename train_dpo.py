@@ -22,7 +22,8 @@ from nanorlhf.data import (batch_indices, collate, load_records, load_tokenizer,
                            steps_of)
 from nanorlhf.evaluate import load_eval_prompts, measure
 from nanorlhf.model import Transformer
-from nanorlhf.run import Run, UserError, learning_rate, main, make_optimizer, need_file, need_folder
+from nanorlhf.run import (Run, UserError, learning_rate, main, make_optimizer, need_file, need_folder,
+                          need_same_vocabulary)
 
 
 @dataclass
@@ -113,9 +114,7 @@ def train(config):
     tokenizer = load_tokenizer(config.init)
     model = run.prepare(Transformer.from_pretrained(config.init), tokenizer)
     reference = run.prepare(Transformer.from_pretrained(config.reference or config.init), tokenizer).requires_grad_(False)
-    if reference.config.vocab_size != model.config.vocab_size:
-        raise UserError(f"--reference {config.reference}: its vocabulary ({reference.config.vocab_size}) is not the policy's "
-                        f"({model.config.vocab_size})")
+    need_same_vocabulary(f"--reference {config.reference}", reference, model)
 
     max_length = config.max_length or model.config.context
 

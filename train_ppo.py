@@ -27,7 +27,8 @@ from nanorlhf.evaluate import load_eval_prompts, measure
 from nanorlhf.generate import generate
 from nanorlhf.model import Transformer, ValueModel
 from nanorlhf.rewards import load_reward
-from nanorlhf.run import Run, UserError, learning_rate, main, make_optimizer, need_folder, seed_for
+from nanorlhf.run import (Run, UserError, learning_rate, main, make_optimizer, need_folder, need_same_vocabulary,
+                          seed_for)
 
 
 @dataclass
@@ -158,16 +159,14 @@ def train(config):
     tokenizer = load_tokenizer(config.init)
     policy = run.prepare(Transformer.from_pretrained(config.init), tokenizer)
     reference = run.prepare(Transformer.from_pretrained(config.reference or config.init), tokenizer).requires_grad_(False)
-    if reference.config.vocab_size != policy.config.vocab_size:
-        raise UserError(f"--reference {config.reference}: its vocabulary ({reference.config.vocab_size}) is not the policy's "
-                        f"({policy.config.vocab_size})")
+    need_same_vocabulary(f"--reference {config.reference}", reference, policy)
     reward = load_reward(config.reward, tokenizer, run.device)
     by_model = not (config.reward == "gold" or ".py:" in config.reward)
     value_init = config.value_init or (config.reward if by_model else config.init)
     value_model = run.prepare(ValueModel.from_pretrained(value_init), tokenizer)
-    if value_model.trunk.config.vocab_size != policy.config.vocab_size:
-        raise UserError(f"the value model's vocabulary ({value_model.trunk.config.vocab_size}) is not the policy's "
-                        f"({policy.config.vocab_size}): name a --value_init with the policy's tokenizer, such as --init")
+    need_same_vocabulary(f"--value_init {value_init}", value_model.trunk, policy)
+    if config.temperature <= 0:
+        raise UserError(f"--temperature {config.temperature}: PPO needs samples, so it must be above 0")
     room = policy.config.context - config.response_length
     if room < 1:
         raise UserError(f"--response_length {config.response_length} leaves no room in a context of {policy.config.context}")
@@ -239,10 +238,10 @@ def train(config):
         count = mask.sum()
         sequence_kl = float(((old_logprobs - ref_logprobs) * mask).sum(1).mean())      # sum of k1 over a response
         metrics = {"objective/scores": scores.mean(), "objective/kl": sequence_kl,
-                   "objective/rlhf_reward": scores.mean() - kl_coef * kl.sum(1).mean(), "objective/entropy": entropy.sum() / count,
-                   "objective/ended": samples.finished.float().mean(), "objective/length": count / len(rows),
-                   "objective/kl_coef": kl_coef, "lr": config.lr * decay, "val/mean": (old_values * mask).sum() / count,
-                   **{k: v / updates for k, v in stats.items()}}
+                   "objective/rlhf_reward": scores.mean() - kl_coef * kl.sum(1).mean(),
+                   "objective/entropy": entropy.sum() / count, "objective/ended": samples.finished.float().mean(),
+                   "objective/length": count / len(rows), "objective/kl_coef": kl_coef, "lr": config.lr * decay,
+                   "val/mean": (old_values * mask).sum() / count, **{k: v / updates for k, v in stats.items()}}
         if config.kl_target > 0:
             kl_coef = adapt_kl_coef(kl_coef, sequence_kl, config.kl_target, len(rows), config.kl_horizon)
         if eval_prompts and run.every(config.eval_every, step + 1, config.max_steps):

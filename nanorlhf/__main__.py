@@ -13,12 +13,12 @@ import statistics
 import time
 from pathlib import Path
 
+import sample_bon
 import train_dpo
 import train_ppo
 import train_rm
 import train_rrhf
 import train_sft
-import sample_bon
 from nanorlhf.evaluate import Options as EvaluateOptions
 from nanorlhf.evaluate import columns_of, evaluate_policies, markdown_table
 from nanorlhf.run import UserError, git_commit, parse_options, read_jsonl, write_json, write_records, written_whole
@@ -43,7 +43,8 @@ def stages(out, seed, scale):
 
     sft, rm, pairs = f"{out}/sft", f"{out}/rm", f"{out}/comparisons/comparisons.jsonl"
     splits = ("test", "ood_near", "ood_far")
-    labels = dict(init=sft, n=2, reward="gold", label_temperature=LABEL_TEMPERATURE, seed=seed, batch_size=128)
+    labels = dict(init=sft, n=2, reward="gold", label_temperature=LABEL_TEMPERATURE, seed=seed, batch_size=128,
+                  keep_unfinished=scale < 0.1)                                         # a model barely trained never ends
     yield "base", train_sft, dict(init="scratch", kind="text", limit=40000, max_steps=steps(1000), batch_size=16, lr=5e-3,
                                   eval_every=steps(250), seed=seed)
     yield "sft", train_sft, dict(init=f"{out}/base", limit=8000, max_steps=steps(300), batch_size=32, lr=1e-3, seed=seed)
@@ -83,6 +84,27 @@ def train_all(out, seed, scale):
     return seconds
 
 
+def judge_rows(out):
+    """Of the reward model, split by split: its accuracy on noisy labels, in all and in quarters by its own confidence, and
+    the accuracy that one who knows the gold reward would have."""
+    last = [r for r in read_jsonl(out / "rm" / "metrics.jsonl") if "eval/test/accuracy" in r][-1]
+    rows = []
+    for split in ("test", "ood_near", "ood_far"):
+        pairs = read_jsonl(out / f"comparisons_{split}" / "comparisons.jsonl")
+        accuracy, n = last[f"eval/{split}/accuracy"], last[f"eval/{split}/pairs"]
+        row = {"method": split, "accuracy": (accuracy, 1.96 * math.sqrt(accuracy * (1 - accuracy) / n)),
+               "ceiling": (sample_bon.label_ceiling([p["score_chosen"] for p in pairs], [p["score_rejected"] for p in pairs],
+                                         LABEL_TEMPERATURE), None)}
+        quarters = {f"q{k}": last.get(f"eval/{split}/accuracy_q{k}") for k in range(1, 5)}
+        row |= {k: (v, None) for k, v in quarters.items() if v is not None}
+        rows.append(row)
+    return rows
+
+
+JUDGE_COLUMNS = {"accuracy": ("accuracy", ".0%"), "ceiling": ("ceiling", ".0%"), "q1": ("least sure quarter", ".0%"),
+                 "q2": ("second", ".0%"), "q3": ("third", ".0%"), "q4": ("surest quarter", ".0%")}
+
+
 def one_seed(out, seed, scale):
     """Trains and evaluates everything below `out`. Returns the table's rows and the sampled texts."""
     seconds = train_all(out, seed, scale)
@@ -105,7 +127,7 @@ def over_seeds(tables):
     for same in zip(*tables):
         row = {"method": same[0]["method"]}
         for column in same[0]:
-            if column != "method":
+            if column != "method" and all(column in r for r in same):
                 values = [r[column][0] for r in same]
                 half = t * statistics.stdev(values) / math.sqrt(S)
                 row[column] = (statistics.fmean(values), half if half > 0 and column != "seconds" else None)
@@ -139,8 +161,8 @@ def plot_frontier(lines, sft_gold, file):
     for i, (method, seeds) in enumerate(lines.items()):
         for k, line in enumerate(seeds):
             axes.plot(*zip(*line), "o-", color=f"C{i}", markersize=3, linewidth=0.8, alpha=0.8, label=None if k else method)
-    axes.set(xlabel="KL(policy || SFT), nats a sequence", ylabel="gold reward on held-out prompts", xscale="symlog", ylim=(-2.05, 1))
-    axes.set_xlim(left=0)
+    axes.set(xlabel="KL(policy || SFT), nats a sequence", ylabel="gold reward on held-out prompts", xscale="symlog")
+    axes.set(xlim=(0, None), ylim=(-2.05, 1))
     axes.legend(fontsize=8)
     figure.savefig(file, dpi=120, bbox_inches="tight")
     plt.close(figure)
@@ -176,10 +198,13 @@ def main():
     tables, samples = zip(*found)
     rows, lines = over_seeds(tables), frontier(folders)
     intervals = "Student's t over the seeds" if options.seeds > 1 else "normal, over the prompts"
-    table = f"{markdown_table(rows, columns_of(rows))}\n\n{options.seeds} seed(s); ± is half of a 95% interval ({intervals}).\n"
+    judge = over_seeds([judge_rows(folder) for folder in folders])
+    judged = markdown_table(judge, JUDGE_COLUMNS).replace("| method ", "| reward model on ", 1)
+    table = (f"{markdown_table(rows, columns_of(rows))}\n\n{judged}\n\n"
+             f"{options.seeds} seed(s); ± is half of a 95% interval ({intervals}).\n")
     write_text(root / "table.md", table)
-    write_json(root / "table.json", dict(rows=rows, seeds=tables, commit=git_commit(), options=dataclasses.asdict(options),
-                                         frontier=lines, seconds=round(time.monotonic() - started)))
+    write_json(root / "table.json", dict(rows=rows, judge=judge, seeds=tables, commit=git_commit(), frontier=lines,
+                                         options=dataclasses.asdict(options), seconds=round(time.monotonic() - started)))
     write_records(root / "samples.jsonl", [s for ours in samples for s in ours])
     write_text(root / "samples.md", samples_page(samples[0]))
     plot_frontier(lines, rows[0]["gold/test"][0], root / "frontier.png")

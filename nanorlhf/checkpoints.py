@@ -216,5 +216,5 @@ def save_weights(model, folder, head_name, architecture, extra):
         config, activation=next(k for k, v in ACTIVATION_NAMES.items() if v == config.activation)))
     write_json(folder / "config.json", dict(
         model_type=config.family, architectures=[family[architecture]], vocab_size=config.vocab_size,
-        tie_word_embeddings=config.tied, bos_token_id=config.bos_id, eos_token_id=config.eos_id, pad_token_id=config.pad_id, torch_dtype="float32",
-        initializer_range=config.init_std, **fields, **extra))
+        tie_word_embeddings=config.tied, bos_token_id=config.bos_id, eos_token_id=config.eos_id, pad_token_id=config.pad_id,
+        torch_dtype="float32", initializer_range=config.init_std, **fields, **extra))

@@ -117,9 +117,6 @@ UNPARSED_PENALTY = 0.4  # a sentence that does not parse
 UNFINISHED_PENALTY = 0.4  # the text does not end with a full stop
 REWARD_MIN, REWARD_MAX = -2.0, 1.0  # REWARD_MIN: empty or clauseless text, and the floor under piled-up penalties
 
-# At this temperature a judge who knows the gold reward agrees with about 86% of the labels of independent pairs.
-LABEL_TEMPERATURE = 0.2
-
 # ---- The grammar as tables, shared by writer and reader -------------------------------------------------------------
 
 
@@ -355,23 +352,6 @@ def relation(premise: str, hypothesis: str) -> str:
     if any((aspect, -sign) in given for aspect, sign in claims):
         return "contradiction"
     return "entailment" if claims and claims <= given else "neutral"
-
-
-def label(reward_a: float, reward_b: float, temperature: float, rng: np.random.Generator) -> bool:
-    """A noisy judge: True (a preferred) with P = sigmoid((reward_a - reward_b) / temperature), temperature > 0.
-
-    Source: Bradley & Terry 1952, as in Christiano et al. 2017, section 2.2.1.
-    """
-    return bool(rng.random() < 0.5 * (1 + np.tanh((reward_a - reward_b) / (2 * temperature))))  # tanh: no overflow
-
-
-def label_ceiling(rewards_a, rewards_b, temperature: float) -> float:
-    """Expected agreement with `label` of a judge who knows both rewards: mean sigmoid(|a - b| / temperature).
-
-    rewards_a, rewards_b: [N]. No reward model can be expected to do better on these pairs.
-    """
-    gap = np.abs(np.asarray(rewards_a, dtype=np.float64) - np.asarray(rewards_b, dtype=np.float64))
-    return float(np.mean(0.5 * (1 + np.tanh(gap / (2 * temperature)))))
 
 
 # ---- Data -----------------------------------------------------------------------------------------------------------

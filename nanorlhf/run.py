@@ -167,7 +167,7 @@ LEAST = dict(batch_size=1, micro_batch_size=0, max_steps=0, limit=0, max_length=
              num_ppo_epochs=1, num_mini_batches=1, warmup_steps=0, resample_every=0)     # of options that count something
 
 
-FREE = ("out", "resume", "overwrite", "device", "compile", "micro_batch_size", "eval_every", "save_every")   # may differ on --resume
+FREE = ("out", "resume", "overwrite", "device", "compile", "micro_batch_size", "eval_every", "save_every")  # on --resume
 
 
 class Run:
@@ -369,6 +369,11 @@ def need_folder(folder, made_by):
     if not (Path(folder) / "config.json").exists():
         raise UserError(f"{folder} holds no checkpoint; first run: {made_by}")
     return folder
+
+
+def need_same_vocabulary(what, model, policy):
+    if model.config.vocab_size != policy.config.vocab_size:
+        raise UserError(f"{what}: its vocabulary ({model.config.vocab_size}) is not the policy's ({policy.config.vocab_size})")
 
 
 def need_file(file, made_by):

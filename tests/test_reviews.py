@@ -17,7 +17,6 @@ from nanorlhf.reviews import (
     FOREIGN_PENALTY,
     ID_DOMAINS,
     IT,
-    LABEL_TEMPERATURE,
     REPEAT_PENALTY,
     REWARD_MAX,
     REWARD_MIN,
@@ -29,14 +28,13 @@ from nanorlhf.reviews import (
     domain_of,
     generate_review,
     gold_reward,
-    label,
-    label_ceiling,
     parse,
     plan,
     records,
     relation,
     render,
 )
+from sample_bon import label_ceiling, prefers
 
 FILM = "Review of the film Silent River:"
 
@@ -257,11 +255,11 @@ def test_label_ceiling_is_what_a_perfect_judge_reaches(rewards):
     rng = np.random.default_rng(0)
     a, b = rewards[::2], rewards[1::2]
     pairs = [(x, y) for x, y in zip(a, b, strict=True) if x != y]
-    agreement = [label(x, y, LABEL_TEMPERATURE, rng) == (x > y) for x, y in pairs * 5]
+    agreement = [prefers(x, y, 0.2, rng) == (x > y) for x, y in pairs * 5]
     apart = a != b
-    ceiling = label_ceiling(a[apart], b[apart], LABEL_TEMPERATURE)
+    ceiling = label_ceiling(a[apart], b[apart], 0.2)
     assert np.mean(agreement) == pytest.approx(ceiling, abs=0.015)
-    assert 0.80 < label_ceiling(a, b, LABEL_TEMPERATURE) < 0.90
+    assert 0.80 < label_ceiling(a, b, 0.2) < 0.90
     assert label_ceiling([0.3], [0.3], 1.0) == 0.5
     assert label_ceiling([1.0], [0.0], 1.0) == pytest.approx(1 / (1 + math.exp(-1)))
     assert label_ceiling([1.0], [-2.0], 1e-6) == 1.0  # no overflow

@@ -100,7 +100,10 @@ def written_whole(path):
     if temporary.is_dir():
         shutil.rmtree(temporary)
     yield temporary
+    umask = os.umask(0)
+    os.umask(umask)
     for file in sorted(temporary.rglob("*")) if temporary.is_dir() else [temporary]:
+        os.chmod(file, 0o666 & ~umask)            # safetensors leaves its files readable by their owner alone
         with open(file, "rb+") as f:
             os.fsync(f.fileno())
     if path.is_dir() and temporary.is_dir():

@@ -175,8 +175,8 @@ def samples_page(samples, prompts_a_split=2):
         ours = [s for s in samples if s["split"] == split]
         for prompt in list(dict.fromkeys(s["prompt"] for s in ours))[:prompts_a_split]:
             lines.append(f"\n## {prompt} ({split})\n")
-            lines += [f"- **{s['method']}** [{s['gold']:.2f}]{s['completion']}" for s in
-                      {s["method"]: s for s in reversed(ours) if s["prompt"] == prompt}.values()]
+            first = {s["method"]: s for s in reversed(ours) if s["prompt"] == prompt}
+            lines += [f"- **{s['method']}** [{s['gold']:.2f}]{s['completion']}" for s in reversed(first.values())]
     return "\n".join(lines) + "\n"
 
 

@@ -22,7 +22,7 @@ from nanorlhf.data import (batch_indices, collate, load_records, load_tokenizer,
                            steps_of)
 from nanorlhf.evaluate import load_eval_prompts, measure
 from nanorlhf.model import Transformer
-from nanorlhf.run import (Run, UserError, learning_rate, main, make_optimizer, need_file, need_folder,
+from nanorlhf.run import (MAKE_COMPARISONS, Run, UserError, learning_rate, main, make_optimizer, need_file, need_folder,
                           need_same_vocabulary)
 
 
@@ -108,7 +108,7 @@ def train(config):
     if run.finished:
         return
     need_folder(config.init, "python train_sft.py")
-    need_file(config.data, "python sample_bon.py --split train --n 2 --reward gold --label_temperature 0.2 --out out/comparisons")
+    need_file(config.data, MAKE_COMPARISONS)
     if not 0 <= config.label_smoothing < 0.5:
         raise UserError(f"--label_smoothing {config.label_smoothing}: must lie in [0, 0.5)")
     tokenizer = load_tokenizer(config.init)

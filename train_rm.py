@@ -9,7 +9,7 @@ rewards are identified: afterwards mean and standard deviation are stored as con
 Gaussian prior of the MAP estimate (Chaudhari 2024, section 2.1).
 
 With no option it reads the comparisons which this makes from the SFT model and the built-in task's noisy judge:
-    python sample_bon.py --split train --n 2 --reward gold --label_temperature 0.2 --out out/comparisons
+    python sample_bon.py --split train --limit 8000 --n 2 --reward gold --label_temperature 0.2 --out out/comparisons
 """
 
 import math
@@ -22,7 +22,7 @@ from nanorlhf.data import (batch_indices, collate, load_records, load_tokenizer,
                            steps_of)
 from nanorlhf.evaluate import named_files
 from nanorlhf.model import RewardModel
-from nanorlhf.run import Run, UserError, learning_rate, main, make_optimizer, need_file, need_folder
+from nanorlhf.run import MAKE_COMPARISONS, Run, UserError, learning_rate, main, make_optimizer, need_file, need_folder
 
 
 @dataclass
@@ -92,7 +92,7 @@ def train(config):
     if run.finished:
         return
     need_folder(config.init, "python train_sft.py")
-    need_file(config.data, "python sample_bon.py --split train --n 2 --reward gold --label_temperature 0.2 --out out/comparisons")
+    need_file(config.data, MAKE_COMPARISONS)
     tokenizer, model = load_tokenizer(config.init), RewardModel.from_pretrained(config.init, fresh_head=True, seed=config.seed)
     model.reward_mean, model.reward_std = 0.0, 1.0      # of an --init that is a reward model: they are taken anew below
     run.prepare(model, tokenizer)

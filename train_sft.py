@@ -8,7 +8,7 @@ The loss is averaged over the tokens of the whole batch, so long responses weigh
 micro-batches.
 
 With no option it fine-tunes out/base on the built-in reviews. To pretrain that base model first:
-    python train_sft.py --init scratch --kind text --out out/base
+    python train_sft.py --init scratch --kind text --lr 5e-3 --batch_size 16 --out out/base
 """
 
 from dataclasses import dataclass
@@ -87,7 +87,7 @@ def train(config):
                      bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
         model = Transformer(ModelConfig.for_family(**shape), config.seed)
     else:
-        need_folder(config.init, "python train_sft.py --init scratch --kind text --out out/base")
+        need_folder(config.init, "python train_sft.py --init scratch --kind text --lr 5e-3 --batch_size 16 --out out/base")
         tokenizer, model = load_tokenizer(config.init), Transformer.from_pretrained(config.init)
     run.prepare(model, tokenizer)
 

@@ -379,6 +379,10 @@ def need_same_vocabulary(what, model, policy):
         raise UserError(f"{what}: its vocabulary ({model.config.vocab_size}) is not the policy's ({policy.config.vocab_size})")
 
 
+MAKE_COMPARISONS = ("python sample_bon.py --split train --limit 8000 --n 2 --reward gold --label_temperature 0.2 "
+                    "--out out/comparisons")              # the default --data of train_rm.py and train_dpo.py
+
+
 def need_file(file, made_by):
     if not Path(file).exists():
         raise UserError(f"{file} is missing; first run: {made_by}")

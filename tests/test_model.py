@@ -446,3 +446,14 @@ def test_stories260k_tells_its_story(tmp_path):
     model.save_pretrained(tmp_path / "copy")
     a, b = (load_file(f / "model.safetensors") for f in (folder, tmp_path / "copy"))
     assert a.keys() == b.keys() and all(torch.equal(a[k].float(), b[k]) for k in a)
+
+
+def test_trap_9_there_is_no_dropout_to_leave_on(tmp_path):
+    """A folder whose config.json asks for dropout computes the same in training mode: policy and reference agree."""
+    model = Transformer(ModelConfig.for_family("gpt2", 32, vocab_size=50, context=16, layers=2, heads=2, kv_heads=2, head_dim=16))
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "resid_pdrop": 0.1, "attn_pdrop": 0.1, "embd_pdrop": 0.1}))
+    model, tokens = Transformer.from_pretrained(tmp_path), torch.arange(12).view(2, 6)
+    assert not any("dropout" in type(m).__name__.lower() for m in model.modules())
+    assert torch.equal(model.train()(tokens), model.eval()(tokens))

@@ -98,6 +98,21 @@ def rrhf_loss_released(logps, lengths, scores, width, rrhf_weight=1.0, length_pe
     return rrhf_weight * rank + ft / width, rank, ft / width
 
 
+def candidate_logprobs(model, part, tokenizer, run):
+    """One forward pass over all candidates of these prompts: log pi(y|x), |y| and the score of each, [B, K] with zeros where a
+    prompt has fewer than K; then the padded width and the number of tokens."""
+    examples = [Example(c["prompt"] + y, len(c["prompt"])) for c in part for y in c["responses"]]
+    batch = collate(examples, tokenizer.pad_id, run.device)
+    with run.autocast():
+        logprobs = model.logprobs(batch.tokens, batch.mask).sum(1)                     # [sum of K]
+    K = max(len(c["responses"]) for c in part)
+    real = torch.tensor([[k < len(c["responses"]) for k in range(K)] for c in part], device=run.device)
+    flat_scores = torch.tensor([s for c in part for s in c["scores"]], device=run.device)
+    logps, lengths, scores = (torch.zeros(real.shape, dtype=flat.dtype, device=run.device).masked_scatter(real, flat)
+                              for flat in (logprobs, batch.mask.sum(1), flat_scores))
+    return logps, lengths, scores, batch.tokens.shape[1], int(batch.lengths.sum())
+
+
 def draw_candidates(model, records, tokenizer, reward, config, seed):
     """Candidates of each record: dicts of prompt (ids), responses (K lists of ids) and scores (K)."""
     room = (config.max_length or model.config.context) - config.response_length
@@ -169,24 +184,14 @@ def train(config):
         loss_sum, tokens, sums = 0.0, 0, {}
         for part in micro_batches([candidates[i] for i in rows], config.micro_batch_size or config.batch_size,
                                   length=lambda c: len(c["prompt"]) + max(map(len, c["responses"]))):
-            K = max(len(c["responses"]) for c in part)
-            batch = collate([Example(c["prompt"] + y, len(c["prompt"])) for c in part for y in c["responses"]],
-                            tokenizer.pad_id, run.device)
-            where = torch.tensor([k < len(c["responses"]) for c in part for k in range(K)], device=run.device).view(-1, K)
-            with run.autocast():
-                flat = model.logprobs(batch.tokens, batch.mask).sum(1)                 # [sum of K]
-            logps = torch.zeros(where.shape, device=run.device).masked_scatter(where, flat)                      # [B, K]
-            lengths = torch.zeros_like(where, dtype=torch.long).masked_scatter(where, batch.mask.sum(1))
-            scores = torch.zeros(where.shape, device=run.device).masked_scatter(
-                where, torch.tensor([s for c in part for s in c["scores"]], device=run.device))
+            logps, lengths, scores, width, n = candidate_logprobs(model, part, tokenizer, run)
             if config.released_code:
-                losses, rank, ft = rrhf_loss_released(logps, lengths, scores, batch.tokens.shape[1], config.rrhf_weight,
-                                                      config.length_penalty)
+                losses, rank, ft = rrhf_loss_released(logps, lengths, scores, width, config.rrhf_weight, config.length_penalty)
             else:
                 losses, rank, ft = rrhf_loss(logps, lengths, scores, config.rrhf_weight, config.length_penalty)
             loss = losses.sum() / len(rows)
             loss.backward()
-            loss_sum, tokens = loss_sum + loss.item(), tokens + int(batch.lengths.sum())
+            loss_sum, tokens = loss_sum + loss.item(), tokens + n
             found = {"loss/rank": rank.sum().item(), "loss/ft": ft.sum().item(),
                      "scores/best": sum(max(c["scores"]) for c in part),
                      "scores/mean": sum(sum(c["scores"]) / len(c["scores"]) for c in part)}

@@ -24,7 +24,7 @@ import numpy as np
 
 from nanorlhf.data import encode_prompt, load_records, load_tokenizer
 from nanorlhf.evaluate import best_of_n_estimate, bon_kl, mean_and_interval
-from nanorlhf.generate import generate
+from nanorlhf.generate import generate, prompt_room
 from nanorlhf.model import Transformer
 from nanorlhf.rewards import load_reward
 from nanorlhf.run import Run, UserError, main, need_folder, seed_for, write_json, write_records
@@ -37,7 +37,7 @@ class Config:
     eval_reward: str = ""            # only measured: as --reward; '' = gold, if on `reviews`
     data: str = "reviews"            # prompts: record file, or `reviews`
     split: str = "test"              # of `reviews`: train, test, ood_near or ood_far
-    limit: int = 0                   # at most so many prompts; 0 = all
+    limit: int = 0                   # at most so many prompts; 0 = all (of `reviews`: 4000 to train on, else 500)
     skip_bad: bool = False           # skip bad rows and count them, instead of stopping at the first
     out: str = "out/bon"             # folder for the records
     overwrite: bool = False          # replace a run that is there
@@ -107,7 +107,7 @@ def train(config):
     measured = config.eval_reward or ("gold" if config.data == "reviews" else "")
     eval_reward = load_reward(measured, tokenizer, run.device) if measured else None
     records = load_records(config.data, "prompt", config.split, config.limit or None, config.skip_bad)
-    room = policy.config.context - config.response_length
+    room = prompt_room(policy, config.response_length)
     prompts = [encode_prompt(tokenizer, r["prompt"], config.max_prompt_length or room, config.keep) for r in records]
 
     # Each batch of prompts is drawn from its own seed. --resume begins anew: the same seeds draw the same samples.

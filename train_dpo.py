@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from nanorlhf.data import (batch_indices, collate, load_records, load_tokenizer, make_examples, micro_batches, split_records,
-                           steps_of)
+from nanorlhf.data import (batch_indices, collate, load_records, load_tokenizer, make_examples, micro_batches, need_same_ids,
+                           split_records, steps_of)
 from nanorlhf.evaluate import load_eval_prompts, measure
 from nanorlhf.model import Transformer
 from nanorlhf.run import (MAKE_COMPARISONS, Run, UserError, learning_rate, main, make_optimizer, need_file, need_folder,
@@ -112,6 +112,7 @@ def train(config):
     if not 0 <= config.label_smoothing < 0.5:
         raise UserError(f"--label_smoothing {config.label_smoothing}: must lie in [0, 0.5)")
     tokenizer = load_tokenizer(config.init)
+    need_same_ids("--reference", config.reference or config.init, tokenizer)
     model = run.prepare(Transformer.from_pretrained(config.init), tokenizer)
     reference = run.prepare(Transformer.from_pretrained(config.reference or config.init), tokenizer).requires_grad_(False)
     need_same_vocabulary(f"--reference {config.reference}", reference, model)

@@ -22,9 +22,9 @@ import torch
 import torch.nn.functional as F
 
 from nanorlhf.data import (Example, batch_indices, collate, encode_prompt, epoch_order, load_records, load_tokenizer,
-                           micro_batches)
+                           micro_batches, need_same_ids)
 from nanorlhf.evaluate import load_eval_prompts, measure
-from nanorlhf.generate import generate
+from nanorlhf.generate import generate, prompt_room
 from nanorlhf.model import Transformer, ValueModel
 from nanorlhf.rewards import load_reward
 from nanorlhf.run import (Run, UserError, learning_rate, main, make_optimizer, need_folder, need_same_vocabulary,
@@ -36,11 +36,11 @@ class Config:
     init: str = "out/sft"            # starting checkpoint folder
     reference: str = ""              # folder of the policy that KL is taken to; '' = --init
     reward: str = "out/rm"           # reward-model folder, `gold`, or file.py:function
-    value_init: str = ""             # folder the value model starts from; '' = --reward if it is a folder, else --init
+    value_init: str = ""             # folder the value model starts from; '' = --reward if it has --init's tokenizer, else --init
     data: str = "reviews"            # prompts: record file, or `reviews`
     eval_data: str = ""              # prompts to sample on while training: record file; '' = the test prompts, if on `reviews`
     eval_reward: str = ""            # a reward that is only measured there: as --reward; '' = gold, if on `reviews`
-    limit: int = 0                   # at most so many prompts; 0 = all
+    limit: int = 0                   # at most so many prompts; 0 = all (of `reviews`: 4000 to train on, else 500)
     skip_bad: bool = False           # skip bad rows and count them, instead of stopping at the first
     out: str = "out/ppo"             # run folder
     overwrite: bool = False          # replace a run that is there
@@ -157,19 +157,19 @@ def train(config):
     if config.reward == "out/rm":
         need_folder(config.reward, "python train_rm.py")
     tokenizer = load_tokenizer(config.init)
+    need_same_ids("--reference", config.reference or config.init, tokenizer)
     policy = run.prepare(Transformer.from_pretrained(config.init), tokenizer)
     reference = run.prepare(Transformer.from_pretrained(config.reference or config.init), tokenizer).requires_grad_(False)
     need_same_vocabulary(f"--reference {config.reference}", reference, policy)
     reward = load_reward(config.reward, tokenizer, run.device)
-    by_model = not (config.reward == "gold" or ".py:" in config.reward)
+    by_model = not (config.reward == "gold" or ".py:" in config.reward) and load_tokenizer(config.reward).same_ids(tokenizer)
     value_init = config.value_init or (config.reward if by_model else config.init)
+    need_same_ids("--value_init", value_init, tokenizer)
     value_model = run.prepare(ValueModel.from_pretrained(value_init), tokenizer)
     need_same_vocabulary(f"--value_init {value_init}", value_model.trunk, policy)
     if config.temperature <= 0:
         raise UserError(f"--temperature {config.temperature}: PPO needs samples, so it must be above 0")
-    room = policy.config.context - config.response_length
-    if room < 1:
-        raise UserError(f"--response_length {config.response_length} leaves no room in a context of {policy.config.context}")
+    room = prompt_room(policy, config.response_length)
     records = load_records(config.data, "prompt", limit=config.limit or None, skip_bad=config.skip_bad)
     prompts = [encode_prompt(tokenizer, r["prompt"], config.max_prompt_length or room, config.keep) for r in records]
     eval_prompts, eval_rewards = load_eval_prompts(config.eval_data, config, records, tokenizer, policy, {"reward": reward}, run)
@@ -193,6 +193,9 @@ def train(config):
 
         # 2. Score: the reward of each whole response.
         scores = reward(queries, responses).to(run.device)                             # [B]
+        if step == 0 and config.missing_eos == "replace" and scores.mean() < -config.missing_eos_penalty:
+            print(f"ppo: scores average {scores.mean():.3g}, so a response that never ends would do better with its "
+                  f"{-config.missing_eos_penalty:g}: raise --missing_eos_penalty, or center the reward", flush=True)
         if config.missing_eos == "replace":
             scores = torch.where(samples.finished, scores, -config.missing_eos_penalty)
         elif config.missing_eos == "subtract":
@@ -228,9 +231,8 @@ def train(config):
                     loss.backward()
                     losses += loss.item()
                     stats = {k: stats.get(k, 0.0) + v for k, v in found.items()}
-                if updates == 0 and config.dtype == "float32" and abs(stats["val/ratio"] - 1) > 1e-3:
-                    raise UserError(f"step {step + 1}: the first ratio is {stats['val/ratio']:.4f}, not 1: the rollout's "
-                                    f"log-probabilities are not the policy's")
+                if config.dtype == "float32":                                          # nothing has been updated yet: rho = 1
+                    assert updates > 0 or abs(stats["val/ratio"] - 1) < 1e-3, stats
                 run.step({policy_optimizer: config.lr * decay, value_optimizer: config.value_lr * decay}, config.max_grad_norm,
                          step + 1, rows, losses)
                 updates += 1

@@ -82,7 +82,7 @@ def rewards_of(model, rankings, tokenizer, run):
         i, j = ranked_pairs(scores)
         better += [first + k for k in i]
         worse += [first + k for k in j]
-        weight += [1 / math.comb(len(scores), 2)] * len(i)
+        weight += [1 / math.comb(len(scores), 2) for _ in i]
         first += len(scores)
     return rewards, better, worse, torch.tensor(weight, device=run.device), int(batch.lengths.sum())
 
@@ -141,7 +141,8 @@ def train(config):
     if config.normalize != "none":
         if config.normalize_data:
             texts = load_records(config.normalize_data, "completion", limit=1000)
-            scored = to_rankings([dict(prompt=r["prompt"], responses=[r["completion"]] * 2, scores=[1, 0]) for r in texts])
+            scored = [(make_examples(tokenizer, r["prompt"], [r["completion"]], max_length, config.max_prompt_length
+                                     or max_length // 2, config.keep), [0.0]) for r in texts]
         else:
             scored = held_out["held_out"] or rankings
         rewards = torch.cat([r for r, *_ in each_rewards(model, scored, tokenizer, run, config)])

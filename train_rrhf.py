@@ -24,7 +24,7 @@ import torch
 from nanorlhf.data import (Example, batch_indices, collate, encode_prompt, encode_response, load_records, load_tokenizer,
                            micro_batches, steps_of)
 from nanorlhf.evaluate import load_eval_prompts, measure
-from nanorlhf.generate import beam_search, generate
+from nanorlhf.generate import beam_search, generate, prompt_room
 from nanorlhf.model import Transformer
 from nanorlhf.rewards import load_reward
 from nanorlhf.run import Run, UserError, learning_rate, main, make_optimizer, need_folder, read_jsonl, seed_for, write_records
@@ -42,7 +42,7 @@ class Config:
     resample_every: int = 0          # draw candidates anew from the policy every so many steps (OP-k, IP); 0 = once
     eval_data: str = ""              # prompts to sample on while training: record file; '' = the test prompts, if on `reviews`
     eval_reward: str = ""            # a reward that is only measured there: as --reward; '' = gold, if on `reviews`
-    limit: int = 0                   # at most so many records; 0 = all
+    limit: int = 0                   # at most so many records; 0 = all (of `reviews`: 4000 to train on, else 500)
     skip_bad: bool = False           # skip bad rows and count them, instead of stopping at the first
     out: str = "out/rrhf"            # run folder
     overwrite: bool = False          # replace a run that is there
@@ -115,8 +115,11 @@ def candidate_logprobs(model, part, tokenizer, run):
 
 def draw_candidates(model, records, tokenizer, reward, config, seed):
     """Candidates of each record: dicts of prompt (ids), responses (K lists of ids) and scores (K)."""
-    room = (config.max_length or model.config.context) - config.response_length
+    max_length = config.max_length or model.config.context
+    room = prompt_room(model, 1 if config.sampling == "none" else config.response_length, max_length)
     prompts = [encode_prompt(tokenizer, r["prompt"], config.max_prompt_length or room, config.keep) for r in records]
+    if (longest := max(map(len, prompts))) >= max_length:
+        raise UserError(f"a prompt of {longest} tokens leaves no room for a response in {max_length}: lower --max_prompt_length")
     drawn = [[] for _ in records]
     if config.sampling == "sample":
         flat = generate(model, prompts, config.response_length, config.temperature, num_samples=config.num_samples, seed=seed,
@@ -126,17 +129,14 @@ def draw_candidates(model, records, tokenizer, reward, config, seed):
         groups, penalty = (config.num_samples, config.diversity_penalty) if config.sampling == "diverse_beam" else (1, 0.0)
         drawn = beam_search(model, prompts, config.response_length, config.num_samples, groups, penalty, config.temperature,
                             tokenizer=tokenizer)
-    elif config.sampling != "none":
-        raise UserError(f"--sampling {config.sampling}: not one of none, sample, beam, diverse_beam")
     candidates = []
     for record, prompt, responses in zip(records, prompts, drawn):
         if config.from_data:
-            own = record.get("responses") or [record["completion"]] if "completion" in record or "responses" in record else []
-            longest = (config.max_length or model.config.context) - len(prompt)
-            responses = responses + [encode_response(tokenizer, y)[:longest] for y in own]
+            own = record.get("responses") or [record[k] for k in ("completion",) if k in record]
+            responses = responses + [encode_response(tokenizer, y)[:max_length - len(prompt)] for y in own]
         if not responses:
-            raise UserError(f"no candidate for the prompt {record['prompt'][-60:]!r}: the data gives none and --sampling is "
-                            f"{config.sampling}")
+            raise UserError(f"no candidate for the prompt {record['prompt'][-60:]!r}: --kind {config.kind} gives none and "
+                            f"--sampling is {config.sampling}")
         candidates.append(dict(prompt=prompt, responses=responses, scores=record.get("scores")))
     if config.reward != "given":
         flat = reward([c["prompt"] for c in candidates for _ in c["responses"]], [y for c in candidates for y in c["responses"]])

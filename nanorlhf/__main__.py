@@ -71,6 +71,10 @@ POLICIES = {"SFT": "sft", "Preferred-FT": "preferred_ft", "Unlikelihood 0.5": "u
 
 def train_all(out, seed, scale):
     """Runs every stage below `out`; those already finished are passed over. Returns {stage: seconds of training}."""
+    recipe = out / "recipe.json"
+    if recipe.exists() and json.loads(recipe.read_text(encoding="utf-8")) != dict(seed=seed, scale=scale):
+        raise UserError(f"{out} holds a story of another --seed or --scale ({recipe}): name another --out")
+    write_json(recipe, dict(seed=seed, scale=scale))
     seconds, todo = {}, list(stages(out, seed, scale))
     for i, (name, script, options) in enumerate(todo, 1):
         folder, started = out / name, time.monotonic()

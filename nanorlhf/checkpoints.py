@@ -177,6 +177,8 @@ def load_weights(model, folder, head_name):
     missing = sorted(known - index.keys())
     ignored = {"lm_head.weight"} if head_name is None or config.tied else set()
     extra = sorted(n for n in index.keys() - known - ignored if not n.endswith(STALE))
+    if "score.weight" in extra:
+        raise UserError(f"{folder} is a reward model, not a language model")
     if missing or extra:
         parts = [f"{what} {', '.join(names[:5])}{' ...' if len(names) > 5 else ''} ({len(names)})"
                  for what, names in (("missing", missing), ("not expected", extra)) if names]

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from nanorlhf.tokenizer import DataError, Tokenizer, one_line, load_tokenizer, train_bpe  # noqa: F401 (handed on)
+from nanorlhf.tokenizer import DataError, Tokenizer, load_tokenizer, need_same_ids, one_line, train_bpe  # noqa: F401 (handed on)
 
 
 # ------------------------------------------------------------------------------------------------------------ records
@@ -313,7 +313,8 @@ def split_records(records, fraction, seed=0):
         return int.from_bytes(digest[:8], "big") < fraction * 2**64
     sides = [is_held_out(r) for r in records]
     if 0 < fraction < 1 and len(set(sides)) < 2:
-        raise DataError(f"{len(records)} records are too few, or too alike, to hold out {fraction:g} of their prompts")
+        raise DataError(f"{len(records)} records are too few, or too alike, to hold out {fraction:g} of their prompts: "
+                        f"change --eval_fraction (0 holds out none) or give --eval_data")
     return [r for r, held in zip(records, sides) if not held], [r for r, held in zip(records, sides) if held]
 
 

@@ -15,11 +15,12 @@ import numpy as np
 import torch
 
 from nanorlhf import reviews
-from nanorlhf.data import Example, collate, encode_prompt, encode_response, load_records, load_tokenizer, micro_batches
-from nanorlhf.generate import generate
+from nanorlhf.data import (Example, collate, encode_prompt, encode_response, load_records, load_tokenizer, micro_batches,
+                           need_same_ids)
+from nanorlhf.generate import generate, prompt_room
 from nanorlhf.model import Transformer
 from nanorlhf.rewards import load_reward
-from nanorlhf.run import UserError, parse_options, pick_device, seed_for, write_json, write_records, written_whole
+from nanorlhf.run import UserError, need_folder, parse_options, pick_device, seed_for, write_json, write_records, written_whole
 
 # ---------------------------------------------------------------------------------------------------------------- KL
 
@@ -192,7 +193,7 @@ def load_eval_prompts(file, config, records, tokenizer, model, rewards, run):
     if not (file or on_reviews) or config.num_eval_prompts == 0:
         return [], {}
     found = load_records(file or "reviews", "prompt", "test", config.num_eval_prompts)
-    room = model.config.context - config.response_length
+    room = prompt_room(model, config.response_length)
     prompts = [encode_prompt(tokenizer, r["prompt"], config.max_prompt_length or room, config.keep) for r in found]
     if config.eval_reward or on_reviews:
         name = "gold" if config.eval_reward in ("", "gold") else "eval_reward"
@@ -237,7 +238,7 @@ class Setting:
         else:
             sources = {name: (file, "") for name, file in named_files(options.data).items()}
         self.records = {name: load_records(file, "prompt", split, options.num_prompts) for name, (file, split) in sources.items()}
-        room = self.reference.config.context - options.response_length
+        room = prompt_room(self.reference, options.response_length)
         self.prompts = {name: [encode_prompt(tokenizer, r["prompt"], room) for r in records]
                         for name, records in self.records.items()}
         self.first = next(iter(sources))                                               # in distribution
@@ -300,7 +301,11 @@ def table_row(setting, name, model, n=1):
 def evaluate_policies(folders, options):
     """Evaluates checkpoint folders {name: folder}, the reference first, as "SFT", and best-of-N of it last, if asked for.
     Returns (rows of markdown_table, all sampled texts as records)."""
+    for folder in [options.reference, *folders.values()]:
+        need_folder(folder, "the script that makes it")
     setting = Setting(options)
+    for folder in folders.values():
+        need_same_ids("the policy", folder, setting.tokenizer)
     todo = [("SFT", options.reference, 1)] + [(name, f, 1) for name, f in folders.items() if Path(f) != Path(options.reference)]
     if options.bon:
         todo.append((f"best-of-{options.bon}", options.reference, options.bon))
@@ -350,7 +355,8 @@ def main():
     options = parse_options(Options, "python -m nanorlhf.evaluate RUN [RUN...] [options]: a table over checkpoint folders.",
                             sys.argv[1 + len(folders):])
     try:
-        rows, samples = evaluate_policies({Path(f).name: f for f in folders}, options)
+        names = [Path(f).name for f in folders]
+        rows, samples = evaluate_policies({name if names.count(name) == 1 else f: f for name, f in zip(names, folders)}, options)
     except UserError as error:
         raise SystemExit(f"error: {error}")
     table = markdown_table(rows, columns_of(rows))

@@ -38,6 +38,9 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
     """
     if stop and tokenizer is None:
         raise ValueError("stop strings need a tokenizer")
+    if num_samples < 1 or temperature < 0 or not 0 <= top_p <= 1 or "" in stop:
+        raise UserError(f"num_samples {num_samples}, temperature {temperature}, top_p {top_p}, stop {list(stop)}: want at "
+                        f"least 1 sample, a temperature of at least 0, a top_p in [0, 1] and no empty stop string")
     check_prompts(model, prompts, max_new_tokens)
     device = model.embed.weight.device
     R = len(prompts) * num_samples
@@ -60,7 +63,17 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
     return Samples(out.tokens[:, :longest], out.logprobs[:, :longest], out.mask[:, :longest], out.finished)
 
 
+def prompt_room(model, response_length, context=None):
+    """How many tokens of prompt the context leaves beside a response."""
+    context = context or model.config.context
+    if response_length >= context:
+        raise UserError(f"--response_length {response_length} leaves no room for a prompt in a context of {context}")
+    return context - response_length
+
+
 def check_prompts(model, prompts, max_new_tokens):
+    if max_new_tokens < 1:
+        raise UserError(f"{max_new_tokens} new tokens: at least 1")
     for i, prompt in enumerate(prompts):
         if not prompt:
             raise UserError(f"prompt {i} is empty: begin it with a token (encode_prompt gives one)")

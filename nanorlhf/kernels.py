@@ -1,8 +1,7 @@
-"""The three kernels the scripts stand on: log-probabilities of given tokens, sampling, attention while decoding.
+"""The kernels the scripts stand on: log-probabilities of given tokens, sampling, matrix products and attention while decoding.
 
-Each is written here once in plain torch, to be read, and runs on any device. None of them ever holds an [N, V] tensor of
-log-probabilities (token_logprobs), waits for the device (sample), or copies a prompt's keys for each of its samples
-(decode_attention).
+Each is written here once in plain torch, to be read, and runs on any device. token_logprobs never holds an [N, V] tensor,
+sample never waits for the device, decode_attention never copies a prompt's keys for each of its samples.
 
 Letters: N tokens, D width, V vocabulary, R rows, P prompts, n samples a prompt (R = P*n), H heads, K key-value heads,
 G = H/K query heads per key-value head, S prompt positions, T new positions, E head width.

@@ -261,7 +261,7 @@ class Transformer(nn.Module):
         """log p(token t | tokens before t) / softmax at the temperature, at the masked positions; 0 elsewhere.
 
         tokens [B, T]; mask [B, T] bool, False at t = 0. Returns float32 [B, T] aligned with tokens (and the entropies with
-        entropy=True). Every log-probability in the project comes from here: rollout, reference, old and new policy alike.
+        entropy=True). Every log-probability that a loss or a KL is made of comes from here: reference, old and new policy.
         Only masked positions reach the output head.
         """
         hidden = self(tokens)[:, :-1]

@@ -25,7 +25,7 @@ def load_reward(spec, tokenizer, device, batch_size=128):
     if not (Path(spec) / "config.json").exists():
         raise UserError(f"--reward {spec}: not a reward-model folder (train_rm.py makes one), `gold` or file.py:function")
     model, own = RewardModel.from_pretrained(spec).to(device).eval(), load_tokenizer(spec)
-    same = own.ranks == tokenizer.ranks and own.eos_id == tokenizer.eos_id
+    same = own.same_ids(tokenizer)
 
     @torch.no_grad()
     def reward(prompts, responses):

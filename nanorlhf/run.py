@@ -146,7 +146,9 @@ def seed_for(seed, *keys):
 
 
 def learning_rate(step, total, peak, warmup=0, schedule="linear"):
-    """Rate of update `step` (0-based) of `total`: linear warm-up, then constant, linear to 0 or cosine to 0."""
+    """Rate of update `step` (0-based) of `total`: linear warm-up, then constant, linear to 0 or cosine to 0. The warm-up takes
+    a fifth of the steps at the most, or a short run would end within it."""
+    warmup = min(warmup, total // 5)
     if step < warmup:
         return peak * (step + 1) / warmup
     done = (step - warmup) / max(1, total - warmup)
@@ -182,7 +184,8 @@ class Run:
         no folder and, with --overwrite, no earlier run."""
         self.config, self.name, self.out = config, name, Path(config.out)
         self.device = pick_device(config.device)
-        choices |= dict(dtype=("float32", "bfloat16"), lr_schedule=("cosine", "linear", "constant"),
+        choices |= dict(keep=("end", "start", "tldr"), dtype=("float32", "bfloat16"),
+                        lr_schedule=("cosine", "linear", "constant"),
                         optimizer=("adamw", "adam", "rmsprop"))
         for option, words in choices.items():
             if (value := getattr(config, option, words[0])) not in words:
@@ -190,6 +193,11 @@ class Run:
         for option, least in LEAST.items():
             if (value := getattr(config, option, least)) < least:
                 raise UserError(f"--{option} {value}: must be at least {least}")
+        if not 0 <= getattr(config, "eval_fraction", 0.0) < 1:
+            raise UserError(f"--eval_fraction {config.eval_fraction}: must lie in [0, 1)")
+        for option in ("epochs", "beta", "top_p"):
+            if getattr(config, option, 1.0) <= 0:
+                raise UserError(f"--{option} {getattr(config, option)}: must be above 0")
         previous = self.out / "run.json"
         if config.resume and not previous.exists():
             raise UserError(f"{self.out} holds no run to resume")
@@ -200,18 +208,28 @@ class Run:
             if not previous.exists():
                 raise UserError(f"{self.out} is not a run folder, so --overwrite does not touch it")
         before = json.loads(previous.read_text(encoding="utf-8")) if config.resume else {}
+        if before.get("script", name) != name:
+            raise UserError(f"{self.out} is a run of another script, {before['script']}: {name} cannot resume it")
         self.finished = before.get("finished", False)
+        if self.finished:
+            print(f"{self.out} is finished already", flush=True)
+        elif before.get("data_sha256", self._data_sha256()) != self._data_sha256():
+            raise UserError(f"--data {config.data} has changed since the run in {self.out} began")
         for option, value in () if self.finished else dataclasses.asdict(config).items():
             if option not in FREE and value != (was := before.get("options", {}).get(option, value)):
                 raise UserError(f"--{option} {value}: the run in {self.out} was begun with {was}, and --resume goes on as it was")
         self.started, self.printed, self.tokens, self.first_step = time.monotonic(), 0.0, 0, 0
 
+    def _data_sha256(self):
+        file = Path(self.config.data) if hasattr(self.config, "data") else Path()
+        return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
+
     def _write_run_json(self, finished):
         versions = {p: importlib.metadata.version(p) for p in ("torch", "tiktoken", "numpy", "safetensors")}
         device = torch.cuda.get_device_name() if self.device.type == "cuda" else f"{platform.machine()}, {os.cpu_count()} cores"
         write_json(self.out / "run.json", dict(
-            script=self.name, finished=finished, options=dataclasses.asdict(self.config), device=device, commit=git_commit(),
-            python=platform.python_version(), **versions))
+            script=self.name, finished=finished, options=dataclasses.asdict(self.config), data_sha256=self._data_sha256(),
+            device=device, commit=git_commit(), python=platform.python_version(), **versions))
 
     def autocast(self):
         """Master weights stay float32; --dtype bfloat16 is autocast."""

@@ -87,6 +87,10 @@ class Tokenizer:
         UTF-8 become U+FFFD."""
         return b"".join(self._bytes.get(int(i), b"") for i in ids).decode("utf-8", errors="replace")
 
+    def same_ids(self, other):
+        """Whether two tokenizers give every token the same id."""
+        return self.ranks == other.ranks and self.eos_id == other.eos_id
+
     def save(self, folder):
         """Writes the tokenizer files of a Hugging Face checkpoint: the very bytes it was loaded from, or new ones."""
         folder = Path(folder)
@@ -101,6 +105,11 @@ class Tokenizer:
             new["tokenizer.json"] = json.dumps(_to_tokenizer_json(self, names), ensure_ascii=False).encode()
         for name, content in (new | self.files).items():
             (folder / name).write_bytes(content)
+
+
+def need_same_ids(option, folder, tokenizer):
+    if not load_tokenizer(folder).same_ids(tokenizer):
+        raise DataError(f"{option} {folder}: its tokenizer gives other ids than --init's")
 
 
 def load_tokenizer(name_or_path):

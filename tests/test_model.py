@@ -410,7 +410,7 @@ def test_config_files_that_are_no_config(tmp_path):
 def test_a_reward_folder_is_no_language_model(tmp_path):
     RewardModel(small("llama", tied=False)).save_pretrained(tmp_path / "rm")
     message = refusal(tmp_path / "rm")
-    assert "missing lm_head.weight (1)" in message and "not expected score.weight (1)" in message
+    assert "is a reward model" in message
 
 
 def test_saving_over_a_folder_leaves_no_trace_of_the_old_weights(tmp_path):

@@ -840,6 +840,7 @@ def test_a_model_of_another_vocabulary_is_one_line(here, tmp_path, monkeypatch):
     for size in (config.vocab_size - 1, config.vocab_size + 1):
         other = Transformer(dataclasses.replace(config, vocab_size=size))
         other.save_pretrained(tmp_path / str(size))
+        load_tokenizer("reviews").save(tmp_path / str(size))
         for module in (train_ppo, train_dpo):
             message = stops(monkeypatch, module, "--reference", tmp_path / str(size), "--out", tmp_path / "x", "--limit", "40")
             assert str(size) in message and str(config.vocab_size) in message

@@ -330,3 +330,10 @@ def test_sampling_is_what_the_kernel_does_with_the_rows_own_stream():
         u = np.random.Generator(np.random.Philox(key=[9, row])).random(3, dtype=np.float32)
         token, logp = sample(logits[row // 2][None], torch.from_numpy(u[:1]))
         assert int(token) == int(out.tokens[row, 0]) and float(logp) == pytest.approx(float(out.logprobs[row, 0]), abs=1e-6)
+
+
+@pytest.mark.parametrize("options", [dict(num_samples=0), dict(temperature=-1.0), dict(top_p=-0.5), dict(max_new_tokens=0)])
+def test_options_without_a_meaning_are_refused(options):
+    config = ModelConfig.for_family("gpt2", 16, vocab_size=20, context=16, layers=1, heads=2, kv_heads=2, head_dim=8)
+    with pytest.raises(UserError):
+        generate(Transformer(config), [[1, 2]], **{"max_new_tokens": 4, **options})

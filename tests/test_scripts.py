@@ -926,3 +926,45 @@ def test_a_reward_that_is_not_finite_stops_ppo(here, tmp_path, monkeypatch, rewa
         monkeypatch, train_ppo, "--reward", reward_file + "bad", "--response_length", 8, "--limit", 8, "--out", tmp_path / "x"
     )
     assert "finite numbers expected" in message and not (tmp_path / "x/model.safetensors").exists()
+
+
+def test_resume_refuses_another_script_and_changed_data(here, tmp_path, monkeypatch):
+    """What would otherwise overwrite one method's run by another's, or continue with other batches."""
+    data = tmp_path / "pairs.jsonl"
+    data.write_bytes(Path("out/comparisons/comparisons.jsonl").read_bytes())
+    go(train_dpo, tmp_path / "x", data=str(data), save_every=2, max_steps=4)
+    run = json.loads((tmp_path / "x/run.json").read_text())
+    (tmp_path / "x/run.json").write_text(json.dumps(dict(run, finished=False)))
+    assert "another script, dpo" in stops(monkeypatch, train_sft, "--resume", "--out", tmp_path / "x")
+    data.write_bytes(b"\n".join(data.read_bytes().split(b"\n")[:-5]))
+    assert "has changed since" in stops(monkeypatch, train_dpo, "--resume", "--out", tmp_path / "x")
+
+
+def test_a_checkpoint_with_other_ids_is_refused_and_never_lends_its_value_model(here, tmp_path, monkeypatch):
+    """Equal vocabulary sizes do not make equal tokenizers: only the ids decide."""
+    from nanorlhf.data import train_bpe
+    from nanorlhf.reviews import corpus
+    other = train_bpe([text.upper() for text in corpus(400, seed=1)], load_tokenizer("out/sft").vocab_size)
+    model = Transformer.from_pretrained("out/sft")
+    rm = RewardModel(model.config)
+    for name, saved in (("policy", model), ("rm", rm)):
+        saved.save_pretrained(tmp_path / name)
+        other.save(tmp_path / name)
+    for module in (train_ppo, train_dpo):
+        message = stops(monkeypatch, module, "--reference", tmp_path / "policy", "--out", tmp_path / "x", "--limit", "40")
+        assert "other ids" in message
+    assert "other ids" in stops(monkeypatch, train_ppo, "--value_init", tmp_path / "rm", "--out", tmp_path / "x")
+    rows = go(train_ppo, tmp_path / "y", reward=str(tmp_path / "rm"))      # its text is tokenised anew, its weights stay out
+    assert len(rows) == 4
+
+
+@pytest.mark.parametrize("words, part", [
+    (["--beta", "0"], "--beta"), (["--eval_fraction", "1"], "--eval_fraction"), (["--epochs", "-1"], "--epochs"),
+    (["--keep", "middle"], "--keep")])
+def test_numbers_without_a_meaning_are_refused(here, tmp_path, monkeypatch, words, part):
+    assert part in stops(monkeypatch, train_dpo, *words, "--out", tmp_path / "x")
+
+
+def test_a_short_run_is_not_all_warm_up():
+    from nanorlhf.run import learning_rate
+    assert learning_rate(0, 1, 1.0, warmup=20) == 1.0 and learning_rate(2, 10, 1.0, warmup=20, schedule="constant") == 1.0

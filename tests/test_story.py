@@ -51,6 +51,12 @@ def test_the_story_goes_on_where_it_stopped(finished):
     assert before == ((out / "ppo" / "model.safetensors").read_bytes(), (out / "base" / "model.safetensors").stat().st_mtime_ns)
 
 
+def test_a_folder_holds_one_recipe(finished):
+    """A quick look must not be taken for the real thing: its stages are finished, so they would be passed over."""
+    found = subprocess.run([sys.executable, "-m", "nanorlhf", "--out", str(finished[0])], cwd=ROOT, capture_output=True, text=True)
+    assert found.returncode == 1 and "another --seed or --scale" in found.stderr and found.stderr.count("\n") == 1
+
+
 def test_stages_come_after_what_they_read(tmp_path):
     seen = set()
     for name, _, options in stages(tmp_path, 0, 1.0):

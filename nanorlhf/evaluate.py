@@ -93,16 +93,21 @@ def across_input_diversity(outputs, metric):
     return metric([texts[0] for texts in outputs])
 
 
+@functools.lru_cache
+def sbert_encoder(name):
+    """The function texts -> array [N, d] of a sentence-transformers model; loaded once. Extra: eval."""
+    try:
+        from sentence_transformers import SentenceTransformer
+    except ImportError:
+        raise UserError("SBERT diversity needs the extra `eval`: pip install -e '.[eval]'")
+    return SentenceTransformer(name).encode
+
+
 def sbert_diversity(texts, model="sentence-transformers/bert-large-nli-stsb-mean-tokens"):
     """1 - mean cosine similarity over unordered pairs of sentence embeddings (Kirk 2023). Extra: eval. `model` may be a
     name, or a function texts -> array [N, d]."""
-    if not callable(model):
-        try:
-            from sentence_transformers import SentenceTransformer
-        except ImportError:
-            raise UserError("SBERT diversity needs the extra `eval`: pip install -e '.[eval]'")
-        model = SentenceTransformer(model).encode
-    e = np.asarray(model(texts), dtype=np.float64)
+    encode = model if callable(model) else sbert_encoder(model)
+    e = np.asarray(encode(texts), dtype=np.float64)
     e /= np.linalg.norm(e, axis=1, keepdims=True)
     return float(1 - np.mean([e[i] @ e[j] for i, j in itertools.combinations(range(len(e)), 2)]))
 
@@ -125,8 +130,9 @@ def nli_diversity(texts, relation=reviews.relation):
     return sum(one(a, b) + one(b, a) for a, b in pairs) / len(pairs)
 
 
+@functools.lru_cache
 def mnli_relation(name="roberta-large-mnli"):
-    """relation(premise, hypothesis) -> (word, confidence) by a Hugging Face NLI model. Extra: eval."""
+    """relation(premise, hypothesis) -> (word, confidence) by a Hugging Face NLI model; loaded once. Extra: eval."""
     try:
         from transformers import pipeline
     except ImportError:
@@ -281,7 +287,8 @@ def table_row(setting, name, model, n=1):
                 sampled_kl(model, setting.reference, setting.tokenizer, prompts, responses, setting.options.temperature))
             if setting.written_scores is not None:
                 row["win_reference"] = win_rate(scores["gold"], setting.written_scores)
-            row["ead_across"] = (expectation_adjusted_distinct([setting.tokenizer.decode(y) for y in responses]), None)
+            row["ead_across"] = (across_input_diversity([[setting.tokenizer.decode(y)] for y in responses],
+                                                        expectation_adjusted_distinct), None)
             row["length"] = mean_and_interval([len(y) for y in responses])
             row["ended"] = mean_and_interval([y[-1] == setting.tokenizer.eos_id for y in responses])
         else:

@@ -76,9 +76,7 @@ def main(Config, train, description):
     config = parse_options(Config, description)
     try:
         train(config)
-    except UserError as error:
-        raise SystemExit(f"error: {error}")
-    except OSError as error:                              # a full disk, a folder that may not be written to
+    except (UserError, OSError) as error:                 # OSError: a full disk, a folder that may not be written to
         raise SystemExit(f"error: {error}")
     except KeyboardInterrupt:
         raise SystemExit(f"interrupted; continue with: {Path(sys.argv[0]).name} ... --out {config.out} --resume")
@@ -213,22 +211,20 @@ class Run:
         self.finished = before.get("finished", False)
         if self.finished:
             print(f"{self.out} is finished already", flush=True)
-        elif before.get("data_sha256", self._data_sha256()) != self._data_sha256():
+        data = Path(getattr(config, "data", ""))
+        self.data_sha256 = hashlib.sha256(data.read_bytes()).hexdigest() if data.is_file() else None    # as the run began with it
+        if not self.finished and before.get("data_sha256", self.data_sha256) != self.data_sha256:
             raise UserError(f"--data {config.data} has changed since the run in {self.out} began")
         for option, value in () if self.finished else dataclasses.asdict(config).items():
             if option not in FREE and value != (was := before.get("options", {}).get(option, value)):
                 raise UserError(f"--{option} {value}: the run in {self.out} was begun with {was}, and --resume goes on as it was")
         self.started, self.printed, self.tokens, self.first_step = time.monotonic(), 0.0, 0, 0
 
-    def _data_sha256(self):
-        file = Path(self.config.data) if hasattr(self.config, "data") else Path()
-        return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
-
     def _write_run_json(self, finished):
         versions = {p: importlib.metadata.version(p) for p in ("torch", "tiktoken", "numpy", "safetensors")}
         device = torch.cuda.get_device_name() if self.device.type == "cuda" else f"{platform.machine()}, {os.cpu_count()} cores"
         write_json(self.out / "run.json", dict(
-            script=self.name, finished=finished, options=dataclasses.asdict(self.config), data_sha256=self._data_sha256(),
+            script=self.name, finished=finished, options=dataclasses.asdict(self.config), data_sha256=self.data_sha256,
             device=device, commit=git_commit(), python=platform.python_version(), **versions))
 
     def autocast(self):

@@ -39,23 +39,15 @@ SPANS, T = [(1, 3), (2, 7), (3, 4), (1, 8)], 8
 MASK = response_mask(SPANS, T)
 
 
+TINY = ModelConfig(vocab_size=13, context=16, width=8, layers=1, heads=2, kv_heads=2, head_dim=4, ffn=16, eos_id=11, pad_id=12,
+                   init_std=0.4)
+
+
 @pytest.fixture(scope="module")
 def model():
     """A float64 decoder of a thousand parameters, its weights large enough that every token matters."""
     made = Transformer(
-        ModelConfig(
-            vocab_size=13,
-            context=16,
-            width=8,
-            layers=1,
-            heads=2,
-            kv_heads=2,
-            head_dim=4,
-            ffn=16,
-            eos_id=11,
-            pad_id=12,
-            init_std=0.4,
-        ),
+        TINY,
         seed=3,
     )
     return made.double()
@@ -224,19 +216,7 @@ def test_ranked_pairs_are_all_pairs_without_ties(scores):
 
 def reward_model(seed=0):
     return RewardModel(
-        ModelConfig(
-            vocab_size=13,
-            context=16,
-            width=8,
-            layers=1,
-            heads=2,
-            kv_heads=2,
-            head_dim=4,
-            ffn=16,
-            eos_id=11,
-            pad_id=12,
-            init_std=0.4,
-        ),
+        TINY,
         seed,
     )
 

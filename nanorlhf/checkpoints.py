@@ -6,6 +6,8 @@ is one entry of FAMILIES; transformers 4's and 5's spellings are read, 4's is wr
 
 import dataclasses
 import json
+import math
+import re
 from pathlib import Path
 
 import torch
@@ -14,73 +16,164 @@ from safetensors.torch import save_file
 
 from nanorlhf.run import UserError, write_json, written_whole
 
-ACTIVATION_NAMES = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu",
-                    "silu": "silu", "swish": "silu"}
+ACTIVATION_NAMES = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu": "gelu",
+                    "relu": "relu", "silu": "silu", "swish": "silu"}
 
 
-def read_gpt2(j):
-    D, H = j["n_embd"], j["n_head"]
-    return dict(context=j["n_positions"], width=D, layers=j["n_layer"], heads=H, kv_heads=H, head_dim=D // H,
-                ffn=j.get("n_inner") or 4 * D, norm_eps=j.get("layer_norm_epsilon", 1e-5),
-                activation=j.get("activation_function", "gelu_new"), tied=j.get("tie_word_embeddings", True))
+@dataclasses.dataclass
+class Family:
+    causal: str                 # its class in transformers, as `architectures` names it
+    classifier: str             # and the one with a scalar head
+    style: dict                 # what all its models share: fields of ModelConfig, where they differ from its defaults
+    keys: dict                  # what varies: our field -> config.json's key ...
+    defaults: dict              # ... and what a key that is left out stands for (transformers' defaults)
+    prefix: str                 # of the tensors of the trunk
+    block: str                  # of those of a layer
+    names: dict                 # our module -> theirs; several are the parts of one of our matrices, stacked
+    head: str = "lm_head"       # the output head
+    transposed: bool = False    # GPT-2's Conv1D stores [in, out]
+    order: str = ""             # how the rows of queries, keys and values lie: see qkv_order
+    only: dict = dataclasses.field(default_factory=dict)      # options with one value that we compute
+    constant: dict = dataclasses.field(default_factory=dict)  # what else is written
 
 
-def write_gpt2(c):
-    return dict(n_positions=c.context, n_embd=c.width, n_layer=c.layers, n_head=c.heads, n_inner=c.ffn,
-                layer_norm_epsilon=c.norm_eps, activation_function=c.activation, resid_pdrop=0.0, embd_pdrop=0.0,
-                attn_pdrop=0.0)
+SIZES = dict(context="max_position_embeddings", width="hidden_size", layers="num_hidden_layers", heads="num_attention_heads")
+GPT_KEYS = dict(context="n_positions", width="n_embd", layers="n_layer", heads="n_head", ffn="n_inner",
+                norm_eps="layer_norm_epsilon", activation="activation_function")
+GPT_DEFAULTS = dict(norm_eps=1e-5, activation="gelu_new")
+NO_DROPOUT = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+LLAMA_STYLE = dict(norm="rmsnorm", norm_eps=1e-6, positions="rotary", activation="silu", gated=True, qkv_bias=False,
+                   out_bias=False, mlp_bias=False)
+LLAMA_KEYS = SIZES | dict(kv_heads="num_key_value_heads", head_dim="head_dim", ffn="intermediate_size",
+                          norm_eps="rms_norm_eps", activation="hidden_act")
+LLAMA_DEFAULTS = dict(norm_eps=1e-6, activation="silu", qkv_bias=False, out_bias=False, mlp_bias=False, tied=False)
+LLAMA_NAMES = {"embed": ["embed_tokens"], "norm": ["norm"], "norm1": ["input_layernorm"],
+               "norm2": ["post_attention_layernorm"], "attn.out": ["self_attn.o_proj"],
+               "attn.qkv": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+               "attn.q_norm": ["self_attn.q_norm"], "attn.k_norm": ["self_attn.k_norm"],
+               "mlp.up": ["mlp.gate_proj", "mlp.up_proj"], "mlp.down": ["mlp.down_proj"]}
+ATTENTION_BIAS = dict(qkv_bias="attention_bias", out_bias="attention_bias")
+NO_WINDOW = dict(use_sliding_window=False)
 
-
-def read_llama(j):
-    rope = j.get("rope_parameters") or {**(j.get("rope_scaling") or {}), "rope_theta": j.get("rope_theta", 10000.0)}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "llama3"):
-        raise UserError(f"rope type {kind!r} is not one that nanorlhf computes: default, llama3")
-    D, H = j["hidden_size"], j["num_attention_heads"]
-    return dict(context=j["max_position_embeddings"], width=D, layers=j["num_hidden_layers"], heads=H,
-                kv_heads=j.get("num_key_value_heads") or H, head_dim=j.get("head_dim") or D // H, ffn=j["intermediate_size"],
-                norm="rmsnorm", norm_eps=j.get("rms_norm_eps", 1e-6), positions="rotary", rope_theta=rope["rope_theta"],
-                rope_scaling={k: rope[k] for k in LLAMA3_ROPE} if kind == "llama3" else None,
-                activation=j.get("hidden_act", "silu"), gated=True, qkv_bias=j.get("attention_bias", False),
-                out_bias=j.get("attention_bias", False), mlp_bias=j.get("mlp_bias", False),
-                tied=j.get("tie_word_embeddings", False))
-
-
+FAMILIES = {
+    "gpt2": Family(
+        "GPT2LMHeadModel", "GPT2ForSequenceClassification", style={}, keys=GPT_KEYS, defaults=GPT_DEFAULTS,
+        prefix="transformer.", block="h", transposed=True, constant=NO_DROPOUT,
+        only=dict(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False),
+        names={"embed": ["wte"], "positions": ["wpe"], "norm": ["ln_f"], "norm1": ["ln_1"], "norm2": ["ln_2"],
+               "attn.qkv": ["attn.c_attn"], "attn.out": ["attn.c_proj"], "mlp.up": ["mlp.c_fc"], "mlp.down": ["mlp.c_proj"]}),
+    "gptj": Family(
+        "GPTJForCausalLM", "GPTJForSequenceClassification", keys=GPT_KEYS | dict(rotary_dim="rotary_dim"),
+        style=dict(positions="rotary", residual="parallel, one norm", qkv_bias=False, out_bias=False, tied=False, head_bias=True),
+        defaults=GPT_DEFAULTS | dict(tied=False, rotary_dim=64), prefix="transformer.", block="h", order="pairs",
+        constant=NO_DROPOUT, only=dict(tie_word_embeddings=False),
+        names={"embed": ["wte"], "norm": ["ln_f"], "norm1": ["ln_1"], "attn.qkv": ["attn.q_proj", "attn.k_proj", "attn.v_proj"],
+               "attn.out": ["attn.out_proj"], "mlp.up": ["mlp.fc_in"], "mlp.down": ["mlp.fc_out"]}),
+    "gpt_neox": Family(
+        "GPTNeoXForCausalLM", "GPTNeoXForSequenceClassification",
+        style=dict(positions="rotary", residual="parallel", activation="gelu", tied=False),
+        keys=SIZES | ATTENTION_BIAS | dict(ffn="intermediate_size", norm_eps="layer_norm_eps", activation="hidden_act"),
+        defaults=dict(norm_eps=1e-5, activation="gelu", qkv_bias=True, out_bias=True, tied=False, rotary_pct=0.25),
+        prefix="gpt_neox.", block="layers", head="embed_out", order="heads",
+        constant=dict(attention_dropout=0.0, hidden_dropout=0.0),
+        names={"embed": ["embed_in"], "norm": ["final_layer_norm"], "norm1": ["input_layernorm"],
+               "norm2": ["post_attention_layernorm"], "attn.qkv": ["attention.query_key_value"], "attn.out": ["attention.dense"],
+               "mlp.up": ["mlp.dense_h_to_4h"], "mlp.down": ["mlp.dense_4h_to_h"]}),
+    "opt": Family(
+        "OPTForCausalLM", "OPTForSequenceClassification", style=dict(position_offset=2, activation="relu"),
+        keys=SIZES | dict(ffn="ffn_dim", activation="activation_function"), defaults=dict(activation="relu"),
+        prefix="model.decoder.", block="layers", constant=dict(dropout=0.0, attention_dropout=0.0),
+        only=dict(do_layer_norm_before=True, enable_bias=True, layer_norm_elementwise_affine=True,   # False: OPT-350M's
+                  _remove_final_layer_norm=False),
+        names={"embed": ["embed_tokens"], "positions": ["embed_positions"], "norm": ["final_layer_norm"],
+               "norm1": ["self_attn_layer_norm"], "norm2": ["final_layer_norm"], "attn.out": ["self_attn.out_proj"],
+               "attn.qkv": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], "mlp.up": ["fc1"], "mlp.down": ["fc2"]}),
+    "llama": Family(
+        "LlamaForCausalLM", "LlamaForSequenceClassification", style=LLAMA_STYLE,
+        keys=LLAMA_KEYS | ATTENTION_BIAS | dict(mlp_bias="mlp_bias"), defaults=LLAMA_DEFAULTS,
+        prefix="model.", block="layers", names=LLAMA_NAMES),
+    "mistral": Family(
+        "MistralForCausalLM", "MistralForSequenceClassification", style=LLAMA_STYLE, keys=LLAMA_KEYS, defaults=LLAMA_DEFAULTS,
+        prefix="model.", block="layers", names=LLAMA_NAMES, constant=dict(sliding_window=None)),
+    "qwen2": Family(
+        "Qwen2ForCausalLM", "Qwen2ForSequenceClassification", style=LLAMA_STYLE | dict(qkv_bias=True), only=NO_WINDOW,
+        keys={k: v for k, v in LLAMA_KEYS.items() if k != "head_dim"}, defaults=LLAMA_DEFAULTS | dict(qkv_bias=True),
+        prefix="model.", block="layers", names=LLAMA_NAMES, constant=NO_WINDOW),
+    "qwen3": Family(
+        "Qwen3ForCausalLM", "Qwen3ForSequenceClassification", style=LLAMA_STYLE | dict(qk_norm=True), only=NO_WINDOW,
+        keys=LLAMA_KEYS | ATTENTION_BIAS, defaults=LLAMA_DEFAULTS | dict(head_dim=128),
+        prefix="model.", block="layers", names=LLAMA_NAMES, constant=NO_WINDOW),
+}
+STALE = (".attn.bias", ".attention.bias", ".masked_bias", ".rotary_emb.inv_freq", ".embed_positions")  # old files' buffers
 LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
-def write_llama(c):
-    return dict(max_position_embeddings=c.context, hidden_size=c.width, num_hidden_layers=c.layers,
-                num_attention_heads=c.heads, num_key_value_heads=c.kv_heads, head_dim=c.head_dim, intermediate_size=c.ffn,
-                rms_norm_eps=c.norm_eps, rope_theta=c.rope_theta, hidden_act=c.activation,
-                rope_scaling={"rope_type": "llama3", **c.rope_scaling} if c.rope_scaling else None,
-                attention_bias=c.qkv_bias, mlp_bias=c.mlp_bias)
+def local_folder(name):
+    """The folder of a checkpoint: one that is here, or the download of one that the Hugging Face hub has by that name."""
+    folder, name = Path(name), str(name)
+    here = folder.exists() or name.startswith((".", "/", "~", "out/")) or "/" in name and folder.parent.exists()
+    if here or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        return folder
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise UserError(f"{name}: no such folder here; to download it from the hub install the extra `hub` "
+                        f"(pip install -e '.[hub]'), or give the folder of a downloaded checkpoint")
+    try:
+        patterns = ["*.json", "*.safetensors", "*.jinja", "merges.txt", "tokenizer.model"]
+        return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*"]))
+    except Exception as error:                    # offline, unknown, gated, no disk: the hub has an exception for each
+        raise UserError(f"{name}: no such folder here, and the hub did not give it ({type(error).__name__}); offline, give the "
+                        f"folder of a downloaded checkpoint (config.json, model.safetensors, tokenizer files)")
 
 
-# A family: how config.json is read and written, and what its files call our modules. Several names are the parts of one of
-# our matrices, stacked; `transposed` marks GPT-2's Conv1D, which stores [in, out]; `only` are options with one value we compute.
-FAMILIES = {
-    "gpt2": dict(
-        causal="GPT2LMHeadModel", classifier="GPT2ForSequenceClassification", read=read_gpt2, write=write_gpt2,
-        transposed=True, prefix="transformer.",
-        only=dict(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False),
-        names={"embed": ["wte"], "positions": ["wpe"], "norm": ["ln_f"], "norm1": ["ln_1"], "norm2": ["ln_2"],
-               "attn.qkv": ["attn.c_attn"], "attn.out": ["attn.c_proj"], "mlp.up": ["mlp.c_fc"], "mlp.down": ["mlp.c_proj"]},
-        block="h"),
-    "llama": dict(
-        causal="LlamaForCausalLM", classifier="LlamaForSequenceClassification", read=read_llama, write=write_llama,
-        transposed=False, prefix="model.", only={},
-        names={"embed": ["embed_tokens"], "norm": ["norm"], "norm1": ["input_layernorm"], "norm2": ["post_attention_layernorm"],
-               "attn.qkv": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], "attn.out": ["self_attn.o_proj"],
-               "mlp.up": ["mlp.gate_proj", "mlp.up_proj"], "mlp.down": ["mlp.down_proj"]},
-        block="layers"),
-}
-STALE = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")                    # buffers that old files carry
+def read_rope(raw, defaults):
+    """(base, scaling or None, share of the head that is turned), in transformers 4's spelling or 5's."""
+    rope = raw.get("rope_parameters") or {
+        "rope_theta": raw.get("rope_theta", raw.get("rotary_emb_base", 10000.0)), **(raw.get("rope_scaling") or {}),
+        "partial_rotary_factor": raw.get("rotary_pct", raw.get("partial_rotary_factor", defaults.get("rotary_pct", 1.0)))}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "llama3"):
+        raise UserError(f"rope type {kind!r} is not one that nanorlhf computes: default, llama3")
+    return (rope["rope_theta"], {k: rope[k] for k in LLAMA3_ROPE} if kind == "llama3" else None,
+            rope.get("partial_rotary_factor", 1.0))
+
+
+def read_fields(name, raw):
+    """The fields of a ModelConfig that config.json determines."""
+    family = FAMILIES[name]
+    given = {ours: raw[key] for ours, key in {**family.keys, "tied": "tie_word_embeddings"}.items() if raw.get(key) is not None}
+    fields = family.style | {k: v for k, v in family.defaults.items() if k != "rotary_pct"} | given
+    needed = [key for ours, key in family.keys.items() if ours in ("context", "width", "layers", "heads", "ffn")]
+    if missing := [k for k in [*needed, "vocab_size"] if raw.get(k) is None and k != "n_inner"]:
+        raise UserError(f"{missing[0]} is missing")
+    fields["vocab_size"] = raw["vocab_size"]
+    fields.setdefault("kv_heads", fields["heads"])
+    fields.setdefault("head_dim", fields["width"] // fields["heads"])
+    fields.setdefault("ffn", 4 * fields["width"])
+    if fields.get("positions") == "rotary":
+        fields["rope_theta"], fields["rope_scaling"], share = read_rope(raw, family.defaults)
+        if share != 1 and name != "gpt_neox":
+            raise UserError(f"partial_rotary_factor {share!r} is not supported in {name}")
+        E = fields["head_dim"]
+        R = fields["rotary_dim"] if name == "gptj" else int(E * share)
+        if R % 2 or not 0 < R <= E:
+            raise UserError(f"{R} rotary dimensions in a head width {E} are not supported (an even number, at most all)")
+        fields["rotary_dim"] = R if R != E else 0
+    if name == "gpt_neox" and raw.get("use_parallel_residual") is False:
+        fields["residual"] = "sequential"
+    if name == "mistral":                         # up to its window sliding attention is plain attention: take no more
+        fields["context"] = min(fields["context"], raw.get("sliding_window", 4096) or fields["context"])
+    if name == "opt" and raw.get("word_embed_proj_dim") not in (None, fields["width"]):
+        raise UserError(f"word_embed_proj_dim {raw['word_embed_proj_dim']!r} apart from hidden_size (OPT-350M) is not supported")
+    if "sliding_attention" in (raw.get("layer_types") or []):
+        raise UserError("layer_types with sliding_attention is not supported")
+    return fields
 
 
 def read_config(folder):
     """config.json -> (fields of a ModelConfig, the raw dictionary)."""
-    path = Path(folder) / "config.json"
+    path = local_folder(folder) / "config.json"
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -90,35 +183,33 @@ def read_config(folder):
     kind = raw.get("model_type") if isinstance(raw, dict) else None
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise UserError(f"{path}: model_type {kind!r} is not one that nanorlhf reads: {', '.join(FAMILIES)}")
-    family = FAMILIES[kind]
-    if wrong := [f"{k} {raw[k]!r}" for k, only in family["only"].items() if raw.get(k) not in (only, None)]:
+    if wrong := [f"{k} {raw[k]!r}" for k, only in FAMILIES[kind].only.items() if raw.get(k) not in (only, None)]:
         raise UserError(f"{path}: {wrong[0]} is not supported")
     try:
-        fields = family["read"](raw)
-        fields["vocab_size"] = raw["vocab_size"]
+        fields = read_fields(kind, raw)
     except KeyError as error:
         raise UserError(f"{path}: {error.args[0]} is missing")
-    except (TypeError, AttributeError, ZeroDivisionError) as error:
+    except UserError as error:
+        raise UserError(f"{path}: {error}")
+    except (TypeError, AttributeError, ZeroDivisionError, ValueError) as error:
         raise UserError(f"{path}: a value is of the wrong kind: {error}")
     if str(fields["activation"]) not in ACTIVATION_NAMES:
         raise UserError(f"{path}: activation {fields['activation']!r} is not one that nanorlhf computes: "
                         f"{', '.join(ACTIVATION_NAMES)}")
     fields["activation"] = ACTIVATION_NAMES[fields["activation"]]
-    eos = raw.get("eos_token_id")
     sizes = ("vocab_size", "context", "width", "layers", "heads", "kv_heads", "head_dim", "ffn")
     if wrong := [f"{k} {fields[k]!r}" for k in sizes if type(fields[k]) is not int or fields[k] < 1]:
         raise UserError(f"{path}: {wrong[0]} is not a positive number")
-    heads, kv_heads, head_dim = fields["heads"], fields["kv_heads"], fields["head_dim"]
-    if heads % kv_heads or head_dim % 2 and fields.get("positions") == "rotary":
-        raise UserError(f"{path}: {heads} heads, {kv_heads} key-value heads and head width {head_dim} do not make an "
-                        f"attention layer")
+    if fields["heads"] % fields["kv_heads"]:
+        raise UserError(f"{path}: {fields['heads']} heads, {fields['kv_heads']} key-value heads: the one must divide the other")
+    eos = raw.get("eos_token_id")
     return dict(fields, family=kind, bos_id=raw.get("bos_token_id"), pad_id=raw.get("pad_token_id"),
                 eos_id=eos[0] if isinstance(eos, list) else eos), raw
 
 
 def tensor_index(folder):
-    """Name of each tensor of a folder -> the file that holds it: model.safetensors, or the shards of its index."""
-    folder = Path(folder)
+    """Name of each tensor of a folder -> (the file that holds it, its shape): of model.safetensors, or its index's shards."""
+    folder = local_folder(folder)
     files = [folder / "model.safetensors"]
     if (index := folder / "model.safetensors.index.json").exists() and not files[0].exists():
         try:
@@ -135,88 +226,122 @@ def tensor_index(folder):
             with safe_open(file, framework="pt") as f:
                 for name in f.keys():
                     if name in found:
-                        raise UserError(f"{file}: {name} is in {found[name].name} too")
-                    found[name] = file
+                        raise UserError(f"{file}: {name} is in {found[name][0].name} too")
+                    found[name] = file, list(f.get_slice(name).get_shape())
         except FileNotFoundError:
-            raise UserError(f"{file} is missing")
+            pickled = [p.name for p in folder.glob("pytorch_model*.bin")]
+            raise UserError(f"{file} is missing" + (f"; {pickled[0]} is a pickle, which could run any code, and is not read: "
+                            f"convert it (transformers' save_pretrained writes safetensors)" if pickled else ""))
         except (SafetensorError, OSError) as error:
             raise UserError(f"{file} is damaged: {error}")
     return found
 
 
-def their_names(config, name, head_name, prefix):
-    """Names in the family's files for one of our parameters, and whether it is stored transposed there."""
-    if name == "head.weight":
-        return [head_name], False
-    family = FAMILIES[config.family]
-    module, leaf = name.removeprefix("trunk.").rsplit(".", 1)
-    block = ""
-    if module.startswith("blocks."):
-        _, number, module = module.split(".", 2)
-        block = f"{family['block']}.{number}."
-    names = [f"{prefix}{block}{part}.{leaf}" for part in family["names"][module]]
-    return names, family["transposed"] and module.startswith(("attn", "mlp")) and leaf == "weight"
+def qkv_order(config):
+    """Row of the file's stacked queries, keys and values [3 * H * E] at each of our rows; None where they lie alike."""
+    order, (H, E, R) = FAMILIES[config.family].order, (config.heads, config.head_dim, config.rotary_dim or config.head_dim)
+    rows = torch.arange(3 * H * E) if order else None
+    if order == "heads":                          # GPT-NeoX: query, key and value of each head together
+        return rows.view(H, 3, E).transpose(0, 1).flatten()
+    if order == "pairs":                          # GPT-J turns dimensions (2i, 2i+1) together, we (i, i + R/2): same products
+        halves = torch.cat([torch.arange(0, R, 2), torch.arange(1, R, 2), torch.arange(R, E)])
+        rows = rows.view(3, H, E)
+        return torch.cat([rows[:2, :, halves], rows[2:]]).flatten()
+    return rows
 
 
-def part_sizes(config, name, rows, parts):
-    """Rows of each stored part of one of our stacked matrices."""
-    if parts == 3:
-        kv = config.kv_heads * config.head_dim
-        return [rows - 2 * kv, kv, kv]
-    return [rows // parts] * parts
+def stored_as(model, head, prefix):
+    """Where each of our parameters lies in the family's files: (their name, their shape, our name, which of our rows, transposed).
+    `head` is what the output or scalar head is called there, `prefix` what the trunk's tensors begin with."""
+    config, family = model.config, FAMILIES[model.config.family]
+    for name, parameter in model.named_parameters():
+        module, leaf = name.removeprefix("trunk.").rsplit(".", 1)
+        if module == "head" and not name.startswith("trunk."):
+            yield f"{head}.{leaf}", list(parameter.shape), name, slice(None), False
+            continue
+        block = ""
+        if module.startswith("blocks."):
+            _, number, module = module.split(".", 2)
+            block = f"{family.block}.{number}."
+        rows, parts = torch.arange(len(parameter)), family.names[module]
+        if module == "attn.qkv":
+            if (order := qkv_order(config)) is not None:
+                rows = order.argsort()
+            kv = config.kv_heads * config.head_dim
+            split = rows.split([len(rows) - 2 * kv, kv, kv] if len(parts) == 3 else [len(rows)])
+        else:
+            split = rows.chunk(len(parts))
+        transposed = family.transposed and module.startswith(("attn", "mlp")) and leaf == "weight"
+        for part, own in zip(parts, split):
+            run = slice(int(own[0]), int(own[-1]) + 1)                                 # a view where the rows are neighbours
+            shape = [len(own), *parameter.shape[1:]][::-1 if transposed else 1]
+            own = run if torch.equal(own, torch.arange(run.start, run.stop)) else own
+            yield f"{prefix}{block}{part}.{leaf}", shape, name, own, transposed
 
 
-def load_weights(model, folder, head_name):
-    """Fills a model built on the meta device from a folder. One tensor is read at a time, from a memory map."""
-    config, index = model.config, tensor_index(folder)
-    prefix = FAMILIES[config.family]["prefix"]
-    if not any(n.startswith(prefix) for n in index):                                   # the hub's gpt2 files
-        prefix = ""
-    wanted = {name: their_names(config, name, head_name, prefix) for name, _ in model.named_parameters()}
-    known = {n for names, _ in wanted.values() for n in names}
-    missing = sorted(known - index.keys())
-    ignored = {"lm_head.weight"} if head_name is None or config.tied else set()
-    extra = sorted(n for n in index.keys() - known - ignored if not n.endswith(STALE))
+def load_weights(model, folder, head):
+    """Fills a model built on the meta device from a folder, a file and a tensor at a time, from a memory map. head: `causal`,
+    `score` (a reward model's) or None (the trunk alone)."""
+    config, family, index = model.config, FAMILIES[model.config.family], tensor_index(folder)
+    # The hub has files without (all of) the prefix; transformers calls every family's head lm_head from version 5.24 on.
+    prefix = next((p for p in (family.prefix, family.prefix.split(".", 1)[1]) if any(n.startswith(p) for n in index)), "")
+    heads = {"score": "score", "causal": family.head if f"{family.head}.weight" in index else "lm_head", None: ""}
+    places = {theirs: place for theirs, *place in stored_as(model, heads[head], prefix)}
+    unused = {f"{h}.{leaf}" for h in ("lm_head", family.head) for leaf in ("weight", "bias")} if head is None or config.tied else {}
+    extra = sorted(n for n in index.keys() - places.keys() - set(unused) if not n.endswith(STALE))
     if "score.weight" in extra:
         raise UserError(f"{folder} is a reward model, not a language model")
-    if missing or extra:
+    wrong = {"missing": sorted(places.keys() - index.keys()), "not expected": extra,
+             "misshaped": [f"{n} has shape {index[n][1]}, config.json asks for {shape}" for n, (shape, *_) in places.items()
+                           if n in index and index[n][1] != shape]}
+    if any(wrong.values()):
         parts = [f"{what} {', '.join(names[:5])}{' ...' if len(names) > 5 else ''} ({len(names)})"
-                 for what, names in (("missing", missing), ("not expected", extra)) if names]
+                 for what, names in wrong.items() if names]
         raise UserError(f"{folder}: tensors do not fit its config.json: {'; '.join(parts)}")
-    handles = {file: safe_open(file, framework="pt") for file in set(index.values())}
-    state = {}
-    for name, parameter in model.named_parameters():
-        names, transposed = wanted[name]
-        sizes = part_sizes(config, name, parameter.shape[0], len(names))
-        tensors = []
-        for n, size in zip(names, sizes):
-            tensor = handles[index[n]].get_tensor(n)
-            shape = [size, *parameter.shape[1:]][::-1 if transposed else 1]
-            if list(tensor.shape) != shape:
-                raise UserError(f"{folder}: {n} has shape {list(tensor.shape)}, config.json asks for {shape}")
-            tensors.append((tensor.T if transposed else tensor).float())
-        state[name] = (torch.cat(tensors) if len(tensors) > 1 else tensors[0]).contiguous()
-    model.load_state_dict(state, assign=True)
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)
+    model.to_empty(device="cpu")
+    parameters = dict(model.named_parameters())
+    for file in sorted({index[n][0] for n in places}):
+        with safe_open(file, framework="pt") as f, torch.no_grad():
+            for n, (_, ours, rows, transposed) in places.items():
+                if index[n][0] == file:
+                    tensor = f.get_tensor(n)
+                    if not tensor.is_floating_point():
+                        raise UserError(f"{folder}: {n} holds {tensor.dtype}: quantized weights are not supported")
+                    parameters[ours][rows] = (tensor.T if transposed else tensor).float()
     getattr(model, "trunk", model).make_rope()
 
 
-def save_weights(model, folder, head_name, architecture, extra):
-    """Writes model.safetensors and config.json; architecture is a key of the family, `causal` or `classifier`."""
-    config = model.config
-    family = FAMILIES[config.family]
-    tensors = {}
-    for name, parameter in model.named_parameters():
-        names, transposed = their_names(config, name, head_name, family["prefix"])
-        parts = parameter.detach().cpu().split(part_sizes(config, name, parameter.shape[0], len(names)))
-        tensors.update({n: (p.T if transposed else p).contiguous() for n, p in zip(names, parts)})
+def save_weights(model, folder, classifier=False, extra=None):
+    """Writes model.safetensors and config.json."""
+    config, family, tensors = model.config, FAMILIES[model.config.family], {}
+    parameters = dict(model.named_parameters())
+    for theirs, _, ours, rows, transposed in stored_as(model, "score" if classifier else family.head, family.prefix):
+        part = parameters[ours].detach()[rows].cpu()
+        tensors[theirs] = (part.T if transposed else part).contiguous()
     folder = Path(folder)
     with written_whole(folder / "model.safetensors") as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
-    fields = family["write"](dataclasses.replace(
-        config, activation=next(k for k, v in ACTIVATION_NAMES.items() if v == config.activation)))
     write_json(folder / "config.json", dict(
-        model_type=config.family, architectures=[family[architecture]], vocab_size=config.vocab_size,
-        tie_word_embeddings=config.tied, bos_token_id=config.bos_id, eos_token_id=config.eos_id, pad_token_id=config.pad_id,
-        torch_dtype="float32", initializer_range=config.init_std, **fields, **extra))
+        model_type=config.family, architectures=[family.classifier if classifier else family.causal],
+        vocab_size=config.vocab_size, tie_word_embeddings=config.tied, bos_token_id=config.bos_id, eos_token_id=config.eos_id,
+        pad_token_id=config.pad_id, torch_dtype="float32", initializer_range=config.init_std, **family.constant,
+        **written_fields(config, family), **(extra or {})))
+
+
+def written_fields(config, family):
+    """The family's keys in config.json, as transformers 4 spells them."""
+    fields = {key: getattr(config, ours) for ours, key in family.keys.items()}
+    activation = next(k for k, v in ACTIVATION_NAMES.items() if v == config.activation)
+    fields |= {family.keys["activation"]: activation}
+    if config.family == "gptj":
+        fields["rotary_dim"] = config.rotary_dim or config.head_dim
+    elif config.positions == "rotary":
+        fields["rope_scaling"] = {"rope_type": "llama3", **config.rope_scaling} if config.rope_scaling else None
+        if config.family == "gpt_neox":
+            share = (config.rotary_dim or config.head_dim) / config.head_dim
+            if int(config.head_dim * share) < config.rotary_dim:                       # rounded down: 49 * (2 / 49) < 2
+                share = math.nextafter(share, 1)
+            fields |= dict(rotary_emb_base=config.rope_theta, rotary_pct=share, use_parallel_residual=config.residual == "parallel")
+        else:
+            fields["rope_theta"] = config.rope_theta
+    return fields

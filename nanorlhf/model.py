@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nanorlhf.checkpoints import load_weights, read_config, save_weights, tensor_index
+from nanorlhf.checkpoints import FAMILIES, load_weights, read_config, save_weights, tensor_index
 from nanorlhf.kernels import decode_attention, thin_linear, token_logprobs
 from nanorlhf.run import UserError
 
@@ -31,7 +31,10 @@ class ModelConfig:
     ffn: int = 3072                 # inner width of the MLP
     norm: str = "layernorm"         # or rmsnorm
     norm_eps: float = 1e-5
+    residual: str = "sequential"    # or parallel: attention and MLP read the same x, through two norms or (parallel, one norm) one
     positions: str = "learned"      # or rotary
+    position_offset: int = 0        # OPT's table of learned positions begins two rows late
+    rotary_dim: int = 0             # how much of each head is turned, from its start; 0 = all
     rope_theta: float = 10000.0
     rope_scaling: dict | None = None  # Llama 3's: factor, low_freq_factor, high_freq_factor, original_max_position_embeddings
     activation: str = "gelu_tanh"   # a key of ACTIVATIONS
@@ -39,7 +42,9 @@ class ModelConfig:
     qkv_bias: bool = True
     out_bias: bool = True
     mlp_bias: bool = True
+    qk_norm: bool = False           # an RMSNorm of width E on queries and keys, before they are turned
     tied: bool = True               # the output head is the embedding
+    head_bias: bool = False         # the output head, untied, has a bias
     bos_id: int | None = None
     eos_id: int | None = None
     pad_id: int | None = None
@@ -47,13 +52,12 @@ class ModelConfig:
 
     @classmethod
     def for_family(cls, family, width, **fields):
-        """A new model's config in the style of a family: gpt2, or llama with its MLP of about the same size."""
-        if family == "llama":
-            fields = dict(ffn=-(-8 * width // 3 // 16) * 16, norm="rmsnorm", positions="rotary", activation="silu", gated=True,
-                          qkv_bias=False, out_bias=False, mlp_bias=False) | fields
-        elif family != "gpt2":
-            raise UserError(f"--family {family}: not one that train_sft.py makes from scratch: gpt2, llama")
-        return cls(family=family, width=width, **({"ffn": 4 * width} | fields))
+        """A new model's config in the style of a family; its MLP has four times the width, or as many weights in three matrices."""
+        if family not in FAMILIES:
+            raise UserError(f"--family {family}: not one of {', '.join(FAMILIES)}")
+        style = FAMILIES[family].style
+        ffn = -(-8 * width // 3 // 16) * 16 if style.get("gated") else 4 * width
+        return cls(family=family, width=width, **(dict(ffn=ffn) | style | fields))
 
 
 ACTIVATIONS = {"gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "gelu": F.gelu, "relu": F.relu, "silu": F.silu}
@@ -84,11 +88,14 @@ class Attention(nn.Module):
         self.heads, self.kv_heads, self.head_dim = c.heads, c.kv_heads, c.head_dim
         self.qkv = Linear(c.width, (c.heads + 2 * c.kv_heads) * c.head_dim, bias=c.qkv_bias)
         self.out = Linear(c.heads * c.head_dim, c.width, bias=c.out_bias)
+        self.q_norm, self.k_norm = (nn.RMSNorm(c.head_dim, eps=c.norm_eps) if c.qk_norm else None for _ in "qk")
 
     def forward(self, x, rope, cache, layer):
         B, T, _ = x.shape
         heads = self.qkv(x).view(B, T, -1, self.head_dim).transpose(1, 2)              # [B, H+2K, T, E]
         q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q.float()).to(v.dtype), self.k_norm(k.float()).to(v.dtype)
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None and cache.filled:                                         # one new token a row
@@ -120,16 +127,23 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.norm1, self.attn, self.norm2, self.mlp = make_norm(c), Attention(c), make_norm(c), MLP(c)
+        self.parallel = c.residual != "sequential"
+        self.norm1, self.attn, self.mlp = make_norm(c), Attention(c), MLP(c)
+        self.norm2 = make_norm(c) if c.residual != "parallel, one norm" else None
 
     def forward(self, x, rope, cache, layer):
+        if self.parallel:
+            h = self.norm1(x)
+            return x + self.attn(h, rope, cache, layer) + self.mlp(h if self.norm2 is None else self.norm2(x))
         x = x + self.attn(self.norm1(x), rope, cache, layer)
         return x + self.mlp(self.norm2(x))
 
 
 def rope_table(c):
-    """cos and sin of position * frequency, [context, E/2] float32; Llama 3's scaling stretches the long wavelengths."""
-    frequency = c.rope_theta ** -(torch.arange(0, c.head_dim, 2, dtype=torch.int64).float() / c.head_dim)
+    """cos and sin of position * frequency, [context, R/2] float32, for the R turned dimensions of a head; Llama 3's scaling
+    stretches the long wavelengths."""
+    R = c.rotary_dim or c.head_dim
+    frequency = c.rope_theta ** -(torch.arange(0, R, 2, dtype=torch.int64).float() / R)
     if s := c.rope_scaling:
         original = s["original_max_position_embeddings"]
         wavelength = 2 * math.pi / frequency
@@ -141,9 +155,10 @@ def rope_table(c):
 
 
 def rotate(x, cos, sin):
-    """Rotary position embedding, rotate-half layout: x [B, H, T, E]; cos, sin [B or 1, 1, T, E/2]."""
-    a, b = x.float().chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+    """Rotary position embedding, rotate-half layout, of the first R dimensions: x [B, H, T, E]; cos, sin [B or 1, 1, T, R/2]."""
+    half = cos.shape[-1]
+    a, b, rest = x.float().split([half, half, x.shape[-1] - 2 * half], dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1).to(x.dtype)
 
 
 class Cache:
@@ -204,10 +219,10 @@ class Transformer(nn.Module):
         super().__init__()
         c = self.config = config
         self.embed = Embedding(c.vocab_size, c.width)
-        self.positions = Embedding(c.context, c.width) if c.positions == "learned" else None
+        self.positions = Embedding(c.context + c.position_offset, c.width) if c.positions == "learned" else None
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.layers))
         self.norm = make_norm(c)
-        self.head = Linear(c.width, c.vocab_size, bias=False) if head and not c.tied else None
+        self.head = Linear(c.width, c.vocab_size, bias=c.head_bias) if head and not c.tied else None
         if self.embed.weight.is_meta:             # about to be loaded: see load_weights
             return
         self.make_rope()
@@ -232,7 +247,7 @@ class Transformer(nn.Module):
         at = cache.positions() if decoding else torch.arange(T, device=tokens.device)[None]  # [R, 1] or [1, T]
         x = self.embed(tokens)
         if self.positions is not None:
-            x, rope = x + self.positions(at), None
+            x, rope = x + self.positions(at + self.config.position_offset), None
         else:
             rope = self.cos[at][:, None], self.sin[at][:, None]                        # [.., 1, T, E/2]
         x = self.stack(x, rope) if cache is None else self.cached_stack(x, rope, cache)
@@ -254,8 +269,12 @@ class Transformer(nn.Module):
     def head_weight(self):                        # [V, D]
         return self.embed.weight if self.head is None else self.head.weight
 
+    @property
+    def head_bias(self):                          # [V] or None
+        return None if self.head is None else self.head.bias
+
     def logits(self, hidden):                     # [..., D] -> [..., V]
-        return thin_linear(hidden, self.head_weight) if hidden.dim() == 2 else F.linear(hidden, self.head_weight)
+        return (thin_linear if hidden.dim() == 2 else F.linear)(hidden, self.head_weight, self.head_bias)
 
     def logprobs(self, tokens, mask, temperature=1.0, entropy=False):
         """log p(token t | tokens before t) / softmax at the temperature, at the masked positions; 0 elsewhere.
@@ -266,23 +285,23 @@ class Transformer(nn.Module):
         """
         hidden = self(tokens)[:, :-1]
         where = mask[:, 1:]
-        found = token_logprobs(hidden[where], self.head_weight, tokens[:, 1:][where], temperature=temperature, entropy=entropy)
+        found = token_logprobs(hidden[where], self.head_weight, tokens[:, 1:][where], self.head_bias, temperature, entropy)
         out = [torch.zeros(tokens.shape, dtype=f.dtype, device=f.device).masked_scatter(F.pad(where, (1, 0)), f)
                for f in (found if entropy else (found,))]
         return tuple(out) if entropy else out[0]
 
     @classmethod
     def from_pretrained(cls, folder):
-        """Loads a checkpoint folder, strictly: every missing, extra or misshaped tensor is named."""
+        """Loads a checkpoint folder, or the hub's by that name, strictly: every missing, extra or misshaped tensor is named."""
         fields, _ = read_config(folder)
         with torch.device("meta"):
             model = cls(ModelConfig(**fields))
-        load_weights(model, folder, head_name="lm_head.weight")
+        load_weights(model, folder, head="causal")
         return model
 
     def save_pretrained(self, folder):
         """Writes config.json and model.safetensors in the family's own layout, which transformers and vLLM load."""
-        save_weights(self, folder, head_name="lm_head.weight", architecture="causal", extra={})
+        save_weights(self, folder)
 
 
 class RewardModel(nn.Module):
@@ -322,10 +341,10 @@ class RewardModel(nn.Module):
         with torch.device("meta"):
             model = cls(ModelConfig(**fields))
         if "score.weight" in tensor_index(folder):
-            load_weights(model, folder, head_name="score.weight")
+            load_weights(model, folder, head="score")
             model.reward_mean, model.reward_std = float(raw.get("reward_mean", 0.0)), float(raw.get("reward_std", 1.0))
         elif fresh_head:
-            load_weights(model.trunk, folder, head_name=None)
+            load_weights(model.trunk, folder, head=None)
             model.head.to_empty(device="cpu")
             model.reset_head(seed)
         else:
@@ -335,7 +354,7 @@ class RewardModel(nn.Module):
     def save_pretrained(self, folder):
         """As Transformer's, as a sequence classifier with one label. The stored constants are config.json's reward_mean and
         reward_std, which other software ignores: there the score is the raw one."""
-        save_weights(self, folder, head_name="score.weight", architecture="classifier", extra=dict(
+        save_weights(self, folder, classifier=True, extra=dict(
             id2label={"0": "LABEL_0"}, label2id={"LABEL_0": 0}, problem_type="regression",
             reward_mean=self.reward_mean, reward_std=self.reward_std))
 

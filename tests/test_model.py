@@ -11,6 +11,8 @@ import torch
 from golden.make_goldens import CASES, TOKENS, weights_of
 from safetensors.torch import load_file, save_file
 
+from nanorlhf.checkpoints import FAMILIES, stored_as
+from nanorlhf.generate import generate
 from nanorlhf.model import ModelConfig, RewardModel, Transformer, ValueModel, rope_table, rotate
 from nanorlhf.run import UserError
 
@@ -218,6 +220,13 @@ VARIANTS = {
     "llama biases, head width": small("llama", head_dim=10, qkv_bias=True, out_bias=True, mlp_bias=True, rope_theta=300.0),
     "llama3 scaling": small("llama", rope_scaling=dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
                                                        original_max_position_embeddings=64)),
+    "gptj": small("gptj", rotary_dim=4), "gptj whole head": small("gptj", ffn=40, vocab_size=51),
+    "gpt_neox": small("gpt_neox", rotary_dim=2), "gpt_neox sequential": small("gpt_neox", residual="sequential", tied=True),
+    "gpt_neox no biases": small("gpt_neox", qkv_bias=False, out_bias=False, activation="gelu_tanh", rope_theta=300.0),
+    "opt": small("opt"), "opt untied": small("opt", tied=False, activation="gelu", vocab_size=51),
+    "mistral": small("mistral", tied=False, kv_heads=2, head_dim=10), "qwen2": small("qwen2", kv_heads=1, rope_theta=1e6),
+    "qwen2 untied": small("qwen2", tied=False), "qwen3": small("qwen3", tied=False, kv_heads=2, head_dim=14),
+    "qwen3 tied, biases": small("qwen3", qkv_bias=True, out_bias=True, vocab_size=51),
 }
 
 
@@ -255,7 +264,31 @@ def test_folders_go_through_transformers_and_back_unchanged(tmp_path, name):
     assert (back.config.eos_id, back.config.bos_id, back.config.tied) == (1, 0, model.config.tied)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_and_greedy_texts_equal_those_of_transformers(tmp_path, name):
+    transformers = transformers_or_skip()
+    folder, tokens = case_folder(tmp_path, name), torch.tensor(TOKENS)
+    tokens[tokens == CASES[name].get("pad_token_id", -1)] = 6                          # whose embedding transformers does not train
+    model, theirs = Transformer.from_pretrained(folder), transformers.AutoModelForCausalLM.from_pretrained(folder)
+    mask = torch.arange(tokens.shape[1])[None] >= torch.tensor([[3], [1]])
+    model.logprobs(tokens, mask).sum().backward()
+    logprobs = theirs(tokens).logits[:, :-1].log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0]
+    (logprobs * mask[:, 1:]).sum().backward()
+    ours, want = dict(model.named_parameters()), dict(theirs.named_parameters())
+    family = FAMILIES[model.config.family]
+    for their_name, _, our_name, rows, transposed in stored_as(model, "lm_head", family.prefix):
+        got, grad = ours[our_name].grad[rows], want[their_name].grad
+        assert float(((got.T if transposed else got) - grad).norm() / grad.norm()) < 1e-4 or float(grad.norm()) < 1e-5, their_name
+
+    # Their context is the 16 tokens of the golden configs (a window of 12 in one case).
+    prompts, new = [TOKENS[0][:3], TOKENS[1][:5]], min(model.config.context, 16) - 5
+    found = generate(model, prompts, new, temperature=0).responses()
+    for prompt, response in zip(prompts, found):
+        out = theirs.generate(torch.tensor([prompt]), max_new_tokens=new, do_sample=False, pad_token_id=model.config.pad_id or 0)
+        assert out[0, len(prompt):].tolist() == response
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_reward_folders_score_the_same_in_transformers(tmp_path, family):
     transformers = transformers_or_skip()
     rm = RewardModel(small(family), seed=4)
@@ -374,7 +407,7 @@ def test_damaged_and_hostile_files_are_refused(tmp_path):
     ("gpt2", {"model_type": "bert"}, "model_type 'bert'"), ("gpt2", {"model_type": None}, "model_type None"),
     ("gpt2", {"model_type": ["gpt2"]}, "model_type"),
     ("gpt2", {"activation_function": "tanhshrink"}, "activation 'tanhshrink'"),
-    ("gpt2", {"n_embd": None}, "wrong kind"), ("gpt2", {"n_head": 0}, "wrong kind"), ("gpt2", {"n_head": "3"}, "wrong kind"),
+    ("gpt2", {"n_embd": None}, "n_embd is missing"), ("gpt2", {"n_head": 0}, "wrong kind"), ("gpt2", {"n_head": "3"}, "wrong kind"),
     ("gpt2", {"n_layer": -1}, "layers -1 is not a positive"), ("gpt2", {"vocab_size": "48"}, "vocab_size '48' is not a positive"),
     ("gpt2", {"n_head": 5}, "config.json"),
     ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
@@ -385,7 +418,19 @@ def test_damaged_and_hostile_files_are_refused(tmp_path):
     ("llama grouped queries", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope type 'linear'"),
     ("llama grouped queries", {"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "low_freq_factor is missing"),
     ("llama grouped queries", {"rope_parameters": {"rope_type": "default"}}, "rope_theta is missing"),
-    ("llama grouped queries", {"rope_scaling": "llama3"}, "config.json")])
+    ("llama grouped queries", {"rope_scaling": "llama3"}, "config.json"),
+    ("llama grouped queries", {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
+    ("llama grouped queries", {"model_type": "gemma2"}, "model_type 'gemma2' is not one that nanorlhf reads: gpt2, gptj"),
+    ("gptj", {"rotary_dim": 7}, "7 rotary"), ("gptj", {"rotary_dim": 14}, "14 rotary"),
+    ("gptj", {"tie_word_embeddings": True}, "tie_word_embeddings True"),
+    ("gpt_neox", {"rotary_pct": 0.05}, "0 rotary"), ("gpt_neox", {"rotary_pct": 2.0}, "24 rotary"), ("gptj", {"rotary_dim": 0}, "0 rotary"),
+    ("gpt_neox", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope type 'dynamic'"),
+    ("opt", {"do_layer_norm_before": False}, "do_layer_norm_before False"), ("opt", {"enable_bias": False}, "enable_bias False"),
+    ("opt", {"word_embed_proj_dim": 12}, "word_embed_proj_dim 12"),
+    ("opt", {"layer_norm_elementwise_affine": False}, "layer_norm_elementwise_affine False"),
+    ("qwen2", {"use_sliding_window": True}, "use_sliding_window True"),
+    ("qwen3", {"use_sliding_window": True}, "use_sliding_window True"),
+    ("qwen2", {"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention")])
 def test_configs_that_cannot_be_computed_are_refused_in_one_line(tmp_path, name, change, message):
     folder = case_folder(tmp_path, name)
     (folder / "config.json").write_text(json.dumps({**CASES[name], **change}))
@@ -424,7 +469,6 @@ def test_saving_over_a_folder_leaves_no_trace_of_the_old_weights(tmp_path):
 # ---------------------------------------------------------------------------------------------- a trained checkpoint
 @needs_stories
 def test_stories260k_tells_its_story(tmp_path):
-    from nanorlhf.generate import generate
     folder = DATA / "checkpoints" / "stories260K"
     model = Transformer.from_pretrained(folder)
     ids = generate(model, [[1, 403, 407, 261, 378]], 60, temperature=0).responses()[0]

@@ -17,17 +17,45 @@ LLAMA = dict(model_type="llama", vocab_size=48, max_position_embeddings=16, hidd
              num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, rms_norm_eps=1e-5, rope_theta=500.0,
              tie_word_embeddings=False, bos_token_id=1, eos_token_id=2)
 SCALING = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64)
+GPTJ = dict(model_type="gptj", vocab_size=48, n_positions=16, n_embd=36, n_layer=2, n_head=3, rotary_dim=8, bos_token_id=0,
+            eos_token_id=0, tie_word_embeddings=False)
+NEOX = dict(model_type="gpt_neox", vocab_size=48, max_position_embeddings=16, hidden_size=36, intermediate_size=52,
+            num_hidden_layers=2, num_attention_heads=3, rotary_pct=0.34, rotary_emb_base=300, bos_token_id=0, eos_token_id=0)
+OPT = dict(model_type="opt", vocab_size=48, max_position_embeddings=16, hidden_size=24, word_embed_proj_dim=24, ffn_dim=40,
+           num_hidden_layers=2, num_attention_heads=3, bos_token_id=2, eos_token_id=2, pad_token_id=1)
+MISTRAL = {**LLAMA, "model_type": "mistral", "num_attention_heads": 6, "sliding_window": None}
+QWEN2 = {**LLAMA, "model_type": "qwen2", "num_attention_heads": 6, "use_sliding_window": False, "max_window_layers": 1}
+QWEN3 = {**LLAMA, "model_type": "qwen3", "num_attention_heads": 5, "num_key_value_heads": 1, "head_dim": 6, "attention_bias": True}
+V5_LLAMA = {k: v for k, v in LLAMA.items() if k != "rope_theta"} | {"dtype": "float32"}
+V5_NEOX = {k: v for k, v in NEOX.items() if k not in ("rotary_pct", "rotary_emb_base")} | {"dtype": "float32"}
 CASES = {  # config.json as it stands on disk
     "gpt2": GPT2,
     "gpt2 other inner width, exact gelu, eps": {**GPT2, "n_inner": 56, "activation_function": "gelu", "layer_norm_epsilon": 1e-3},
     "gpt2 untied": {**GPT2, "tie_word_embeddings": False},
+    "gptj": GPTJ,
+    "gptj whole head rotary, other inner width": {**GPTJ, "rotary_dim": 12, "n_inner": 40},
+    "gpt_neox": NEOX,
+    "gpt_neox sequential, tied, no attention biases, gelu_fast": {**NEOX, "use_parallel_residual": False, "attention_bias": False,
+                                                                  "tie_word_embeddings": True, "hidden_act": "gelu_fast",
+                                                                  "rotary_pct": 1.0},
+    "gpt_neox spelt as transformers 5": {**V5_NEOX, "rope_parameters": {"rope_type": "default", "rope_theta": 200.0,
+                                                                        "partial_rotary_factor": 0.5}},
+    "opt": OPT,
+    "opt untied, gelu": {**OPT, "tie_word_embeddings": False, "activation_function": "gelu"},
     "llama grouped queries": LLAMA,
     "llama tied, biases, own head width": {**LLAMA, "tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True,
                                            "head_dim": 10, "num_key_value_heads": 4},
     "llama3 scaling, spelt as transformers 4": {**LLAMA, "head_dim": 8, "rope_theta": 10000.0, "torch_dtype": "float32",
                                                 "rope_scaling": {"rope_type": "llama3", **SCALING}},
-    "llama3 scaling, spelt as transformers 5": {**{k: v for k, v in LLAMA.items() if k != "rope_theta"}, "head_dim": 8, "dtype":
-                                                "float32", "rope_parameters": {"rope_type": "llama3", "rope_theta": 300.0, **SCALING}},
+    "llama3 scaling, spelt as transformers 5": {**V5_LLAMA, "head_dim": 8, "rope_parameters": {"rope_type": "llama3",
+                                                                                               "rope_theta": 300.0, **SCALING}},
+    "mistral": MISTRAL,
+    "mistral with a window, own head width": {**MISTRAL, "sliding_window": 12, "head_dim": 10, "num_attention_heads": 4},
+    "qwen2": QWEN2,
+    "qwen2 tied, spelt as transformers 5": {**V5_LLAMA, "model_type": "qwen2", "tie_word_embeddings": True, "rope_parameters": {
+        "rope_type": "default", "rope_theta": 700.0}, "layer_types": ["full_attention"] * 2, "sliding_window": None},
+    "qwen3": QWEN3,
+    "qwen3 tied": {**QWEN3, "tie_word_embeddings": True, "attention_bias": False},
 }
 
 
@@ -35,22 +63,23 @@ def weights_of(shapes, seed=0):
     """{name: float32 array} for {name: shape}: norm scales near 1, everything else around 0."""
     random, out = np.random.default_rng(seed), {}
     for name in sorted(shapes):
-        scale = name.endswith(("ln_1.weight", "ln_2.weight", "ln_f.weight", "norm.weight"))
+        scale = len(shapes[name]) == 1 and name.endswith("weight")
         out[name] = (scale + 0.2 * random.standard_normal(shapes[name])).astype(np.float32)
     return out
 
 
 def main():
     import torch
-    from safetensors.torch import save_file
+    from safetensors.torch import load_file, save_file
     from transformers import AutoConfig, AutoModelForCausalLM
     goldens = {}
     for name, config in CASES.items():
         with tempfile.TemporaryDirectory() as folder:
             Path(folder, "config.json").write_text(json.dumps(config))
             model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
-            tied = config.get("tie_word_embeddings", True)
-            shapes = {k: list(v.shape) for k, v in model.state_dict().items() if not (tied and k == "lm_head.weight")}
+            model.save_pretrained(folder)             # for the names that its files have, which are not always the modules'
+            shapes = {k: list(v.shape) for k, v in load_file(Path(folder, "model.safetensors")).items()}
+            Path(folder, "config.json").write_text(json.dumps(config))
             save_file({k: torch.from_numpy(v) for k, v in weights_of(shapes).items()}, Path(folder, "model.safetensors"),
                       metadata={"format": "pt"})
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nanorlhf.data import encode_prompt, load_records, load_tokenizer
+from nanorlhf.data import decode_response, encode_prompt, load_records, load_tokenizer
 from nanorlhf.evaluate import best_of_n_estimate, bon_kl, mean_and_interval
 from nanorlhf.generate import generate, prompt_room
 from nanorlhf.model import Transformer
@@ -96,13 +96,13 @@ def train(config):
     run = Run(config, "bon")
     if run.finished:
         return
-    need_folder(config.init, "python train_sft.py")
+    init = need_folder(config.init, "python train_sft.py")
     if config.reward == "out/rm":
         need_folder(config.reward, "python train_rm.py")
     if config.n < (2 if config.label_temperature >= 0 else 1):
         raise UserError(f"--n {config.n}: at least one sample a prompt, and two to compare")
-    tokenizer = load_tokenizer(config.init)
-    policy = run.prepare(Transformer.from_pretrained(config.init), tokenizer)
+    tokenizer = load_tokenizer(init)
+    policy = run.prepare(Transformer.from_pretrained(init), tokenizer)
     reward = load_reward(config.reward, tokenizer, run.device)
     measured = config.eval_reward or ("gold" if config.data == "reviews" else "")
     eval_reward = load_reward(measured, tokenizer, run.device) if measured else None
@@ -124,7 +124,8 @@ def train(config):
         values = eval_reward(queries, responses).view(-1, config.n) if eval_reward else None
         for i in range(len(part)):
             own = slice(i * config.n, (i + 1) * config.n)
-            scored.append(dict(prompt=records[first + i]["prompt"], responses=[tokenizer.decode(r) for r in responses[own]],
+            prompt = records[first + i]["prompt"]
+            scored.append(dict(prompt=prompt, responses=[decode_response(tokenizer, r, prompt) for r in responses[own]],
                                finished=samples.finished[own].tolist(), scores=scores[i].tolist(),
                                values=values[i].tolist() if eval_reward else None))
         metrics = {"scores/mean": scores.mean(), "scores/best": scores.max(1).values.mean()}

@@ -107,14 +107,14 @@ def train(config):
     run = Run(config, "dpo", loss=("dpo", "ipo", "unlikelihood"))
     if run.finished:
         return
-    need_folder(config.init, "python train_sft.py")
+    init = need_folder(config.init, "python train_sft.py")
     need_file(config.data, MAKE_COMPARISONS)
     if not 0 <= config.label_smoothing < 0.5:
         raise UserError(f"--label_smoothing {config.label_smoothing}: must lie in [0, 0.5)")
-    tokenizer = load_tokenizer(config.init)
-    need_same_ids("--reference", config.reference or config.init, tokenizer)
-    model = run.prepare(Transformer.from_pretrained(config.init), tokenizer)
-    reference = run.prepare(Transformer.from_pretrained(config.reference or config.init), tokenizer).requires_grad_(False)
+    tokenizer = load_tokenizer(init)
+    need_same_ids("--reference", config.reference or init, tokenizer)
+    model = run.prepare(Transformer.from_pretrained(init), tokenizer)
+    reference = run.prepare(Transformer.from_pretrained(config.reference or init), tokenizer).requires_grad_(False)
     need_same_vocabulary(f"--reference {config.reference}", reference, model)
 
     max_length = config.max_length or model.config.context

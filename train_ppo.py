@@ -153,17 +153,17 @@ def train(config):
     run = Run(config, "ppo", kl_estimator=("k1", "k2", "k3"), missing_eos=("replace", "subtract", "none"))
     if run.finished:
         return
-    need_folder(config.init, "python train_sft.py")
+    init = need_folder(config.init, "python train_sft.py")
     if config.reward == "out/rm":
         need_folder(config.reward, "python train_rm.py")
-    tokenizer = load_tokenizer(config.init)
-    need_same_ids("--reference", config.reference or config.init, tokenizer)
-    policy = run.prepare(Transformer.from_pretrained(config.init), tokenizer)
-    reference = run.prepare(Transformer.from_pretrained(config.reference or config.init), tokenizer).requires_grad_(False)
+    tokenizer = load_tokenizer(init)
+    need_same_ids("--reference", config.reference or init, tokenizer)
+    policy = run.prepare(Transformer.from_pretrained(init), tokenizer)
+    reference = run.prepare(Transformer.from_pretrained(config.reference or init), tokenizer).requires_grad_(False)
     need_same_vocabulary(f"--reference {config.reference}", reference, policy)
     reward = load_reward(config.reward, tokenizer, run.device)
     by_model = not (config.reward == "gold" or ".py:" in config.reward) and load_tokenizer(config.reward).same_ids(tokenizer)
-    value_init = config.value_init or (config.reward if by_model else config.init)
+    value_init = config.value_init or (config.reward if by_model else init)
     need_same_ids("--value_init", value_init, tokenizer)
     value_model = run.prepare(ValueModel.from_pretrained(value_init), tokenizer)
     need_same_vocabulary(f"--value_init {value_init}", value_model.trunk, policy)

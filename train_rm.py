@@ -91,9 +91,9 @@ def train(config):
     run = Run(config, "rm", normalize=("standard", "mean", "none"))
     if run.finished:
         return
-    need_folder(config.init, "python train_sft.py")
+    init = need_folder(config.init, "python train_sft.py")
     need_file(config.data, MAKE_COMPARISONS)
-    tokenizer, model = load_tokenizer(config.init), RewardModel.from_pretrained(config.init, fresh_head=True, seed=config.seed)
+    tokenizer, model = load_tokenizer(init), RewardModel.from_pretrained(init, fresh_head=True, seed=config.seed)
     model.reward_mean, model.reward_std = 0.0, 1.0      # of an --init that is a reward model: they are taken anew below
     run.prepare(model, tokenizer)
 

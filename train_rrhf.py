@@ -133,7 +133,7 @@ def draw_candidates(model, records, tokenizer, reward, config, seed):
     for record, prompt, responses in zip(records, prompts, drawn):
         if config.from_data:
             own = record.get("responses") or [record[k] for k in ("completion",) if k in record]
-            responses = responses + [encode_response(tokenizer, y)[:max_length - len(prompt)] for y in own]
+            responses = responses + [encode_response(tokenizer, y, record["prompt"])[:max_length - len(prompt)] for y in own]
         if not responses:
             raise UserError(f"no candidate for the prompt {record['prompt'][-60:]!r}: --kind {config.kind} gives none and "
                             f"--sampling is {config.sampling}")
@@ -149,14 +149,14 @@ def train(config):
     run = Run(config, "rrhf", sampling=("none", "sample", "beam", "diverse_beam"))
     if run.finished:
         return
-    need_folder(config.init, "python train_sft.py")
+    init = need_folder(config.init, "python train_sft.py")
     if config.reward == "out/rm":
         need_folder(config.reward, "python train_rm.py")
     if config.reward == "given" and (config.kind != "ranked" or config.sampling != "none" or not config.from_data):
         raise UserError("--reward given ranks the data's own responses by their scores: it needs --kind ranked --sampling none")
-    tokenizer = load_tokenizer(config.init)
-    model = run.prepare(Transformer.from_pretrained(config.init), tokenizer)
-    reference = run.prepare(Transformer.from_pretrained(config.init), tokenizer).requires_grad_(False)   # only to measure KL
+    tokenizer = load_tokenizer(init)
+    model = run.prepare(Transformer.from_pretrained(init), tokenizer)
+    reference = run.prepare(Transformer.from_pretrained(init), tokenizer).requires_grad_(False)   # only to measure KL
     reward = load_reward(config.reward, tokenizer, run.device) if config.reward != "given" else None
     records = load_records(config.data, config.kind, limit=config.limit or None, skip_bad=config.skip_bad)
     rewards = {"reward": reward} if reward else {}

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 import torch
 
-from nanorlhf.data import (batch_indices, collate, load_records, load_tokenizer, make_example, micro_batches, pack_texts,
-                           split_records, steps_of)
+from nanorlhf.data import (batch_indices, collate, load_records, load_tokenizer, make_example, make_turns_example, micro_batches,
+                           pack_texts, split_records, steps_of)
 from nanorlhf.model import ModelConfig, Transformer
 from nanorlhf.run import Run, UserError, learning_rate, main, make_optimizer, need_folder
 
@@ -38,7 +38,7 @@ class Config:
     compile: bool = False            # torch.compile the layers
 
     tokenizer: str = "reviews"       # with --init scratch: tokenizer folder, file or name
-    family: str = "gpt2"             # with --init scratch: gpt2 or llama
+    family: str = "gpt2"             # with --init scratch: gpt2, gptj, gpt_neox, opt, llama, mistral, qwen2 or qwen3
     context: int = 128               # with --init scratch: longest sequence
     width: int = 128                 # with --init scratch
     layers: int = 2                  # with --init scratch
@@ -49,6 +49,7 @@ class Config:
     max_prompt_length: int = 0       # a row that is too long has its prompt cut to this first; 0 = half of max_length
     keep: str = "end"                # what a too long prompt keeps: end, start, or tldr (Stiennon 2020's rule)
     train_on_prompt: bool = False    # count the prompt's tokens too
+    all_turns: bool = False          # of a conversation: count every turn of the assistant, not the last alone
     epochs: float = 1.0              # passes over the data
     max_steps: int = 0               # stop after so many steps; 0 = as many as the epochs make
     batch_size: int = 32             # rows a step
@@ -87,8 +88,8 @@ def train(config):
                      bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
         model = Transformer(ModelConfig.for_family(**shape), config.seed)
     else:
-        need_folder(config.init, "python train_sft.py --init scratch --kind text --lr 5e-3 --batch_size 16 --out out/base")
-        tokenizer, model = load_tokenizer(config.init), Transformer.from_pretrained(config.init)
+        init = need_folder(config.init, "python train_sft.py --init scratch --kind text --lr 5e-3 --batch_size 16 --out out/base")
+        tokenizer, model = load_tokenizer(init), Transformer.from_pretrained(init)
     run.prepare(model, tokenizer)
 
     # Records -> examples: token rows of which the part after the prompt is trained on.
@@ -131,9 +132,10 @@ def train(config):
 def to_examples(records, tokenizer, config, max_length):
     if config.kind == "text":
         return pack_texts(tokenizer, [r["text"] for r in records], max_length) if records else []
-    examples = [make_example(tokenizer, r["prompt"], r["completion"], max_length, config.max_prompt_length or max_length // 2,
-                             config.keep) for r in records]
-    return [e._replace(prompt_length=1) for e in examples] if config.train_on_prompt else examples
+    make = make_turns_example if config.all_turns else make_example
+    examples = [make(tokenizer, r["prompt"], r["completion"], max_length, config.max_prompt_length or max_length // 2, config.keep)
+                for r in records]
+    return [e._replace(prompt_length=1, given=()) for e in examples] if config.train_on_prompt else examples
 
 
 @torch.no_grad()

@@ -1,8 +1,9 @@
-"""Speed and memory against a peer: `python -m nanorlhf.bench {logprob,generate,step} [--out file.json]`.
+"""Speed and memory against a peer: `python -m nanorlhf.bench {logprob,generate,step,tokenize} [--out file.json]`.
 
     logprob   token_logprobs against log_softmax + gather: forward + backward, and the memory each needs beyond its inputs
     generate  tokens/s against transformers' generate with the same weights, on ragged prompts and on best-of-n of one prompt
     step      one SFT step against transformers + AdamW, and one DPO step against TRL's trainer, on the same tokens
+    tokenize  tokens/s of --text against the `tokenizers` library on one thread, and the texts whose ids differ
 
 Machines drift, so the two sides take turns within one process and the ratio is that of their medians. Each figure comes
 with its share of the hardware's limit, which is measured in the same run: matrix products and reading memory.
@@ -13,7 +14,10 @@ import os
 os.environ.setdefault("OMP_PROC_BIND", "true")     # unbound threads sometimes make a decode step 20 times slower
 
 import argparse
+import gzip
+import json
 import platform
+import random
 import statistics
 import subprocess
 import sys
@@ -25,6 +29,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from nanorlhf.data import load_tokenizer
 from nanorlhf.generate import generate
 from nanorlhf.kernels import token_logprobs
 from nanorlhf.model import ModelConfig, Transformer
@@ -248,10 +253,82 @@ def trl_dpo(model, tokens, mask):
     return lambda: trainer.compute_loss(model, inputs)
 
 
+# --------------------------------------------------------------------------------------------------------- tokenize
+
+def texts_of(path):
+    """Every string field of a .jsonl or .jsonl.gz, or the paragraphs of a text."""
+    try:
+        content = Path(path).read_bytes()
+        content = gzip.decompress(content) if path.endswith(".gz") else content
+        if ".jsonl" not in Path(path).name:
+            return [t for t in content.decode().split("\n\n") if t]
+        rows = [json.loads(line) for line in content.split(b"\n") if line.strip()]
+        return [v for row in rows for v in row.values() if isinstance(v, str)]
+    except (OSError, EOFError, ValueError, AttributeError) as error:
+        raise UserError(f"{path}: neither UTF-8 text nor JSON lines ({error})")
+
+
+def varied_strings(n, added=(), seed=0):
+    """n strings that provoke tokenizers: scripts, emoji, marks, controls, runs of spaces, any code points, and words; some
+    with `added` tokens in them."""
+    rng = random.Random(seed)
+    parts = ["the", "don't", "WE'VE", "I\u2019ll", "naïve", "12,345.67", "x=1;", "def f(a):", "https://a.b/c?d=1", "e\u0301",
+             "\u212b", "\u1112\u1161\u11ab", "한국어", "中文", "日本語", "\u0627\u0644\u0639\u0631\u0628", "\u05e9\u05dc\u05d5", "ไทย",
+             "\u0939\u093f\u0928", "Привет", "😀", "👨\u200d👩\u200d👧", "🇩🇪", "👍🏽", "\u00a0", "\u2003", "\u2028",
+             "\u0085", "\ufeff", "\u200b", "▁", "\0", "\x1b[0m",
+             "\t", "\r\n", "\n", "\n\n\n", " ", " ", " ", "  ", " " * 17, "!!!", "...", "<|", "|>",
+             "½\u0660\uff11", "0000", "aaaa", "\u0130\u017f", "</s>", *added]
+
+    def code_point():
+        low, high = rng.choice([(1, 0x250), (1, 0xd800), (0xe000, 0x110000)])
+        return chr(rng.randrange(low, high))
+    made = ["".join(rng.choices(parts, k=rng.randrange(1, 16))) for _ in range(n // 2)]
+    made += ["".join(code_point() for _ in range(rng.randrange(30))) for _ in range(n // 5)]
+    made += [rng.choice(parts) * rng.randrange(60) + "".join(rng.choices(parts, k=3)) for _ in range(n // 10)]
+    return made + [" ".join(rng.choices(parts, k=rng.randrange(25))) for _ in range(n - len(made))]
+
+
+def bench_tokenize(o, device, limits):
+    """Each text in a call of its own; for the library, its encode_batch_fast if that takes less than a call a text."""
+    os.environ |= {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    library, rows = need("tokenizers"), []
+    if not o.tokenizer or not o.text:
+        raise UserError("tokenize needs --tokenizer and --text")
+    texts = [t for path in o.text for t in texts_of(path)]
+    for path in o.tokenizer:
+        ours = load_tokenizer(path)
+        with tempfile.TemporaryDirectory() as folder:
+            ours.save(folder)
+            theirs = library.Tokenizer.from_file(f"{folder}/tokenizer.json")
+
+        def differ(strings, encode, special):
+            theirs.encode_special_tokens = not special
+            peers = theirs.encode_batch_fast(strings, add_special_tokens=False)
+            return sum(encode(s) != p.ids for s, p in zip(strings, peers))
+        plain = varied_strings(10_000)
+        marked = varied_strings(10_000, sorted(ours.special)[:20] * 2, seed=1)
+        counts = dict(texts=len(texts), texts_differ=differ(texts, ours.encode, False),
+                      strings_differ=differ(plain, ours.encode, False), marked_differ=differ(marked, ours.encode_marked, True),
+                      ids_differ=sum(ours.decode([i]) != theirs.decode([i]) for i in range(ours.vocab_size)))
+        theirs.encode_special_tokens = True
+        t = medians({"ours": lambda: [ours.encode(s) for s in texts],
+                     "peer": lambda: [theirs.encode(s, add_special_tokens=False).ids for s in texts],
+                     "batch": lambda: [e.ids for e in theirs.encode_batch_fast(texts, add_special_tokens=False)]},
+                    o.repeats, device)
+        peer, n = min(t["peer"], t["batch"]), sum(len(ours.encode(s)) for s in texts)
+        rows.append(dict(name=f"tokenize {path}", ours_seconds=t["ours"], peer_seconds=peer, speedup=peer / t["ours"], tokens=n,
+                         ours_tokens_per_second=n / t["ours"], peer_tokens_per_second=n / peer, **counts))
+        print(f"{path}: ours {n / t['ours'] / 1e6:.2f}, tokenizers {n / peer / 1e6:.2f} million tokens/s: "
+              f"{peer / t['ours']:.2f} times as fast; ids differ in {counts['texts_differ']} of {len(texts)} texts, "
+              f"{counts['strings_differ']} of 10000 strings, {counts['marked_differ']} of 10000 with added tokens; "
+              f"{counts['ids_differ']} of {ours.vocab_size} ids decode otherwise", flush=True)
+    return rows
+
+
 def main():
     parser = argparse.ArgumentParser(prog="python -m nanorlhf.bench", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("benchmark", choices=["logprob", "generate", "step"])
+    parser.add_argument("benchmark", choices=["logprob", "generate", "step", "tokenize"])
     parser.add_argument("--layers", type=int, default=0, help="default 6")
     parser.add_argument("--width", type=int, default=0, help="default 384; logprob 256")
     parser.add_argument("--heads", type=int, default=0, help="default 6")
@@ -262,6 +339,8 @@ def main():
     parser.add_argument("--best_of", type=int, default=16, help="generate: samples of one long prompt; 0 skips it")
     parser.add_argument("--length", type=int, default=256, help="step: tokens a row")
     parser.add_argument("--prompt", type=int, default=64, help="step: of which prompt")
+    parser.add_argument("--tokenizer", nargs="+", help="tokenize: what load_tokenizer takes")
+    parser.add_argument("--text", nargs="+", help="tokenize: .jsonl, .jsonl.gz (every string field) or text (its paragraphs)")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=0, help="0 = torch's default")
     parser.add_argument("--device", default="auto")
@@ -271,16 +350,17 @@ def main():
     try:
         if o.threads:
             torch.set_num_threads(o.threads)
-        device = pick_device(o.device)
+        device = torch.device("cpu") if o.benchmark == "tokenize" else pick_device(o.device)
         limits = hardware_limits(device)
         name = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()}, {os.cpu_count()} cores"
         print(f"{name}, torch {torch.__version__}: {limits['flops'] / 1e9:.0f} GFLOP/s, "
               f"{limits['bytes_per_second'] / 1e9:.1f} GB/s", flush=True)
-        rows = {"logprob": bench_logprob, "generate": bench_generate, "step": bench_step}[o.benchmark](o, device, limits)
+        rows = {"logprob": bench_logprob, "generate": bench_generate, "step": bench_step,
+                "tokenize": bench_tokenize}[o.benchmark](o, device, limits)
     except UserError as error:
         raise SystemExit(f"error: {error}")
     if o.out:
-        versions = {m: sys.modules[m].__version__ for m in ("torch", "transformers", "trl") if m in sys.modules}
+        versions = {m: sys.modules[m].__version__ for m in ("torch", "transformers", "trl", "tokenizers") if m in sys.modules}
         write_json(o.out, dict(benchmark=o.benchmark, device=name, threads=torch.get_num_threads(), commit=git_commit(),
                                python=platform.python_version(), **versions, limits=limits, options=vars(o), results=rows))
 

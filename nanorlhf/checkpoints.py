@@ -7,14 +7,13 @@ is one entry of FAMILIES; transformers 4's and 5's spellings are read, 4's is wr
 import dataclasses
 import json
 import math
-import re
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from nanorlhf.run import UserError, write_json, written_whole
+from nanorlhf.run import UserError, local_folder, write_json, written_whole
 
 ACTIVATION_NAMES = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu": "gelu",
                     "relu": "relu", "silu": "silu", "swish": "silu"}
@@ -108,25 +107,6 @@ STALE = (".attn.bias", ".attention.bias", ".masked_bias", ".rotary_emb.inv_freq"
 LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
-def local_folder(name):
-    """The folder of a checkpoint: one that is here, or the download of one that the Hugging Face hub has by that name."""
-    folder, name = Path(name), str(name)
-    here = folder.exists() or name.startswith((".", "/", "~", "out/")) or "/" in name and folder.parent.exists()
-    if here or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
-        return folder
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise UserError(f"{name}: no such folder here; to download it from the hub install the extra `hub` "
-                        f"(pip install -e '.[hub]'), or give the folder of a downloaded checkpoint")
-    try:
-        patterns = ["*.json", "*.safetensors", "*.jinja", "merges.txt", "tokenizer.model"]
-        return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*"]))
-    except Exception as error:                    # offline, unknown, gated, no disk: the hub has an exception for each
-        raise UserError(f"{name}: no such folder here, and the hub did not give it ({type(error).__name__}); offline, give the "
-                        f"folder of a downloaded checkpoint (config.json, model.safetensors, tokenizer files)")
-
-
 def read_rope(raw, defaults):
     """(base, scaling or None, share of the head that is turned), in transformers 4's spelling or 5's."""
     rope = raw.get("rope_parameters") or {
@@ -135,8 +115,9 @@ def read_rope(raw, defaults):
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "llama3"):
         raise UserError(f"rope type {kind!r} is not one that nanorlhf computes: default, llama3")
-    return (rope["rope_theta"], {k: rope[k] for k in LLAMA3_ROPE} if kind == "llama3" else None,
-            rope.get("partial_rotary_factor", 1.0))
+    scaling = {k: rope[k] for k in LLAMA3_ROPE} if kind == "llama3" else {}
+    base, share, *_ = (0.0 + value for value in (rope["rope_theta"], rope.get("partial_rotary_factor", 1.0), *scaling.values()))
+    return base, scaling or None, share                                                # a TypeError above: not numbers
 
 
 def read_fields(name, raw):
@@ -204,7 +185,7 @@ def read_config(folder):
         raise UserError(f"{path}: {fields['heads']} heads, {fields['kv_heads']} key-value heads: the one must divide the other")
     eos = raw.get("eos_token_id")
     return dict(fields, family=kind, bos_id=raw.get("bos_token_id"), pad_id=raw.get("pad_token_id"),
-                eos_id=eos[0] if isinstance(eos, list) else eos), raw
+                eos_id=(eos or [None])[0] if isinstance(eos, list) else eos), raw
 
 
 def tensor_index(folder):

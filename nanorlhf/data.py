@@ -23,6 +23,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from nanorlhf.chat import ASSISTANT, conversation, encode_turns, encode_waiting, messages_of, string, transcript
 from nanorlhf.tokenizer import DataError, Tokenizer, load_tokenizer, need_same_ids, one_line, train_bpe  # noqa: F401 (handed on)
 
 
@@ -30,7 +31,6 @@ from nanorlhf.tokenizer import DataError, Tokenizer, load_tokenizer, need_same_i
 # A record is a dict of one of these kinds (fields as in TRL); "group", where a row has one, names the post it is about.
 FIELDS = {"text": ("text",), "prompt": ("prompt",), "completion": ("prompt", "completion"),
           "preference": ("prompt", "chosen", "rejected"), "ranked": ("prompt", "responses", "scores")}
-ASSISTANT = "\n\nAssistant:"  # Anthropic HH: a prompt ends with it and a response begins with a space
 TLDR_PROMPT = "SUBREDDIT: r/{subreddit}\n\nTITLE: {title}\n\nPOST: {post}\n\nTL;DR:"  # Stiennon et al. 2020
 CNNDM_PROMPT = "ARTICLE: {article}\nTL;DR:"
 ALPACA_PROMPT = ("Below is an instruction that describes a task. Write a response that appropriately completes the "
@@ -168,43 +168,26 @@ def _convert(found, record, kind):
     return None
 
 
-def _string(value, field):
-    if not isinstance(value, str):
-        raise DataError(f"{field} is not a string")
-    if any("\ud800" <= c <= "\udfff" for c in value):
-        raise DataError(f"unpaired surrogate in {field}")
-    return value
-
-
-def _render(messages, field):
-    """[{role, content}, ...] as an HH transcript: "\\n\\nHuman: ...\\n\\nAssistant: ..."."""
-    names = {"user": "Human", "assistant": "Assistant", "system": "System"}
-    for m in messages:
-        if not isinstance(m, dict) or m.get("role") not in names:
-            raise DataError(f"{field} holds a message without a role of {', '.join(names)}")
-    return "".join(f"\n\n{names[m['role']]}: {_string(m.get('content'), field)}" for m in messages)
-
-
 def _dialogue(prompt, response, field):
-    """(prompt, response) as strings. Lists of messages become a transcript; next to a list, a string is one turn; a
-    response that begins with another role than the assistant's is a whole conversation and carries its own prompt."""
+    """(prompt, response) as strings. Lists of messages become a transcript, of which the last turn is the response; next to a
+    list, a string is one turn; a response that begins with another role than the assistant's carries its own prompt."""
     if not isinstance(prompt, list) and not isinstance(response, list):
-        return _string(prompt, "prompt"), _string(response, field)
-    prompt = prompt if isinstance(prompt, list) else [{"role": "user", "content": _string(prompt, "prompt")}]
-    if not isinstance(response, list):
-        response = [{"role": "assistant", "content": _string(response, field)}]
-    shown = _render(response, field)
-    if not shown.startswith(ASSISTANT):
-        prompt, shown = response[:-1], _render(response[-1:], field)
-    if not shown.startswith(ASSISTANT):
+        return string(prompt, "prompt"), string(response, field)
+    prompt = prompt if isinstance(prompt, list) else [{"role": "user", "content": string(prompt, "prompt")}]
+    if not isinstance(response, list):            # a transcript's response has its space already
+        response = [{"role": "assistant", "content": string(response, field).removeprefix(" ")}]
+    if not transcript(response[:1], field).startswith(ASSISTANT):
+        prompt = []
+    prompt, last = prompt + response[:-1], transcript(response[-1:], field)
+    if not last.startswith(ASSISTANT):
         raise DataError(f"{field} does not end with an assistant message")
-    return _render(prompt, "prompt") + ASSISTANT, shown.removeprefix(ASSISTANT)
+    return transcript(prompt, "prompt") + ASSISTANT, last.removeprefix(ASSISTANT)
 
 
 def _prompt(row):
     """The prompt of a row: a string, or a list of messages."""
     if "instruction" in row:
-        instruction, extra = _string(row["instruction"], "instruction"), _string(row.get("input") or "", "input")
+        instruction, extra = string(row["instruction"], "instruction"), string(row.get("input") or "", "input")
         template = ALPACA_INPUT_PROMPT if extra else ALPACA_PROMPT
         return template.format(instruction=instruction, input=extra)
     return row["prompt"] if "prompt" in row else row["query"]
@@ -212,13 +195,36 @@ def _prompt(row):
 
 def _read_prompt(row):
     prompt = _prompt(row)
-    return {"prompt": _render(prompt, "prompt") + ASSISTANT if isinstance(prompt, list) else _string(prompt, "prompt")}
+    return {"prompt": transcript(prompt, "prompt") + ASSISTANT if isinstance(prompt, list) else string(prompt, "prompt")}
 
 
 def _read_completion(row):
     field = "output" if "instruction" in row else "completion"
     prompt, completion = _dialogue(_prompt(row), row[field], field)
     return {"prompt": prompt, "completion": completion}
+
+
+def _read_messages(row):
+    """A whole conversation, OpenAI's way; the last message is the response."""
+    if not isinstance(row["messages"], list):
+        raise DataError("messages is not a list")
+    prompt, completion = _dialogue([], row["messages"], "messages")
+    return {"prompt": prompt, "completion": completion}
+
+
+def _sharegpt(row):
+    """The same conversation as messages; `chosen` and `rejected`, where there are any, are its next turn."""
+    def message(turn):
+        roles = {"human": "user", "gpt": "assistant"}
+        return {"role": roles.get(turn.get("from"), turn.get("from")), "content": turn.get("value")}
+    try:
+        said = {k: message(row[k]) for k in ("chosen", "rejected") if k in row}
+        said["messages"] = [message(turn) for turn in row["conversations"]]
+    except (AttributeError, TypeError):
+        raise DataError("conversations are not lists of {from, value}") from None
+    if len(said) == 3:
+        return _read_preference({"prompt": said["messages"], "chosen": [said["chosen"]], "rejected": [said["rejected"]]})
+    return _read_messages(said)
 
 
 def _read_preference(row):
@@ -233,7 +239,7 @@ def _read_transcripts(row):
     """Two whole conversations; the prompt is what they share up to and including the last "\\n\\nAssistant:"."""
     if isinstance(row["chosen"], list):
         return _read_preference({"prompt": [], **row})
-    texts = [_string(row[field], field) for field in ("chosen", "rejected")]
+    texts = [string(row[field], field) for field in ("chosen", "rejected")]
     for field, text in zip(("chosen", "rejected"), texts):
         if ASSISTANT not in text:
             raise DataError(f"{field} has no {ASSISTANT!r}")
@@ -270,8 +276,8 @@ def _read_summaries(row):
         raise DataError("choice is neither 0 nor 1")
     template, fields = (TLDR_PROMPT, ("subreddit", "title", "post")) if info.get("post") is not None else (
         CNNDM_PROMPT, ("article",))
-    prompt = template.format(**{f: _string(info.get(f), f"info.{f}") for f in fields})
-    texts = [_string(s.get("text") if isinstance(s, dict) else None, "summaries.text") for s in summaries]
+    prompt = template.format(**{f: string(info.get(f), f"info.{f}") for f in fields})
+    texts = [string(s.get("text") if isinstance(s, dict) else None, "summaries.text") for s in summaries]
     group = {"group": info["id"]} if isinstance(info.get("id"), str) else {}
     return {"prompt": prompt, "chosen": texts[row["choice"]], "rejected": texts[1 - row["choice"]], **group}
 
@@ -280,7 +286,7 @@ def _read_sampled_answers(row):
     """Anthropic's scored samples. They are sorted by score, so their order gives the score away: never let a model see
     it. Most end with the next turn's stray "Human:", which is cut."""
     try:
-        strings = [_string(a["sampled_string"], "sampled_string") for a in row["sampled_answers"]]
+        strings = [string(a["sampled_string"], "sampled_string") for a in row["sampled_answers"]]
         scores = [a["pm_scores"][0]["pm_score"] for a in row["sampled_answers"]]
     except (KeyError, TypeError, IndexError):
         raise DataError("sampled_answers need a sampled_string and pm_scores[].pm_score each") from None
@@ -291,6 +297,7 @@ def _read_sampled_answers(row):
 READERS = (  # fields that make a row what it is -> kind, reader; earlier ones first
     (("info", "summaries", "choice"), "preference", _read_summaries),
     (("rl_prompt", "sampled_answers"), "ranked", _read_sampled_answers),
+    (("conversations", "chosen", "rejected"), "preference", _sharegpt),
     (("prompt", "chosen", "rejected"), "preference", _read_preference),
     (("instruction", "chosen", "rejected"), "preference", _read_preference),
     (("chosen", "rejected"), "preference", _read_transcripts),
@@ -298,7 +305,9 @@ READERS = (  # fields that make a row what it is -> kind, reader; earlier ones f
     (("query", "responses", "scores"), "ranked", _read_ranked),
     (("prompt", "completion"), "completion", _read_completion),
     (("instruction", "output"), "completion", _read_completion),
-    (("text",), "text", lambda row: {"text": _string(row["text"], "text")}),
+    (("messages",), "completion", _read_messages),
+    (("conversations",), "completion", _sharegpt),
+    (("text",), "text", lambda row: {"text": string(row["text"], "text")}),
     (("prompt",), "prompt", _read_prompt),
     (("instruction",), "prompt", _read_prompt),
 )
@@ -322,6 +331,7 @@ def split_records(records, fraction, seed=0):
 class Example(NamedTuple):
     tokens: list        # prompt ids, then response ids
     prompt_length: int  # >= 1: the first token is always a condition, never a target
+    given: tuple = ()   # (first, last) of later stretches that are not the model's: other speakers' turns
 
 
 class Batch(NamedTuple):
@@ -346,26 +356,37 @@ def truncate_tldr(tokenizer, prompt, max_tokens=512):
 
 
 def encode_prompt(tokenizer, prompt, max_prompt_length=None, keep="end"):
-    """str -> ids of a prompt, BOS first where the family has one. An empty prompt becomes [EOS]: a model needs a token
-    to condition on. Longer than max_prompt_length tokens (BOS counted): cut to its "end" or "start", or with "tldr" by
-    `truncate_tldr` first."""
+    """str -> ids of a prompt, BOS first where the family has one; a transcript goes through the tokenizer's chat template, if
+    it has one. An empty prompt becomes [EOS]: a model needs a token to condition on. Longer than max_prompt_length tokens
+    (BOS counted): cut to its "end" or "start", or with "tldr" by `truncate_tldr` first."""
     if keep not in ("end", "start", "tldr"):
         raise DataError(f"keep={keep!r}: want end, start or tldr")
-    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    ids = tokenizer.encode(prompt)
+    messages = conversation(tokenizer, prompt)
+    ids = encode_waiting(tokenizer, messages) if messages else tokenizer.encode(prompt)
+    bos = [] if tokenizer.bos_id is None or messages and ids[:1] != [tokenizer.bos_id] else [tokenizer.bos_id]
+    ids = ids[len(bos):] if messages else ids                                          # a template puts BOS itself
     if max_prompt_length is not None and len(bos) + len(ids) > max_prompt_length:
         room = max_prompt_length - len(bos)
         if room < 1:
             raise DataError(f"max_prompt_length {max_prompt_length} leaves no room for a prompt")
-        if keep == "tldr":
+        if keep == "tldr" and not messages:
             ids = tokenizer.encode(truncate_tldr(tokenizer, prompt, room))
         ids = ids[:room] if keep == "start" else ids[-room:]
     return bos + ids or [tokenizer.eos_id]
 
 
-def encode_response(tokenizer, response):
-    """str -> ids of a response, EOS at the end. Apart from the prompt, so that no token straddles the border."""
-    return tokenizer.encode(response) + [tokenizer.eos_id]
+def encode_response(tokenizer, response, prompt=None):
+    """str -> ids of a response to this prompt, EOS at the end. Apart from the prompt, so that no token straddles the border."""
+    if prompt and (messages := conversation(tokenizer, prompt)):
+        last = {"role": "assistant", "content": response.removeprefix(" ")}
+        return encode_turns(tokenizer, [*messages, last], every=False)[-1][0]
+    return tokenizer.encode(response, start=prompt == "") + [tokenizer.eos_id]
+
+
+def decode_response(tokenizer, ids, prompt=None):
+    """ids -> str, as records hold it; encode_response's inverse."""
+    text = tokenizer.decode(ids, start=prompt == "")
+    return " " + text if prompt and conversation(tokenizer, prompt) else text          # the space after "Assistant:"
 
 
 def make_examples(tokenizer, prompt, responses, max_length=None, max_prompt_length=None, keep="end"):
@@ -375,7 +396,7 @@ def make_examples(tokenizer, prompt, responses, max_length=None, max_prompt_leng
     are responses cut, and lose their EOS. Here they may use all that the prompt leaves (DPO's code: max_length -
     max_prompt_length even after a short prompt). Raises DataError if nothing is left of a response."""
     prompt_ids = encode_prompt(tokenizer, prompt)
-    rows = [encode_response(tokenizer, response) for response in responses]
+    rows = [encode_response(tokenizer, response, prompt) for response in responses]
     if max_length is not None and len(prompt_ids) + max(map(len, rows)) > max_length:
         prompt_ids = encode_prompt(tokenizer, prompt, max_prompt_length, keep)
         if len(prompt_ids) >= max_length:
@@ -383,6 +404,21 @@ def make_examples(tokenizer, prompt, responses, max_length=None, max_prompt_leng
                             f"{max_length}: set max_prompt_length lower")
         rows = [row[:max_length - len(prompt_ids)] for row in rows]
     return [Example(prompt_ids + row, len(prompt_ids)) for row in rows]
+
+
+def make_turns_example(tokenizer, prompt, response, max_length=None, max_prompt_length=None, keep="end"):
+    """A conversation as one Example in which every turn of the assistant counts. Another text, and a conversation that is too
+    long, is `make_example`'s: of it the response alone counts."""
+    if (messages := messages_of(prompt)) is not None:
+        pieces = encode_turns(tokenizer, [*messages, {"role": "assistant", "content": response.removeprefix(" ")}])
+        tokens = [] if tokenizer.chat_template or tokenizer.bos_id is None else [tokenizer.bos_id]
+        spans = []
+        for ids, said in pieces:
+            spans.append((len(tokens), len(tokens) + len(ids), said))
+            tokens += ids
+        if max_length is None or len(tokens) <= max_length:
+            return Example(tokens, spans[0][1], tuple((a, b) for a, b, said in spans[1:] if not said))
+    return make_example(tokenizer, prompt, response, max_length, max_prompt_length, keep)
 
 
 def make_example(tokenizer, prompt, response, max_length=None, max_prompt_length=None, keep="end"):
@@ -396,7 +432,7 @@ def pack_texts(tokenizer, texts, length):
     bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     stream = [] if bos else [tokenizer.eos_id]
     for text in texts:
-        stream += bos + encode_response(tokenizer, text)
+        stream += bos + encode_response(tokenizer, text, prompt="")
     blocks = [stream[i:i + length] for i in range(0, len(stream), length)]
     return [Example(block, 1) for block in blocks if len(block) > 1]
 
@@ -411,6 +447,9 @@ def collate(examples, pad_id, device="cpu"):
         row[:len(example.tokens)] = torch.tensor(example.tokens)
     t = torch.arange(tokens.shape[1])                                               # [T]
     mask = (t >= starts[:, None]) & (t < lengths[:, None])                          # [B, T]
+    for row, example in zip(mask, examples):
+        for first, last in example.given:
+            row[first:last] = False
     return Batch(tokens.to(device), mask.to(device), lengths.to(device))
 
 

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 from nanorlhf import reviews
-from nanorlhf.data import (Example, collate, encode_prompt, encode_response, load_records, load_tokenizer, micro_batches,
-                           need_same_ids)
+from nanorlhf.data import (Example, collate, decode_response, encode_prompt, encode_response, load_records, load_tokenizer,
+                           micro_batches, need_same_ids)
 from nanorlhf.generate import generate, prompt_room
 from nanorlhf.model import Transformer
 from nanorlhf.rewards import load_reward
@@ -184,7 +184,7 @@ def measure(policy, reference, tokenizer, prompts, rewards, max_new_tokens, temp
     metrics = {f"eval/{name}": float(s.mean()) for name, s in scores.items()}
     metrics |= {"eval/kl": float(np.mean(kl)), "eval/length": float(np.mean([len(r) for r in responses])),
                 "eval/ended": float(samples.finished.float().mean())}
-    texts = [dict(prompt=tokenizer.decode(p), completion=tokenizer.decode(r), **{n: float(s[i]) for n, s in scores.items()})
+    texts = [dict(prompt=tokenizer.decode(p), completion=tokenizer.decode(r, start=False), **{n: float(s[i]) for n, s in scores.items()})
              for i, (p, r) in enumerate(zip(prompts, responses))]
     return metrics, texts
 
@@ -251,7 +251,9 @@ class Setting:
         written = [r.get("completion") for r in self.records[self.first]]
         self.written_scores = None
         if all(written):
-            self.written_scores = self.rewards["gold"](self.prompts[self.first], [encode_response(tokenizer, w) for w in written])
+            asked = [r["prompt"] for r in self.records[self.first]]
+            self.written_scores = self.rewards["gold"](
+                self.prompts[self.first], [encode_response(tokenizer, w, p) for w, p in zip(written, asked)])
 
     def draw(self, model, prompts, K, n, purpose):
         """K responses a prompt, [P][K] lists of ids; with n > 1 each is the best of n of its own under the learned reward."""
@@ -278,7 +280,7 @@ def table_row(setting, name, model, n=1):
         responses = [own[0] for own in setting.draw(model, prompts, 1, n, split)]
         scores = {k: reward(prompts, responses) for k, reward in setting.rewards.items()}
         row |= {f"{k}/{split}": mean_and_interval(s) for k, s in scores.items()}
-        texts += [dict(method=name, split=split, prompt=record["prompt"], completion=setting.tokenizer.decode(y),
+        texts += [dict(method=name, split=split, prompt=record["prompt"], completion=decode_response(setting.tokenizer, y, record["prompt"]),
                        **{k: float(s[i]) for k, s in scores.items()})
                   for i, (record, y) in enumerate(zip(setting.records[split], responses))]
         if split == setting.first:
@@ -287,7 +289,7 @@ def table_row(setting, name, model, n=1):
                 sampled_kl(model, setting.reference, setting.tokenizer, prompts, responses, setting.options.temperature))
             if setting.written_scores is not None:
                 row["win_reference"] = win_rate(scores["gold"], setting.written_scores)
-            row["ead_across"] = (across_input_diversity([[setting.tokenizer.decode(y)] for y in responses],
+            row["ead_across"] = (across_input_diversity([[setting.tokenizer.decode(y, start=False)] for y in responses],
                                                         expectation_adjusted_distinct), None)
             row["length"] = mean_and_interval([len(y) for y in responses])
             row["ended"] = mean_and_interval([y[-1] == setting.tokenizer.eos_id for y in responses])
@@ -295,7 +297,7 @@ def table_row(setting, name, model, n=1):
             row[f"gap/{split}"] = (row[f"gold/{setting.first}"][0] - row[f"gold/{split}"][0], None)         # OOD gap: ID - OOD
     o = setting.options
     outputs = setting.draw(model, setting.prompts[setting.first][:o.diversity_prompts], o.num_samples, n, "diversity")
-    outputs = [[setting.tokenizer.decode(y) for y in own] for own in outputs]
+    outputs = [[setting.tokenizer.decode(y, start=False) for y in own] for own in outputs]
     metrics = {"ead": expectation_adjusted_distinct}
     if o.nli or setting.on_reviews:
         metrics["nli"] = functools.partial(nli_diversity, relation=mnli_relation() if o.nli else reviews.relation)

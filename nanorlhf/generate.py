@@ -32,8 +32,8 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
     """Samples num_samples responses of at most max_new_tokens to each prompt (lists of ids, none empty).
 
     temperature 0 is greedy; top_k 0 and top_p 1 are off. stop: strings which end a response once they stand in its text
-    (needs the tokenizer; the text up to and including the string is kept). With a tokenizer, ids beyond its vocabulary are
-    never drawn. Row r uses the random stream (seed, r) and nothing else, so neither its neighbours nor batch_size, the
+    (needs the tokenizer; the text up to and including the string is kept). With a tokenizer, its EOS ends a response (else
+    config.json's does), and ids beyond its vocabulary are never drawn. Row r uses the random stream (seed, r) and nothing else, so neither its neighbours nor batch_size, the
     number of rows decoded at once, changes what is drawn. Raises UserError where a prompt leaves no room in the context.
     """
     if stop and tokenizer is None:
@@ -96,7 +96,7 @@ def prefill(model, prompts, num_samples, max_new_tokens):
 
 def _decode(model, prompts, rows, uniform, n, out, options, stop, tokenizer):
     """Decodes one batch into rows `rows` of `out`. Finished rows leave the batch: the cache is compacted as they do."""
-    eos, V = model.config.eos_id, min(model.config.vocab_size, tokenizer.vocab_size if tokenizer else 1 << 60)
+    eos, V = tokenizer.eos_id if tokenizer else model.config.eos_id, min(model.config.vocab_size, tokenizer.vocab_size if tokenizer else 1 << 60)
     T = uniform.shape[1]
     cache, logits = prefill(model, prompts, n, T)
     logits = logits.repeat_interleave(n, 0)                                            # [R, V]
@@ -145,7 +145,7 @@ def _stopped(out, rows, t, stop, tokenizer):
     """Whether each row's text holds a stop string that ends in token t. Decodes no more of the row than could matter."""
     back = max(len(s.encode()) for s in stop) + 4                                      # a token is at least one byte
     tails = out.tokens[rows, max(0, t - back):t + 1].tolist()
-    return torch.tensor([any(s in tokenizer.decode(tail) for s in stop) for tail in tails], device=rows.device)
+    return torch.tensor([any(s in tokenizer.decode(tail, start=False) for s in stop) for tail in tails], device=rows.device)
 
 
 @torch.no_grad()
@@ -176,7 +176,7 @@ def beam_search(model, prompts, max_new_tokens, num_beams=4, num_groups=1, diver
 
 
 def _beams(model, prompts, T, n, groups, penalty, temperature, length_penalty, tokenizer):
-    P, b, eos = len(prompts), n // groups, model.config.eos_id
+    P, b, eos = len(prompts), n // groups, tokenizer.eos_id if tokenizer else model.config.eos_id
     cache, logits = prefill(model, prompts, n, T)
     device, V = logits.device, min(model.config.vocab_size, tokenizer.vocab_size if tokenizer else 1 << 60)
     logits = logits.repeat_interleave(n, 0)
@@ -231,10 +231,11 @@ def _beams(model, prompts, T, n, groups, penalty, temperature, length_penalty, t
 
 def main():
     import argparse
-    from nanorlhf.data import encode_prompt, load_tokenizer
+    from nanorlhf.data import ASSISTANT, encode_prompt, load_tokenizer
     parser = argparse.ArgumentParser(prog="python -m nanorlhf.generate", description="Prints samples of checkpoint folders.")
     parser.add_argument("runs", nargs="+", help="checkpoint folders")
     parser.add_argument("--prompt", action="append", required=True, help="text to continue (several may be given)")
+    parser.add_argument("--chat", action="store_true", help="the prompt is what a user says in a conversation")
     parser.add_argument("--max_new_tokens", type=int, default=64)
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--top_k", type=int, default=0)
@@ -248,11 +249,12 @@ def main():
         models = [(r, Transformer.from_pretrained(r).to(pick_device("auto")), load_tokenizer(r)) for r in options.runs]
         for prompt in options.prompt:
             print(f"\n=== {prompt}")
+            prompt = f"\n\nHuman: {prompt}{ASSISTANT}" if options.chat else prompt
             for run, model, tokenizer in models:
                 found = generate(model, [encode_prompt(tokenizer, prompt)], options.max_new_tokens, options.temperature,
                                  options.top_k, options.top_p, options.num_samples, options.seed, options.stop, tokenizer)
                 for ids, finished in zip(found.responses(), found.finished.tolist()):
-                    print(f"--- {run}\n{tokenizer.decode(ids)}{'' if finished else ' [...]'}")
+                    print(f"--- {run}\n{tokenizer.decode(ids, start=False)}{'' if finished else ' [...]'}")
     except UserError as error:
         raise SystemExit(f"error: {error}")
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 
 from nanorlhf import reviews
-from nanorlhf.data import Example, collate, encode_prompt, encode_response, load_tokenizer, micro_batches
+from nanorlhf.data import ASSISTANT, Example, collate, encode_prompt, encode_response, load_tokenizer, micro_batches
 from nanorlhf.model import RewardModel
-from nanorlhf.run import UserError
+from nanorlhf.run import UserError, local_folder
 
 
 def load_reward(spec, tokenizer, device, batch_size=128):
@@ -22,16 +22,19 @@ def load_reward(spec, tokenizer, device, batch_size=128):
         return _text_reward(lambda ps, cs: [reviews.gold_reward(p, c) for p, c in zip(ps, cs)], tokenizer, spec)
     if ".py:" in spec:
         return _text_reward(_user_function(spec), tokenizer, spec)
-    if not (Path(spec) / "config.json").exists():
+    if not (local_folder(spec) / "config.json").exists():
         raise UserError(f"--reward {spec}: not a reward-model folder (train_rm.py makes one), `gold` or file.py:function")
     model, own = RewardModel.from_pretrained(spec).to(device).eval(), load_tokenizer(spec)
-    same = own.same_ids(tokenizer)
+    same, waiting = own.same_ids(tokenizer), encode_prompt(tokenizer, f"\n\nHuman: x{ASSISTANT}")
 
     @torch.no_grad()
     def reward(prompts, responses):
         if not same:
+            if tokenizer.chat_template and any(p[-2:] == waiting[-2:] for p in prompts):
+                raise UserError(f"--reward {spec}: its tokenizer is not the policy's, whose chat template's marks it could not read")
             ended = [r[-1:] == [tokenizer.eos_id] for r in responses]
-            responses = [encode_response(own, tokenizer.decode(r))[:None if e else -1] for r, e in zip(responses, ended)]
+            responses = [encode_response(own, tokenizer.decode(r, start=False))[:None if e else -1]
+                         for r, e in zip(responses, ended)]
             prompts = [encode_prompt(own, tokenizer.decode(p)) for p in prompts]
         examples = [Example(p + r, len(p)) for p, r in zip(prompts, responses)]
         out = torch.empty(len(examples))
@@ -45,7 +48,7 @@ def load_reward(spec, tokenizer, device, batch_size=128):
 
 def _text_reward(function, tokenizer, spec):
     def reward(prompts, responses):
-        texts = [tokenizer.decode(p) for p in prompts], [tokenizer.decode(r) for r in responses]
+        texts = [tokenizer.decode(p) for p in prompts], [tokenizer.decode(r, start=False) for r in responses]
         try:
             values = function(*texts)
         except Exception as error:                        # the user's code: say where in it, in one line

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import inspect
@@ -237,6 +238,8 @@ class Run:
         if trunk.config.vocab_size < tokenizer.vocab_size:
             raise UserError(f"the {type(model).__name__} of {trunk.config.vocab_size} tokens does not fit the tokenizer of "
                             f"{tokenizer.vocab_size}: they do not belong together")
+        # What responses end and rows are filled with is what config.json shall say; a list of ends, or pad = EOS, is not.
+        trunk.config.eos_id, trunk.config.pad_id = tokenizer.eos_id, tokenizer.pad_id
         model.to(self.device)
         if self.config.compile:
             trunk.stack = torch.compile(trunk.stack, dynamic=True)
@@ -381,9 +384,30 @@ def pick_device(name):
         raise UserError(f"--device {name}: not a device that torch knows")
 
 
-def need_folder(folder, made_by):
-    """The checkpoint folder, or one line that names the command which makes it."""
-    if not (Path(folder) / "config.json").exists():
+@functools.lru_cache
+def local_folder(name):
+    """The folder of a checkpoint: one that is here, or the download of one that the Hugging Face hub has by that name."""
+    folder, name = Path(name), str(name)
+    here = folder.exists() or name.startswith((".", "/", "~", "out/")) or "/" in name and folder.parent.exists()
+    if here or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        return folder
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise UserError(f"{name}: no such folder here; to download it from the hub install the extra `hub` "
+                        f"(pip install -e '.[hub]'), or give the folder of a downloaded checkpoint")
+    try:
+        patterns = ["*.json", "*.safetensors", "*.jinja", "merges.txt", "tokenizer.model"]
+        return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*"]))
+    except Exception as error:                    # offline, unknown, gated, no disk: the hub has an exception for each
+        raise UserError(f"{name}: no such folder here, and the hub did not give it ({type(error).__name__}); offline, give the "
+                        f"folder of a downloaded checkpoint (config.json, model.safetensors, tokenizer files)")
+
+
+def need_folder(name, made_by):
+    """The checkpoint folder of that name, here or from the hub; or one line that names the command which makes it."""
+    folder = local_folder(name)
+    if not (folder / "config.json").exists():
         raise UserError(f"{folder} holds no checkpoint; first run: {made_by}")
     return folder
 

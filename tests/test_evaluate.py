@@ -284,7 +284,7 @@ def test_a_users_function_that_fails_is_one_line_that_names_it(tokenizer, texts,
     assert says in str(error.value) and f"{file}:score" in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("spec, says", [("nowhere/rm", "not a reward-model folder"), ("nowhere.py:score", "no file nowhere.py")])
+@pytest.mark.parametrize("spec, says", [("./nowhere/rm", "not a reward-model folder"), ("nowhere.py:score", "no file nowhere.py")])
 def test_a_reward_that_is_not_there_is_one_line(tokenizer, spec, says):
     with pytest.raises(UserError, match=says):
         load_reward(spec, tokenizer, CPU)

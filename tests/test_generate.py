@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+from nanorlhf.checkpoints import FAMILIES
 from nanorlhf.generate import beam_search, generate, prefill
 from nanorlhf.kernels import sample
 from nanorlhf.model import ModelConfig, Transformer
@@ -15,17 +16,18 @@ PROMPTS = [[5, 9, 3, 22, 17, 30, 8], [4], [11, 2, 19], [6, 6, 40, 33, 12]]
 
 def tiny(family="gpt2", seed=0, **fields):
     """Random, but with logits far enough apart that samples differ and EOS (id 1) comes now and then."""
-    defaults = dict(vocab_size=48, context=40, layers=2, heads=4, kv_heads=2 if family == "llama" else 4, head_dim=6, eos_id=1,
-                    pad_id=0, init_std=0.3)
+    grouped = family in ("llama", "mistral", "qwen2", "qwen3")
+    defaults = dict(vocab_size=48, context=40, layers=2, heads=4, kv_heads=2 if grouped else 4, head_dim=6, eos_id=1, pad_id=0,
+                    rotary_dim=2 if family in ("gptj", "gpt_neox") else 0, init_std=0.3)
     return Transformer(ModelConfig.for_family(family, 24, **(defaults | fields)), seed)
 
 
 class Letters:
     """A stand-in for a tokenizer: id i is one letter."""
     def __init__(self, vocab_size):
-        self.vocab_size = vocab_size
+        self.vocab_size, self.eos_id = vocab_size, -1
 
-    def decode(self, ids):
+    def decode(self, ids, start=True):
         return "".join(chr(97 + i) for i in ids)
 
 
@@ -34,7 +36,7 @@ def rows_of(samples):
 
 
 # ---------------------------------------------------------------------------------------------------- cache and numbers
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("n", [1, 3])
 def test_cached_logits_equal_a_full_forward_on_a_ragged_batch(family, n):
     model = tiny(family)
@@ -48,6 +50,18 @@ def test_cached_logits_equal_a_full_forward_on_a_ragged_batch(family, n):
             prompt = PROMPTS[row // n]
             full = model.logits(model(torch.tensor([prompt + new[row, :9].tolist()])))[0, len(prompt) - 1:]
             torch.testing.assert_close(torch.stack([s[row] for s in steps]), full, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bfloat16_sampling_is_near_the_full_forward(family):
+    """Under autocast the cache holds bfloat16 and every family's types fit together."""
+    model = tiny(family)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        out = generate(model, PROMPTS, 6, num_samples=2, seed=1)
+        for row, (response, logp) in enumerate(zip(out.responses(), out.logprobs)):
+            tokens = torch.tensor([PROMPTS[row // 2] + response])
+            fresh = model.logprobs(tokens, torch.arange(tokens.shape[1])[None] >= len(PROMPTS[row // 2]))[0, -len(response):]
+            assert float((logp[:len(response)] - fresh).abs().max()) < 0.3
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])

@@ -25,7 +25,7 @@ needs_stories = pytest.mark.skipif(not (DATA / "checkpoints" / "stories260K").is
 def write_folder(folder, config, tensors):
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
-    save_file({k: torch.as_tensor(v) for k, v in tensors.items()}, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file({k: torch.as_tensor(v).clone() for k, v in tensors.items()}, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 
@@ -315,6 +315,33 @@ def test_hub_style_gpt2_files(tmp_path):
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), want.parameters()))
 
 
+def test_other_spellings_of_published_files(tmp_path):
+    """OPT without `model.`; Pythia and GPT-J with causal masks and rotary tables as tensors; GPT-NeoX's head by its newer name."""
+    opt, neox, gptj = (weights_of(GOLDENS[n]["shapes"]) for n in ("opt", "gpt_neox", "gptj"))
+    masks = {"bias": np.tril(np.ones((1, 1, 16, 16), dtype=bool)), "masked_bias": np.array(-1e9, dtype=np.float32),
+             "rotary_emb.inv_freq": np.ones(2, dtype=np.float32)}
+    stale = {f"gpt_neox.layers.{n}.attention.{k}": v for n in range(2) for k, v in masks.items()}
+    spelt = {
+        "opt": [{k.removeprefix("model."): v for k, v in opt.items()}, {**opt, "lm_head.weight": opt["model.decoder.embed_tokens.weight"]}],
+        "gpt_neox": [neox | stale, {k.replace("embed_out", "lm_head"): v for k, v in neox.items()}],
+        "gptj": [gptj | {f"transformer.h.{n}.attn.{k}": masks[k] for n in range(2) for k in ("bias", "masked_bias")}]}
+    for name, variants in spelt.items():
+        want = Transformer.from_pretrained(case_folder(tmp_path, name))
+        for k, tensors in enumerate(variants):
+            model = Transformer.from_pretrained(write_folder(tmp_path / f"{name}{k}", CASES[name], tensors))
+            assert all(torch.equal(p, q) for p, q in zip(model.parameters(), want.parameters()))
+
+
+def test_pickles_and_quantized_weights_are_refused(tmp_path):
+    folder = case_folder(tmp_path, "qwen2")
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    save_file({**tensors, name: tensors[name].to(torch.int8)}, folder / "model.safetensors")
+    assert f"{name} holds torch.int8" in refusal(folder)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    assert "pytorch_model.bin is a pickle" in refusal(folder)
+
+
 def shard(folder):
     """Splits model.safetensors in two, with an index."""
     tensors = load_file(folder / "model.safetensors")
@@ -369,6 +396,8 @@ def test_missing_extra_and_misshaped_tensors_are_named(tmp_path):
     query = "model.layers.0.self_attn.q_proj.weight"                                   # a part of our stacked qkv
     assert f"{query} has shape [12, 24]" in message({**tensors, query: tensors[query][:12].copy()})
     assert "missing lm_head.weight (1)" in message({k: v for k, v in tensors.items() if k != "lm_head.weight"})
+    short = {k: v[:1].copy() if "layernorm" in k else v for k, v in tensors.items() if k != name}
+    assert f"missing {name} (1); misshaped " in message({**short, third: tensors[name]}).replace(f"not expected {third} (1); ", "")
     assert "(20)" in message({"lm_head.weight": tensors["lm_head.weight"]})            # only some of many are listed
     gpt2 = weights_of(GOLDENS["gpt2"]["shapes"])
     gpt2["transformer.h.0.mlp.c_fc.weight"] = gpt2["transformer.h.0.mlp.c_fc.weight"].T.copy()
@@ -419,6 +448,7 @@ def test_damaged_and_hostile_files_are_refused(tmp_path):
     ("llama grouped queries", {"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "low_freq_factor is missing"),
     ("llama grouped queries", {"rope_parameters": {"rope_type": "default"}}, "rope_theta is missing"),
     ("llama grouped queries", {"rope_scaling": "llama3"}, "config.json"),
+    ("llama grouped queries", {"rope_theta": "10"}, "wrong kind"), ("gpt_neox", {"rotary_pct": "all"}, "wrong kind"),
     ("llama grouped queries", {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
     ("llama grouped queries", {"model_type": "gemma2"}, "model_type 'gemma2' is not one that nanorlhf reads: gpt2, gptj"),
     ("gptj", {"rotary_dim": 7}, "7 rotary"), ("gptj", {"rotary_dim": 14}, "14 rotary"),

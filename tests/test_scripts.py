@@ -714,18 +714,18 @@ def test_in_a_process_errors_are_one_line_and_exit_code_1(root, tmp_path):
         (train_sft, ["--eval_data", "nowhere.jsonl"], "nowhere.jsonl"),
         (train_rm, ["--data", "nowhere.jsonl"], "nowhere.jsonl"),
         (train_dpo, ["--data", "nowhere.jsonl"], "sample_bon.py"),
-        (train_ppo, ["--reward", "nowhere"], "--reward nowhere"),
-        (train_ppo, ["--reference", "nowhere"], "nowhere"),
-        (train_ppo, ["--value_init", "nowhere"], "nowhere"),
+        (train_ppo, ["--reward", "./nowhere"], "--reward ./nowhere"),
+        (train_ppo, ["--reference", "./nowhere"], "./nowhere"),
+        (train_ppo, ["--value_init", "./nowhere"], "./nowhere"),
         (train_ppo, ["--eval_data", "nowhere.jsonl"], "nowhere.jsonl"),
         (train_dpo, ["--eval_reward", "nowhere.py:f"], "nowhere.py"),
         (sample_bon, ["--reward", "out/sft"], "no reward model"),
-        (train_sft, ["--init", "scratch", "--tokenizer", "nowhere"], "nowhere"),
-        (train_sft, ["--init", "nowhere"], "python train_sft.py --init scratch"),
-        (train_rm, ["--init", "nowhere"], "python train_sft.py"),
-        (train_dpo, ["--init", "nowhere"], "python train_sft.py"),
-        (train_rrhf, ["--init", "nowhere"], "python train_sft.py"),
-        (sample_bon, ["--init", "nowhere"], "python train_sft.py"),
+        (train_sft, ["--init", "scratch", "--tokenizer", "./nowhere"], "./nowhere"),
+        (train_sft, ["--init", "./nowhere"], "python train_sft.py --init scratch"),
+        (train_rm, ["--init", "./nowhere"], "python train_sft.py"),
+        (train_dpo, ["--init", "./nowhere"], "python train_sft.py"),
+        (train_rrhf, ["--init", "./nowhere"], "python train_sft.py"),
+        (sample_bon, ["--init", "./nowhere"], "python train_sft.py"),
         (train_sft, ["--resume"], "holds no run to resume"),
         (train_rm, ["--data", "reviews"], "reviews"),
     ],
@@ -860,7 +860,7 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(here, tmp_path, monkeypatc
     before = snapshot("out")
     assert "already holds files" in stops(monkeypatch, module, "--out", "out/sft")
     # and --overwrite deletes it only once everything that was asked for could be loaded
-    stops(monkeypatch, module, "--out", "out/sft", "--overwrite", "--init", "nowhere")
+    stops(monkeypatch, module, "--out", "out/sft", "--overwrite", "--init", "./nowhere")
     stops(monkeypatch, module, "--out", "out/sft", "--overwrite", "--data", "nowhere.jsonl")
     assert snapshot("out") == before
 

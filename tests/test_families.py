@@ -1,0 +1,205 @@
+"""Every family of checkpoints through every script: a tiny folder of random weights in, folders that transformers loads out."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+import sample_bon
+import train_dpo
+import train_ppo
+import train_rm
+import train_rrhf
+import train_sft
+from nanorlhf.checkpoints import FAMILIES, read_config, stored_as
+from nanorlhf.data import collate, load_tokenizer, make_examples
+from nanorlhf.model import ModelConfig, RewardModel, Transformer
+from nanorlhf.run import main, read_jsonl
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def write_base(folder, family, **fields):
+    """Random weights around the built-in task's tokenizer, with an embedding larger than it, as published ones are."""
+    tokenizer = load_tokenizer("reviews")
+    shape = dict(vocab_size=tokenizer.vocab_size + 7, context=80, layers=2, heads=3, kv_heads=3, head_dim=8, init_std=0.1,
+                 eos_id=tokenizer.eos_id, pad_id=None)
+    shape |= dict(kv_heads=1) if family in ("llama", "mistral", "qwen2", "qwen3") else {}
+    shape |= dict(rotary_dim=4) if family in ("gptj", "gpt_neox") else {}
+    Transformer(ModelConfig.for_family(family, 24, **(shape | fields))).save_pretrained(folder)
+    tokenizer.save(folder)
+
+
+def go(module, out, **options):
+    common = dict(device="cpu", out=str(out), response_length=6, num_eval_prompts=2, max_steps=1, batch_size=4, eval_every=1, lr=1e-3)
+    fields = module.Config.__dataclass_fields__
+    module.train(module.Config(**{k: v for k, v in {**common, **options}.items() if k in fields}))
+    return read_jsonl(out / "metrics.jsonl")
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def chain(request, tmp_path_factory):
+    """(family, folder in which the whole chain has run)."""
+    at = tmp_path_factory.mktemp(request.param)
+    write_base(at / "base", request.param)
+    sft, rm = str(at / "sft"), str(at / "rm")
+    go(train_sft, at / "sft", init=str(at / "base"), limit=12)
+    go(sample_bon, at / "bon", init=sft, reward="gold", label_temperature=0.2, split="train", limit=8, n=2, keep_unfinished=True)
+    data = str(at / "bon" / "comparisons.jsonl")
+    go(train_rm, at / "rm", init=sft, data=data, eval_fraction=0.2)
+    go(train_ppo, at / "ppo", init=sft, reward=rm, limit=8)
+    go(train_dpo, at / "dpo", init=sft, data=data, eval_fraction=0.2)
+    go(train_rrhf, at / "rrhf", init=sft, reward=rm, limit=8, num_samples=2)
+    return request.param, at
+
+
+def test_the_chain_starts_at_its_closed_forms(chain):
+    _, at = chain
+    first = {name: read_jsonl(at / name / "metrics.jsonl")[0] for name in ("ppo", "dpo")}
+    assert abs(first["ppo"]["objective/kl"]) < 1e-6 and abs(first["ppo"]["val/ratio"] - 1) < 0.2
+    assert first["dpo"]["loss"] == pytest.approx(0.693147, abs=1e-5)
+
+
+def test_every_folder_stays_its_family_and_loads_in_transformers(chain):
+    family, at = chain
+    tokenizer = load_tokenizer("reviews")
+    for name in ("sft", "rm", "ppo", "dpo", "rrhf"):
+        config = json.loads((at / name / "config.json").read_text())
+        kind = "classifier" if name == "rm" else "causal"
+        assert config["model_type"] == family and config["architectures"] == [getattr(FAMILIES[family], kind)]
+        assert (config["eos_token_id"], config["pad_token_id"]) == (tokenizer.eos_id, tokenizer.pad_id)
+    transformers = pytest.importorskip("transformers", reason="needs transformers (the `parity` extra)")
+    tokens = torch.arange(20).view(2, 10) + 5
+    for name in ("sft", "ppo", "dpo", "rrhf"):
+        theirs, info = transformers.AutoModelForCausalLM.from_pretrained(at / name, output_loading_info=True)
+        assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+        ours = Transformer.from_pretrained(at / name)
+        with torch.no_grad():
+            torch.testing.assert_close(ours.logits(ours(tokens)), theirs(tokens).logits, atol=1e-5, rtol=0)
+
+
+def test_reward_folders_score_a_padded_batch_as_transformers_does(chain):
+    """Its pad id is its own: the base folder has none. `reward_mean` and `reward_std` are ours alone."""
+    _, at = chain
+    transformers = pytest.importorskip("transformers", reason="needs transformers (the `parity` extra)")
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(at / "rm").eval()
+    ours, tokenizer = RewardModel.from_pretrained(at / "rm"), load_tokenizer(at / "rm")
+    assert theirs.config.num_labels == 1 and theirs.config.pad_token_id == tokenizer.pad_id != tokenizer.eos_id
+    prompt = "Review of the film Silent River:"
+    batch = collate(make_examples(tokenizer, prompt, [" The plot is great.", " Bad.", " It is not bad, but the cast is dull."]),
+                    tokenizer.pad_id)
+    with torch.no_grad():
+        want = theirs(batch.tokens, attention_mask=(batch.tokens != tokenizer.pad_id).long()).logits[:, 0]
+        got = ours.score(batch.tokens, batch.lengths) * ours.reward_std + ours.reward_mean
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
+
+
+def test_a_new_model_of_each_family(chain, tmp_path):
+    family, _ = chain
+    rows = go(train_sft, tmp_path / "new", init="scratch", family=family, kind="text", limit=30, width=24, layers=1, heads=3, context=40)
+    assert rows[0]["loss"] > 5 and Transformer.from_pretrained(tmp_path / "new").config.family == family
+
+
+def test_a_window_limits_the_context_of_mistral(tmp_path):
+    write_base(tmp_path / "m", "mistral")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    for window, context in ((32, 32), (4096, 80), (None, 80)):
+        (tmp_path / "m" / "config.json").write_text(json.dumps({**config, "sliding_window": window}))
+        assert Transformer.from_pretrained(tmp_path / "m").config.context == context
+
+
+# ------------------------------------------------------------------------------------------------- models as published
+NEW = dict(tie_word_embeddings=False, rms_norm_eps=1e-5, hidden_act="silu")
+PUBLISHED = {  # config.json of the papers' models and their successors, and their published numbers of weights
+    "gpt2-large": (774_030_080, dict(model_type="gpt2", vocab_size=50257, n_positions=1024, n_embd=1280, n_layer=36, n_head=20)),
+    "gpt-j-6b": (6_050_882_784, dict(
+        model_type="gptj", vocab_size=50400, n_positions=2048, n_embd=4096, n_layer=28, n_head=16, rotary_dim=64,
+        tie_word_embeddings=False)),
+    "pythia-2.8b": (2_775_208_960, dict(
+        model_type="gpt_neox", vocab_size=50304, max_position_embeddings=2048, hidden_size=2560, intermediate_size=10240,
+        num_hidden_layers=32, num_attention_heads=32, rotary_pct=0.25, rotary_emb_base=10000, tie_word_embeddings=False)),
+    "opt-6.7b": (6_658_473_984, dict(
+        model_type="opt", vocab_size=50272, max_position_embeddings=2048, hidden_size=4096, ffn_dim=16384, num_hidden_layers=32,
+        num_attention_heads=32, word_embed_proj_dim=4096, activation_function="relu", do_layer_norm_before=True)),
+    "llama-7b": (6_738_415_616, NEW | dict(
+        model_type="llama", vocab_size=32000, max_position_embeddings=2048, hidden_size=4096, intermediate_size=11008,
+        num_hidden_layers=32, num_attention_heads=32)),
+    "llama-3.1-8b": (8_030_261_248, NEW | dict(
+        model_type="llama", vocab_size=128256, max_position_embeddings=131072, hidden_size=4096, intermediate_size=14336,
+        num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, rope_theta=500000.0, eos_token_id=[128001, 128008],
+        rope_scaling=dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+                          original_max_position_embeddings=8192))),
+    "mistral-7b-v0.1": (7_241_732_096, NEW | dict(
+        model_type="mistral", vocab_size=32000, max_position_embeddings=32768, hidden_size=4096, intermediate_size=14336,
+        num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, sliding_window=4096)),
+    "qwen2.5-0.5b": (494_032_768, NEW | dict(
+        model_type="qwen2", vocab_size=151936, max_position_embeddings=32768, hidden_size=896, intermediate_size=4864,
+        num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2, rope_theta=1e6, tie_word_embeddings=True,
+        use_sliding_window=False, sliding_window=32768, max_window_layers=24)),
+    "qwen3-0.6b": (596_049_920, NEW | dict(
+        model_type="qwen3", vocab_size=151936, max_position_embeddings=40960, hidden_size=1024, intermediate_size=3072,
+        num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=8, head_dim=128, rope_theta=1e6, tie_word_embeddings=True,
+        use_sliding_window=False, sliding_window=None, max_window_layers=28)),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_models_have_their_published_tensors(tmp_path, name):
+    """On the meta device: the number of weights is the published one, and names and shapes are those of transformers."""
+    count, raw = PUBLISHED[name]
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    with torch.device("meta"):
+        ours = Transformer(ModelConfig(**read_config(tmp_path)[0]))
+    assert sum(p.numel() for p in ours.parameters()) == count
+    transformers = pytest.importorskip("transformers", reason="needs transformers (the `parity` extra)")
+    with torch.device("meta"):
+        theirs = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(tmp_path))
+    want = {n: list(p.shape) for n, p in theirs.named_parameters()}
+    family = FAMILIES[ours.config.family]
+    assert {n: shape for n, shape, *_ in stored_as(ours, "lm_head", family.prefix)} == want
+
+
+# --------------------------------------------------------------------------------------------------------- names of the hub
+def test_a_hub_name_is_downloaded_once_and_trained_like_a_folder(tmp_path, monkeypatch):
+    hub = pytest.importorskip("huggingface_hub", reason="needs huggingface_hub (the `hub` extra)")
+    write_base(tmp_path / "cache", "qwen2")
+    asked = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(hub, "snapshot_download", lambda name, **options: asked.append(name) or str(tmp_path / "cache"))
+    go(train_sft, tmp_path / "out", init="somebody/tiny-qwen", limit=8)
+    assert load_tokenizer("somebody/tiny-qwen").same_ids(load_tokenizer("reviews"))
+    assert asked == ["somebody/tiny-qwen"] and Transformer.from_pretrained(tmp_path / "out").config.family == "qwen2"
+
+
+def refusal(monkeypatch, *argv):
+    monkeypatch.setattr("sys.argv", ["train_sft.py", *argv])
+    with pytest.raises(SystemExit) as caught:
+        main(train_sft.Config, train_sft.train, "")
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_offline_a_hub_name_is_a_line_that_names_the_folder_form(tmp_path, monkeypatch):
+    hub = pytest.importorskip("huggingface_hub", reason="needs huggingface_hub (the `hub` extra)")
+
+    def offline(name, **options):
+        raise ConnectionError("no network")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(hub, "snapshot_download", offline)
+    for name in ("gpt2-of-nobody", "Qwen/Qwen2.5-0.5B"):
+        message = refusal(monkeypatch, "--init", name, "--out", "x")
+        assert name in message and "ConnectionError" in message and "folder of a downloaded checkpoint" in message
+    assert "first run: python train_sft.py" in refusal(monkeypatch, "--out", "x")      # out/base is never a hub name
+
+
+def test_without_the_extra_a_hub_name_says_which_to_install(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
+    assert "pip install -e '.[hub]'" in refusal(monkeypatch, "--init", "somebody/another-model", "--out", "x")

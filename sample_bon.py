@@ -106,7 +106,7 @@ def train(config):
     reward = load_reward(config.reward, tokenizer, run.device)
     measured = config.eval_reward or ("gold" if config.data == "reviews" else "")
     eval_reward = load_reward(measured, tokenizer, run.device) if measured else None
-    records = load_records(config.data, "prompt", config.split, config.limit or None, config.skip_bad)
+    records = load_records(config.data, "prompt", config.split, config.limit or None, config.skip_bad, tokenizer=tokenizer)
     room = prompt_room(policy, config.response_length)
     prompts = [encode_prompt(tokenizer, r["prompt"], config.max_prompt_length or room, config.keep) for r in records]
 
@@ -119,9 +119,10 @@ def train(config):
             samples = generate(policy, part, config.response_length, config.temperature, config.top_k, config.top_p, config.n,
                                seed_for(config.seed, "bon", first), tokenizer=tokenizer)
         responses = samples.responses()
-        queries = [p for p in part for _ in range(config.n)]
-        scores = reward(queries, responses).view(-1, config.n)
-        values = eval_reward(queries, responses).view(-1, config.n) if eval_reward else None
+        queries, texts = ([p for p in each for _ in range(config.n)] for each in (
+            part, [r["prompt"] for r in records[first:first + config.batch_size]]))
+        scores = reward(queries, responses, texts).view(-1, config.n)
+        values = eval_reward(queries, responses, texts).view(-1, config.n) if eval_reward else None
         for i in range(len(part)):
             own = slice(i * config.n, (i + 1) * config.n)
             prompt = records[first + i]["prompt"]

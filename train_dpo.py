@@ -122,9 +122,10 @@ def train(config):
     def to_pairs(records):
         return [Pair(make_examples(tokenizer, r["prompt"], [r["chosen"], r["rejected"]], max_length,
                                    config.max_prompt_length or max_length // 2, config.keep)) for r in records]
-    records = load_records(config.data, "preference", limit=config.limit or None, skip_bad=config.skip_bad)
+    records = load_records(config.data, "preference", limit=config.limit or None, skip_bad=config.skip_bad,
+                           tokenizer=tokenizer)
     if config.eval_data:
-        held_out = load_records(config.eval_data, "preference", skip_bad=config.skip_bad)
+        held_out = load_records(config.eval_data, "preference", skip_bad=config.skip_bad, tokenizer=tokenizer)
     else:
         records, held_out = split_records(records, config.eval_fraction, config.seed)
     pairs, eval_pairs = to_pairs(records), to_pairs(held_out)

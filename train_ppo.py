@@ -162,7 +162,7 @@ def train(config):
     reference = run.prepare(Transformer.from_pretrained(config.reference or init), tokenizer).requires_grad_(False)
     need_same_vocabulary(f"--reference {config.reference}", reference, policy)
     reward = load_reward(config.reward, tokenizer, run.device)
-    by_model = not (config.reward == "gold" or ".py:" in config.reward) and load_tokenizer(config.reward).same_ids(tokenizer)
+    by_model = not (config.reward == "gold" or ".py:" in config.reward) and load_tokenizer(need_folder(config.reward, "python train_rm.py")).same_ids(tokenizer)
     value_init = config.value_init or (config.reward if by_model else init)
     need_same_ids("--value_init", value_init, tokenizer)
     value_model = run.prepare(ValueModel.from_pretrained(value_init), tokenizer)
@@ -170,7 +170,7 @@ def train(config):
     if config.temperature <= 0:
         raise UserError(f"--temperature {config.temperature}: PPO needs samples, so it must be above 0")
     room = prompt_room(policy, config.response_length)
-    records = load_records(config.data, "prompt", limit=config.limit or None, skip_bad=config.skip_bad)
+    records = load_records(config.data, "prompt", limit=config.limit or None, skip_bad=config.skip_bad, tokenizer=tokenizer)
     prompts = [encode_prompt(tokenizer, r["prompt"], config.max_prompt_length or room, config.keep) for r in records]
     eval_prompts, eval_rewards = load_eval_prompts(config.eval_data, config, records, tokenizer, policy, {"reward": reward}, run)
 
@@ -192,7 +192,7 @@ def train(config):
         tokens, mask = batch.tokens, batch.mask                                        # [B, T]
 
         # 2. Score: the reward of each whole response.
-        scores = reward(queries, responses).to(run.device)                             # [B]
+        scores = reward(queries, responses, [records[i]["prompt"] for i in rows]).to(run.device)   # [B]
         if step == 0 and config.missing_eos == "replace" and scores.mean() < -config.missing_eos_penalty:
             print(f"ppo: scores average {scores.mean():.3g}, so a response that never ends would do better with its "
                   f"{-config.missing_eos_penalty:g}: raise --missing_eos_penalty, or center the reward", flush=True)

@@ -104,11 +104,11 @@ def train(config):
         return [(make_examples(tokenizer, r["prompt"], r["responses"], max_length, config.max_prompt_length or max_length // 2,
                                config.keep), r["scores"])
                 for r in records if len(set(r["scores"])) > 1]
-    records = load_records(config.data, "ranked", limit=config.limit or None, skip_bad=config.skip_bad)
+    records = load_records(config.data, "ranked", limit=config.limit or None, skip_bad=config.skip_bad, tokenizer=tokenizer)
     records, held_out = split_records(records, config.eval_fraction, config.seed)
     rankings, held_out = to_rankings(records), {"held_out": to_rankings(held_out)}
     for name, file in named_files(config.eval_data).items():
-        held_out[name] = to_rankings(load_records(file, "ranked", skip_bad=config.skip_bad))
+        held_out[name] = to_rankings(load_records(file, "ranked", skip_bad=config.skip_bad, tokenizer=tokenizer))
 
     if not rankings:
         raise UserError(f"{config.data}: no two responses of a prompt differ in score")
@@ -140,7 +140,7 @@ def train(config):
 
     if config.normalize != "none":
         if config.normalize_data:
-            texts = load_records(config.normalize_data, "completion", limit=1000)
+            texts = load_records(config.normalize_data, "completion", limit=1000, tokenizer=tokenizer)
             scored = [(make_examples(tokenizer, r["prompt"], [r["completion"]], max_length, config.max_prompt_length
                                      or max_length // 2, config.keep), [0.0]) for r in texts]
         else:

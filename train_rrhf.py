@@ -139,7 +139,8 @@ def draw_candidates(model, records, tokenizer, reward, config, seed):
                             f"--sampling is {config.sampling}")
         candidates.append(dict(prompt=prompt, responses=responses, scores=record.get("scores")))
     if config.reward != "given":
-        flat = reward([c["prompt"] for c in candidates for _ in c["responses"]], [y for c in candidates for y in c["responses"]])
+        pairs = [(c["prompt"], y, r["prompt"]) for r, c in zip(records, candidates) for y in c["responses"]]
+        flat = reward(*map(list, zip(*pairs)))
         for c, scores in zip(candidates, flat.split([len(c["responses"]) for c in candidates])):
             c["scores"] = scores.tolist()
     return candidates
@@ -158,7 +159,7 @@ def train(config):
     model = run.prepare(Transformer.from_pretrained(init), tokenizer)
     reference = run.prepare(Transformer.from_pretrained(init), tokenizer).requires_grad_(False)   # only to measure KL
     reward = load_reward(config.reward, tokenizer, run.device) if config.reward != "given" else None
-    records = load_records(config.data, config.kind, limit=config.limit or None, skip_bad=config.skip_bad)
+    records = load_records(config.data, config.kind, limit=config.limit or None, skip_bad=config.skip_bad, tokenizer=tokenizer)
     rewards = {"reward": reward} if reward else {}
     eval_prompts, eval_rewards = load_eval_prompts(config.eval_data, config, records, tokenizer, model, rewards, run)
 

@@ -95,9 +95,9 @@ def train(config):
     # Records -> examples: token rows of which the part after the prompt is trained on.
     max_length = config.max_length or model.config.context
     limit = config.limit or ((40000 if config.kind == "text" else 8000) if config.data == "reviews" else None)
-    records = load_records(config.data, config.kind, limit=limit, skip_bad=config.skip_bad)
+    records = load_records(config.data, config.kind, limit=limit, skip_bad=config.skip_bad, tokenizer=tokenizer)
     if config.eval_data:
-        held_out = load_records(config.eval_data, config.kind, skip_bad=config.skip_bad)
+        held_out = load_records(config.eval_data, config.kind, skip_bad=config.skip_bad, tokenizer=tokenizer)
     else:
         records, held_out = split_records(records, config.eval_fraction, config.seed)
     examples, eval_examples = (to_examples(r, tokenizer, config, max_length) for r in (records, held_out))

@@ -31,7 +31,7 @@ def transcript(messages, field):
     """[{role, content}, ...] -> "\\n\\nHuman: ...\\n\\nAssistant: ..."."""
     names = {role: name for name, role in ROLES.items()}
     for m in messages:
-        if not isinstance(m, dict) or m.get("role") not in names:
+        if not isinstance(m, dict) or m.get("role") not in list(names):
             raise DataError(f"{field} holds a message without a role of {', '.join(names)}")
         if found := TURN.search(string(m.get("content"), field)):
             raise DataError(f"{field} holds a message with {found[0]!r} in it, which would begin another turn")
@@ -90,13 +90,16 @@ def _spelt_out(tokenizer, messages):
     """(messages, mark): strings of special tokens in what was said are broken by a character that nobody used, to be taken out
     again once the template's own marks have been found."""
     mark = next(chr(c) for c in range(0xE000, 0xF8FF) if not any(chr(c) in m["content"] for m in messages))
-    specials = sorted((t for t in tokenizer.special if t not in tokenizer.plain and len(t) > 1), key=len, reverse=True)
+    longest_first = sorted((t for t in tokenizer.special if len(t) > 1), key=len, reverse=True)
 
-    def spell(text):
-        for t in specials:
-            text = text.replace(t, t[0] + mark + t[1:])
+    def spell(role, text):
+        for t in longest_first:
+            # What the tokenizer matches in any text (`special: false`, such as </think>) an assistant may say, but not EOS.
+            if t not in tokenizer.plain or tokenizer.special[t] == tokenizer.eos_id or (
+                    role != "assistant" and t in (tokenizer.chat_template or "")):
+                text = text.replace(t, t[0] + mark + t[1:])
         return text
-    return [{"role": m["role"], "content": spell(m["content"])} for m in messages], mark
+    return [{"role": m["role"], "content": spell(m["role"], m["content"])} for m in messages], mark
 
 
 def encode_waiting(tokenizer, messages):
@@ -114,18 +117,33 @@ def encode_turns(tokenizer, messages, every=True):
     """
     messages, mark = _spelt_out(tokenizer, messages)
     eos = next((t for t, i in tokenizer.special.items() if i == tokenizer.eos_id), "\0")
-    turns = [k for k, m in enumerate(messages) if m["role"] == "assistant"]
-    pieces, done = [], ""
+    turns = [k for k, m in enumerate(messages) if m["role"] == "assistant" and k > 0]
+    pieces, done, end = [], "", ""
     for k in turns if every else turns[-1:]:
         told, said = _render(tokenizer, messages[:k], True), _render(tokenizer, messages[:k + 1], False)
         if not told.startswith(done):
             raise DataError("the chat template changes earlier turns as the conversation goes on: train on the last one only")
         if not said.startswith(told):
             raise DataError("the chat template does not go on from where it lets the assistant speak")
+        context = tokenizer.encode_marked(end + told[len(done):], start=not done, mark=mark)           # as it goes on from EOS,
+        if end and context[:1] == [tokenizer.eos_id]:                                                  # which SentencePiece minds
+            context = context[1:]
+        elif end:
+            context = tokenizer.encode_marked(told[len(done):], start=False, mark=mark)
         answer, end, _ = said[len(told):].partition(eos)
-        pieces += [(tokenizer.encode_marked(told[len(done):], start=not done, mark=mark), False),
-                   (tokenizer.encode_marked(answer + end, start=False, mark=mark), True)]
+        pieces += [(context, False), (tokenizer.encode_marked(answer + end, start=False, mark=mark), True)]
         done = told + answer + end
     if pieces[-1][0][-1:] != [tokenizer.eos_id]:
         pieces[-1][0].append(tokenizer.eos_id)
     return pieces
+
+
+@functools.lru_cache(8)
+def around_answers(tokenizer):
+    """What the chat template puts before and after the assistant's words, as far as it decodes: spaces, or its own end of turn."""
+    talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "§"}]
+    try:
+        before, _, after = tokenizer.decode(encode_turns(tokenizer, talk, every=False)[-1][0], start=False).partition("§")
+    except DataError:                             # it wants another conversation than this
+        return "", ""
+    return before, after

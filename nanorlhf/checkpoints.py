@@ -109,15 +109,20 @@ LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_po
 
 def read_rope(raw, defaults):
     """(base, scaling or None, share of the head that is turned), in transformers 4's spelling or 5's."""
-    rope = raw.get("rope_parameters") or {
-        "rope_theta": raw.get("rope_theta", raw.get("rotary_emb_base", 10000.0)), **(raw.get("rope_scaling") or {}),
-        "partial_rotary_factor": raw.get("rotary_pct", raw.get("partial_rotary_factor", defaults.get("rotary_pct", 1.0)))}
+    rope = {k: raw[k] for k in ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings") if raw.get(k) is not None}
+    if "rotary_pct" in defaults:                  # GPT-NeoX has names of its own
+        rope = {"rope_theta": raw.get("rotary_emb_base", 10000.0)} | rope | {
+            "partial_rotary_factor": raw.get("rotary_pct", defaults["rotary_pct"])}
+    rope = {"rope_theta": 10000.0} | rope | (raw.get("rope_scaling") or {}) | (raw.get("rope_parameters") or {})
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "llama3"):
         raise UserError(f"rope type {kind!r} is not one that nanorlhf computes: default, llama3")
-    scaling = {k: rope[k] for k in LLAMA3_ROPE} if kind == "llama3" else {}
-    base, share, *_ = (0.0 + value for value in (rope["rope_theta"], rope.get("partial_rotary_factor", 1.0), *scaling.values()))
-    return base, scaling or None, share                                                # a TypeError above: not numbers
+    scaling = {k: rope[k] for k in LLAMA3_ROPE} if kind == "llama3" else None
+    share = rope.get("partial_rotary_factor")
+    for name, value in {"rope_theta": rope["rope_theta"], "partial_rotary_factor": 1.0 if share is None else share,
+                        **(scaling or {})}.items():
+        need_positive(name, value)
+    return rope["rope_theta"], scaling, 1.0 if share is None else share
 
 
 def read_fields(name, raw):
@@ -132,17 +137,15 @@ def read_fields(name, raw):
     fields.setdefault("kv_heads", fields["heads"])
     fields.setdefault("head_dim", fields["width"] // fields["heads"])
     fields.setdefault("ffn", 4 * fields["width"])
-    if fields.get("positions") == "rotary":
+    if name == "gptj":
+        fields["rotary_dim"] = read_rotary(fields, fields["rotary_dim"])
+    elif fields.get("positions") == "rotary":
         fields["rope_theta"], fields["rope_scaling"], share = read_rope(raw, family.defaults)
         if share != 1 and name != "gpt_neox":
             raise UserError(f"partial_rotary_factor {share!r} is not supported in {name}")
-        E = fields["head_dim"]
-        R = fields["rotary_dim"] if name == "gptj" else int(E * share)
-        if R % 2 or not 0 < R <= E:
-            raise UserError(f"{R} rotary dimensions in a head width {E} are not supported (an even number, at most all)")
-        fields["rotary_dim"] = R if R != E else 0
-    if name == "gpt_neox" and raw.get("use_parallel_residual") is False:
-        fields["residual"] = "sequential"
+        fields["rotary_dim"] = read_rotary(fields, int(fields["head_dim"] * share))
+    if name == "gpt_neox":
+        fields["residual"] = "parallel" if raw.get("use_parallel_residual") in (None, True) else "sequential"
     if name == "mistral":                         # up to its window sliding attention is plain attention: take no more
         fields["context"] = min(fields["context"], raw.get("sliding_window", 4096) or fields["context"])
     if name == "opt" and raw.get("word_embed_proj_dim") not in (None, fields["width"]):
@@ -150,6 +153,14 @@ def read_fields(name, raw):
     if "sliding_attention" in (raw.get("layer_types") or []):
         raise UserError("layer_types with sliding_attention is not supported")
     return fields
+
+
+def read_rotary(fields, R):
+    """ModelConfig.rotary_dim of a head of which R dimensions are turned."""
+    E = fields["head_dim"]
+    if R % 2 or not 0 < R <= E:
+        raise UserError(f"{R} rotary dimensions in a head width {E} are not supported (an even number, at most all)")
+    return R if R != E else 0
 
 
 def read_config(folder):
@@ -168,24 +179,52 @@ def read_config(folder):
         raise UserError(f"{path}: {wrong[0]} is not supported")
     try:
         fields = read_fields(kind, raw)
+        check_values(fields, raw)
     except KeyError as error:
         raise UserError(f"{path}: {error.args[0]} is missing")
     except UserError as error:
         raise UserError(f"{path}: {error}")
-    except (TypeError, AttributeError, ZeroDivisionError, ValueError) as error:
+    except (TypeError, AttributeError, ArithmeticError, ValueError) as error:
         raise UserError(f"{path}: a value is of the wrong kind: {error}")
-    if str(fields["activation"]) not in ACTIVATION_NAMES:
-        raise UserError(f"{path}: activation {fields['activation']!r} is not one that nanorlhf computes: "
-                        f"{', '.join(ACTIVATION_NAMES)}")
     fields["activation"] = ACTIVATION_NAMES[fields["activation"]]
-    sizes = ("vocab_size", "context", "width", "layers", "heads", "kv_heads", "head_dim", "ffn")
-    if wrong := [f"{k} {fields[k]!r}" for k in sizes if type(fields[k]) is not int or fields[k] < 1]:
-        raise UserError(f"{path}: {wrong[0]} is not a positive number")
-    if fields["heads"] % fields["kv_heads"]:
-        raise UserError(f"{path}: {fields['heads']} heads, {fields['kv_heads']} key-value heads: the one must divide the other")
+    return dict(fields, family=kind, bos_id=raw.get("bos_token_id"), pad_id=raw.get("pad_token_id"), eos_id=first_eos(raw)), raw
+
+
+def first_eos(raw):
     eos = raw.get("eos_token_id")
-    return dict(fields, family=kind, bos_id=raw.get("bos_token_id"), pad_id=raw.get("pad_token_id"),
-                eos_id=(eos or [None])[0] if isinstance(eos, list) else eos), raw
+    return (eos or [None])[0] if isinstance(eos, list) else eos
+
+
+def check_values(fields, raw):
+    """Values that would be computed with, to no good end."""
+    for k in ("vocab_size", "context", "width", "layers", "heads", "kv_heads", "head_dim", "ffn"):
+        if type(fields[k]) is not int or not 0 < fields[k] < 2**31:
+            raise UserError(f"{k} {fields[k]!r} is not a positive number")
+    need_positive("norm_eps", fields.get("norm_eps", 1e-5))
+    for k in ("tie_word_embeddings", "use_parallel_residual", "attention_bias", "mlp_bias"):
+        if raw.get(k) not in (None, True, False):
+            raise UserError(f"{k} {raw[k]!r} is not true or false")
+    for k, token in dict(bos_token_id=raw.get("bos_token_id"), pad_token_id=raw.get("pad_token_id"), eos_token_id=first_eos(raw)).items():
+        if type(token) not in (int, type(None)) or not -2**31 < (token or 0) < 2**31:
+            raise UserError(f"{k} {token!r} is not a token's number")
+    if str(fields["activation"]) not in ACTIVATION_NAMES:
+        raise UserError(f"activation {fields['activation']!r} is not one that nanorlhf computes: {', '.join(ACTIVATION_NAMES)}")
+    if fields["heads"] % fields["kv_heads"]:
+        raise UserError(f"{fields['heads']} heads, {fields['kv_heads']} key-value heads: the one must divide the other")
+
+
+def need_positive(name, value):
+    if type(value) not in (int, float) or not 0 < value < 1e12:
+        raise UserError(f"{name} {value!r} is not a positive number")
+
+
+def read_constants(folder, raw):
+    """The mean and standard deviation of a reward model's rewards, which config.json keeps."""
+    mean, std = raw.get("reward_mean", 0.0), raw.get("reward_std", 1.0)
+    if type(mean) not in (int, float) or not math.isfinite(mean):
+        raise UserError(f"{folder}: reward_mean {mean!r} is not a number")
+    need_positive(f"{folder}: reward_std", std)
+    return float(mean), float(std)
 
 
 def tensor_index(folder):
@@ -268,8 +307,8 @@ def load_weights(model, folder, head):
     prefix = next((p for p in (family.prefix, family.prefix.split(".", 1)[1]) if any(n.startswith(p) for n in index)), "")
     heads = {"score": "score", "causal": family.head if f"{family.head}.weight" in index else "lm_head", None: ""}
     places = {theirs: place for theirs, *place in stored_as(model, heads[head], prefix)}
-    unused = {f"{h}.{leaf}" for h in ("lm_head", family.head) for leaf in ("weight", "bias")} if head is None or config.tied else {}
-    extra = sorted(n for n in index.keys() - places.keys() - set(unused) if not n.endswith(STALE))
+    unused = {f"{h}.{leaf}" for h in ("lm_head", family.head) for leaf in ("weight", "bias") if head is None or config.tied}
+    extra = sorted(n for n in index.keys() - places.keys() - unused if not n.endswith(STALE))
     if "score.weight" in extra:
         raise UserError(f"{folder} is a reward model, not a language model")
     wrong = {"missing": sorted(places.keys() - index.keys()), "not expected": extra,
@@ -279,6 +318,8 @@ def load_weights(model, folder, head):
         parts = [f"{what} {', '.join(names[:5])}{' ...' if len(names) > 5 else ''} ({len(names)})"
                  for what, names in wrong.items() if names]
         raise UserError(f"{folder}: tensors do not fit its config.json: {'; '.join(parts)}")
+    if head == "causal" and config.tied:
+        need_tied(folder, index, prefix + family.names["embed"][0] + ".weight", unused)
     model.to_empty(device="cpu")
     parameters = dict(model.named_parameters())
     for file in sorted({index[n][0] for n in places}):
@@ -292,6 +333,15 @@ def load_weights(model, folder, head):
     getattr(model, "trunk", model).make_rope()
 
 
+def need_tied(folder, index, embed, heads):
+    """A head beside a tied model's embedding has to be the same: where it is not, one of the two files is wrong."""
+    for head in heads & index.keys():
+        with safe_open(index[head][0], framework="pt") as f, safe_open(index[embed][0], framework="pt") as g:
+            if not torch.equal(f.get_tensor(head), g.get_tensor(embed)):
+                raise UserError(f"{folder}: config.json ties the output head to the embedding (tie_word_embeddings), but {head} is "
+                                f"another matrix")
+
+
 def save_weights(model, folder, classifier=False, extra=None):
     """Writes model.safetensors and config.json."""
     config, family, tensors = model.config, FAMILIES[model.config.family], {}
@@ -302,6 +352,10 @@ def save_weights(model, folder, classifier=False, extra=None):
     folder = Path(folder)
     with written_whole(folder / "model.safetensors") as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
+    if (index := folder / "model.safetensors.index.json").exists():                    # of an older checkpoint in shards, which
+        index.unlink()                                                                 # some readers would prefer
+        for shard in folder.glob("model-*-of-*.safetensors"):
+            shard.unlink()
     write_json(folder / "config.json", dict(
         model_type=config.family, architectures=[family.classifier if classifier else family.causal],
         vocab_size=config.vocab_size, tie_word_embeddings=config.tied, bos_token_id=config.bos_id, eos_token_id=config.eos_id,

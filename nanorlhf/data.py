@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from nanorlhf.chat import ASSISTANT, conversation, encode_turns, encode_waiting, messages_of, string, transcript
+from nanorlhf.chat import ASSISTANT, around_answers, conversation, encode_turns, encode_waiting, messages_of, string, transcript
 from nanorlhf.tokenizer import DataError, Tokenizer, load_tokenizer, need_same_ids, one_line, train_bpe  # noqa: F401 (handed on)
 
 
@@ -40,7 +40,7 @@ ALPACA_INPUT_PROMPT = ("Below is an instruction that describes a task, paired wi
                        "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:")
 
 
-def load_records(path_or_name, kind, split="train", limit=None, skip_bad=False, seed=0):
+def load_records(path_or_name, kind, split="train", limit=None, skip_bad=False, seed=0, tokenizer=None):
     """Records of one kind from a file, or from the built-in task `reviews`.
 
     path_or_name  JSON lines (plain or gzip) or a JSON array, rows as in READERS below; or "reviews".
@@ -49,6 +49,7 @@ def load_records(path_or_name, kind, split="train", limit=None, skip_bad=False, 
     split, seed   for `reviews` only (train, test, ood_near, ood_far); a file holds one split.
     limit         at most so many records; for `reviews` 4000 (train) or 500 when None.
     skip_bad      pass over bad rows and print one line about them on stderr, instead of raising DataError at the first.
+    tokenizer     a conversation that its chat template refuses is a bad row, too.
 
     Text is taken as it stands. In particular no space is put between prompt and completion: the completion carries its
     own leading space where one is wanted (HH and TL;DR files do so).
@@ -64,7 +65,10 @@ def load_records(path_or_name, kind, split="train", limit=None, skip_bad=False, 
     for line, row in _rows(path):
         seen += 1
         try:
-            records += _records_of(row, kind)
+            found = _records_of(row, kind)
+            if tokenizer and found and (messages := conversation(tokenizer, found[0].get("prompt", ""))):
+                encode_waiting(tokenizer, messages)
+            records += found
         except DataError as e:
             if not skip_bad:
                 raise DataError(f"{path}:{line}: {e}") from None
@@ -219,7 +223,8 @@ def _sharegpt(row):
         return {"role": roles.get(turn.get("from"), turn.get("from")), "content": turn.get("value")}
     try:
         said = {k: message(row[k]) for k in ("chosen", "rejected") if k in row}
-        said["messages"] = [message(turn) for turn in row["conversations"]]
+        system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
+        said["messages"] = system + [message(turn) for turn in row["conversations"]]
     except (AttributeError, TypeError):
         raise DataError("conversations are not lists of {from, value}") from None
     if len(said) == 3:
@@ -363,8 +368,9 @@ def encode_prompt(tokenizer, prompt, max_prompt_length=None, keep="end"):
         raise DataError(f"keep={keep!r}: want end, start or tldr")
     messages = conversation(tokenizer, prompt)
     ids = encode_waiting(tokenizer, messages) if messages else tokenizer.encode(prompt)
-    bos = [] if tokenizer.bos_id is None or messages and ids[:1] != [tokenizer.bos_id] else [tokenizer.bos_id]
-    ids = ids[len(bos):] if messages else ids                                          # a template puts BOS itself
+    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    if messages:                                                                       # a template puts BOS itself, or none
+        bos, ids = (bos, ids[1:]) if bos and ids[:1] == bos else ([], ids)
     if max_prompt_length is not None and len(bos) + len(ids) > max_prompt_length:
         room = max_prompt_length - len(bos)
         if room < 1:
@@ -386,7 +392,10 @@ def encode_response(tokenizer, response, prompt=None):
 def decode_response(tokenizer, ids, prompt=None):
     """ids -> str, as records hold it; encode_response's inverse."""
     text = tokenizer.decode(ids, start=prompt == "")
-    return " " + text if prompt and conversation(tokenizer, prompt) else text          # the space after "Assistant:"
+    if prompt and conversation(tokenizer, prompt):
+        before, after = around_answers(tokenizer)
+        return " " + text.removeprefix(before).removesuffix(after)                     # the space is that of "Assistant: "
+    return text
 
 
 def make_examples(tokenizer, prompt, responses, max_length=None, max_prompt_length=None, keep="end"):
@@ -416,7 +425,7 @@ def make_turns_example(tokenizer, prompt, response, max_length=None, max_prompt_
         for ids, said in pieces:
             spans.append((len(tokens), len(tokens) + len(ids), said))
             tokens += ids
-        if max_length is None or len(tokens) <= max_length:
+        if spans[0][1] and (max_length is None or len(tokens) <= max_length):
             return Example(tokens, spans[0][1], tuple((a, b) for a, b, said in spans[1:] if not said))
     return make_example(tokenizer, prompt, response, max_length, max_prompt_length, keep)
 

@@ -20,7 +20,7 @@ from nanorlhf.data import (Example, collate, decode_response, encode_prompt, enc
 from nanorlhf.generate import generate, prompt_room
 from nanorlhf.model import Transformer
 from nanorlhf.rewards import load_reward
-from nanorlhf.run import UserError, need_folder, parse_options, pick_device, seed_for, write_json, write_records, written_whole
+from nanorlhf.run import UserError, local_folder, need_folder, parse_options, pick_device, seed_for, write_json, write_records, written_whole
 
 # ---------------------------------------------------------------------------------------------------------------- KL
 
@@ -198,13 +198,14 @@ def load_eval_prompts(file, config, records, tokenizer, model, rewards, run):
     on_reviews = all(reviews.domain_of(r["prompt"]) for r in records[:10])
     if not (file or on_reviews) or config.num_eval_prompts == 0:
         return [], {}
-    found = load_records(file or "reviews", "prompt", "test", config.num_eval_prompts)
+    found = load_records(file or "reviews", "prompt", "test", config.num_eval_prompts, tokenizer=tokenizer)
     room = prompt_room(model, config.response_length)
-    prompts = [encode_prompt(tokenizer, r["prompt"], config.max_prompt_length or room, config.keep) for r in found]
+    texts = [r["prompt"] for r in found]
+    prompts = [encode_prompt(tokenizer, text, config.max_prompt_length or room, config.keep) for text in texts]
     if config.eval_reward or on_reviews:
         name = "gold" if config.eval_reward in ("", "gold") else "eval_reward"
         rewards = rewards | {name: load_reward(config.eval_reward or "gold", tokenizer, run.device)}
-    return prompts, rewards
+    return prompts, {name: functools.partial(reward, texts=texts) for name, reward in rewards.items()}
 
 
 # ------------------------------------------------------------------------------------- a table over finished checkpoints
@@ -233,7 +234,7 @@ class Setting:
 
     def __init__(self, options):
         self.options, device = options, pick_device(options.device)
-        self.tokenizer = tokenizer = load_tokenizer(options.reference)
+        self.tokenizer = tokenizer = load_tokenizer(local_folder(options.reference))
         self.reference = Transformer.from_pretrained(options.reference).to(device)
         self.on_reviews = options.data == "reviews"
         learned = load_reward(options.reward, tokenizer, device)
@@ -243,7 +244,9 @@ class Setting:
             sources = {split: ("reviews", split) for split in ("test", "ood_near", "ood_far")}
         else:
             sources = {name: (file, "") for name, file in named_files(options.data).items()}
-        self.records = {name: load_records(file, "prompt", split, options.num_prompts) for name, (file, split) in sources.items()}
+        self.records = {name: load_records(file, "prompt", split, options.num_prompts, tokenizer=tokenizer)
+                        for name, (file, split) in sources.items()}
+        self.texts = {name: [r["prompt"] for r in records] for name, records in self.records.items()}
         room = prompt_room(self.reference, options.response_length)
         self.prompts = {name: [encode_prompt(tokenizer, r["prompt"], room) for r in records]
                         for name, records in self.records.items()}
@@ -251,17 +254,19 @@ class Setting:
         written = [r.get("completion") for r in self.records[self.first]]
         self.written_scores = None
         if all(written):
-            asked = [r["prompt"] for r in self.records[self.first]]
-            self.written_scores = self.rewards["gold"](
-                self.prompts[self.first], [encode_response(tokenizer, w, p) for w, p in zip(written, asked)])
+            asked = self.texts[self.first]
+            written = [encode_response(tokenizer, w, text) for w, text in zip(written, asked)]
+            self.written_scores = self.rewards["gold"](self.prompts[self.first], written, asked)
 
-    def draw(self, model, prompts, K, n, purpose):
-        """K responses a prompt, [P][K] lists of ids; with n > 1 each is the best of n of its own under the learned reward."""
-        o = self.options
+    def draw(self, model, split, K, n, purpose, limit=None):
+        """K responses to each of a split's prompts, [P][K] lists of ids; with n > 1 each is the best of n of its own under the
+        learned reward."""
+        o, prompts = self.options, self.prompts[split][:limit]
         found = generate(model, prompts, o.response_length, o.temperature, num_samples=K * n, tokenizer=self.tokenizer,
                          seed=seed_for(o.seed, purpose)).responses()
         if n > 1:
-            scores = self.rewards["reward"]([p for p in prompts for _ in range(K * n)], found).view(-1, n)
+            asked, texts = ([p for p in each[:limit] for _ in range(K * n)] for each in (prompts, self.texts[split]))
+            scores = self.rewards["reward"](asked, found, texts).view(-1, n)
             found = [found[i * n + int(best)] for i, best in enumerate(scores.argmax(1))]
         return [found[i:i + K] for i in range(0, len(found), K)]
 
@@ -277,8 +282,8 @@ def table_row(setting, name, model, n=1):
     over prompts, or None)}; "scores" holds the first split's gold rewards, prompt by prompt."""
     row, texts = {"method": name}, []
     for split, prompts in setting.prompts.items():
-        responses = [own[0] for own in setting.draw(model, prompts, 1, n, split)]
-        scores = {k: reward(prompts, responses) for k, reward in setting.rewards.items()}
+        responses = [own[0] for own in setting.draw(model, split, 1, n, split)]
+        scores = {k: reward(prompts, responses, setting.texts[split]) for k, reward in setting.rewards.items()}
         row |= {f"{k}/{split}": mean_and_interval(s) for k, s in scores.items()}
         texts += [dict(method=name, split=split, prompt=record["prompt"], completion=decode_response(setting.tokenizer, y, record["prompt"]),
                        **{k: float(s[i]) for k, s in scores.items()})
@@ -296,7 +301,7 @@ def table_row(setting, name, model, n=1):
         else:
             row[f"gap/{split}"] = (row[f"gold/{setting.first}"][0] - row[f"gold/{split}"][0], None)         # OOD gap: ID - OOD
     o = setting.options
-    outputs = setting.draw(model, setting.prompts[setting.first][:o.diversity_prompts], o.num_samples, n, "diversity")
+    outputs = setting.draw(model, setting.first, o.num_samples, n, "diversity", o.diversity_prompts)
     outputs = [[setting.tokenizer.decode(y, start=False) for y in own] for own in outputs]
     metrics = {"ead": expectation_adjusted_distinct}
     if o.nli or setting.on_reviews:

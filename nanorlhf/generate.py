@@ -244,9 +244,9 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--stop", action="append", default=[], help="string that ends a response (several may be given)")
     options = parser.parse_args()
-    from nanorlhf.run import pick_device
+    from nanorlhf.run import local_folder, pick_device
     try:
-        models = [(r, Transformer.from_pretrained(r).to(pick_device("auto")), load_tokenizer(r)) for r in options.runs]
+        models = [(r, Transformer.from_pretrained(r).to(pick_device("auto")), load_tokenizer(local_folder(r))) for r in options.runs]
         for prompt in options.prompt:
             print(f"\n=== {prompt}")
             prompt = f"\n\nHuman: {prompt}{ASSISTANT}" if options.chat else prompt

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nanorlhf.checkpoints import FAMILIES, load_weights, read_config, save_weights, tensor_index
+from nanorlhf.checkpoints import FAMILIES, load_weights, read_config, read_constants, save_weights, tensor_index
 from nanorlhf.kernels import decode_attention, thin_linear, token_logprobs
 from nanorlhf.run import UserError
 
@@ -139,9 +139,9 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-def rope_table(c):
-    """cos and sin of position * frequency, [context, R/2] float32, for the R turned dimensions of a head; Llama 3's scaling
-    stretches the long wavelengths."""
+def rope_frequencies(c):
+    """How far a step turns each pair of the R turned dimensions of a head, [R/2] float32, in radians; Llama 3's scaling stretches
+    the long wavelengths."""
     R = c.rotary_dim or c.head_dim
     frequency = c.rope_theta ** -(torch.arange(0, R, 2, dtype=torch.int64).float() / R)
     if s := c.rope_scaling:
@@ -150,8 +150,7 @@ def rope_table(c):
         low, high = s["low_freq_factor"], s["high_freq_factor"]
         smooth = ((original / wavelength - low) / (high - low)).clamp(0, 1)            # 1 keeps a frequency, 0 divides it
         frequency = smooth * frequency + (1 - smooth) * frequency / s["factor"]
-    angle = torch.arange(c.context).float()[:, None] * frequency
-    return angle.cos(), angle.sin()
+    return frequency
 
 
 def rotate(x, cos, sin):
@@ -236,8 +235,7 @@ class Transformer(nn.Module):
 
     def make_rope(self):
         if self.config.positions == "rotary":
-            for name, table in zip(("cos", "sin"), rope_table(self.config)):
-                self.register_buffer(name, table, persistent=False)
+            self.register_buffer("frequency", rope_frequencies(self.config), persistent=False)
 
     def forward(self, tokens, cache=None):
         T = tokens.shape[1]
@@ -249,7 +247,8 @@ class Transformer(nn.Module):
         if self.positions is not None:
             x, rope = x + self.positions(at + self.config.position_offset), None
         else:
-            rope = self.cos[at][:, None], self.sin[at][:, None]                        # [.., 1, T, E/2]
+            angle = at[:, None, :, None].float() * self.frequency.float()              # [R or 1, 1, T, R/2]
+            rope = angle.cos(), angle.sin()
         x = self.stack(x, rope) if cache is None else self.cached_stack(x, rope, cache)
         return self.norm(x)
 
@@ -342,7 +341,7 @@ class RewardModel(nn.Module):
             model = cls(ModelConfig(**fields))
         if "score.weight" in tensor_index(folder):
             load_weights(model, folder, head="score")
-            model.reward_mean, model.reward_std = float(raw.get("reward_mean", 0.0)), float(raw.get("reward_std", 1.0))
+            model.reward_mean, model.reward_std = read_constants(folder, raw)
         elif fresh_head:
             load_weights(model.trunk, folder, head=None)
             model.head.to_empty(device="cpu")

@@ -1,4 +1,4 @@
-"""Rewards: functions (prompts, responses) -> float32 tensor [N], over lists of token ids."""
+"""Rewards: functions (prompts, responses, texts) -> float32 tensor [N]."""
 
 import importlib.util
 import traceback
@@ -7,35 +7,40 @@ from pathlib import Path
 import torch
 
 from nanorlhf import reviews
-from nanorlhf.data import ASSISTANT, Example, collate, encode_prompt, encode_response, load_tokenizer, micro_batches
+from nanorlhf.data import (Example, collate, decode_response, encode_prompt, encode_response, load_tokenizer, micro_batches)
 from nanorlhf.model import RewardModel
 from nanorlhf.run import UserError, local_folder
 
 
 def load_reward(spec, tokenizer, device, batch_size=128):
-    """The function reward(prompts, responses) -> float32 tensor [N] that `spec` names.
+    """The function reward(prompts, responses, texts=None) -> float32 tensor [N] that `spec` names. prompts, responses: lists of
+    ids; texts: the prompts as records hold them (None: their ids decoded, which will not do for conversations).
 
-    `gold`; `file.py:function` with function(prompts: list[str], completions: list[str]) -> list[float]; or a reward-model
-    folder, whose tokens are reused where the tokenizers agree, so that it reads exactly what the policy wrote.
+    `gold`; `file.py:function` with function(prompts: list[str], completions: list[str]) -> list[float]; or a reward model's
+    folder or hub name. A model with the policy's tokenizer and chat template reads exactly what the policy wrote; another is
+    given the texts in its own tokens.
     """
     if spec == "gold":
         return _text_reward(lambda ps, cs: [reviews.gold_reward(p, c) for p, c in zip(ps, cs)], tokenizer, spec)
     if ".py:" in spec:
         return _text_reward(_user_function(spec), tokenizer, spec)
-    if not (local_folder(spec) / "config.json").exists():
+    folder = local_folder(spec)
+    if not (folder / "config.json").exists():
         raise UserError(f"--reward {spec}: not a reward-model folder (train_rm.py makes one), `gold` or file.py:function")
-    model, own = RewardModel.from_pretrained(spec).to(device).eval(), load_tokenizer(spec)
-    same, waiting = own.same_ids(tokenizer), encode_prompt(tokenizer, f"\n\nHuman: x{ASSISTANT}")
+    model, own = RewardModel.from_pretrained(folder).to(device).eval(), load_tokenizer(folder)
+    context = model.config.context
+    if model.config.vocab_size < own.vocab_size:
+        raise UserError(f"--reward {spec}: its {model.config.vocab_size} embeddings do not fit its tokenizer of {own.vocab_size}")
+    same = own.same_ids(tokenizer) and own.chat_template == tokenizer.chat_template
 
     @torch.no_grad()
-    def reward(prompts, responses):
+    def reward(prompts, responses, texts=None):
         if not same:
-            if tokenizer.chat_template and any(p[-2:] == waiting[-2:] for p in prompts):
-                raise UserError(f"--reward {spec}: its tokenizer is not the policy's, whose chat template's marks it could not read")
+            texts = texts or [tokenizer.decode(p) for p in prompts]
             ended = [r[-1:] == [tokenizer.eos_id] for r in responses]
-            responses = [encode_response(own, tokenizer.decode(r, start=False))[:None if e else -1]
-                         for r, e in zip(responses, ended)]
-            prompts = [encode_prompt(own, tokenizer.decode(p)) for p in prompts]
+            responses = [encode_response(own, decode_response(tokenizer, r, t), t)[:None if e else -1]
+                         for r, e, t in zip(responses, ended, texts)]
+            prompts = [encode_prompt(own, t, max(1, context - len(r))) for r, t in zip(responses, texts)]
         examples = [Example(p + r, len(p)) for p, r in zip(prompts, responses)]
         out = torch.empty(len(examples))
         order = iter(micro_batches(range(len(examples)), batch_size, length=lambda i: len(examples[i].tokens)))
@@ -47,10 +52,10 @@ def load_reward(spec, tokenizer, device, batch_size=128):
 
 
 def _text_reward(function, tokenizer, spec):
-    def reward(prompts, responses):
-        texts = [tokenizer.decode(p) for p in prompts], [tokenizer.decode(r, start=False) for r in responses]
+    def reward(prompts, responses, texts=None):
+        texts = texts or [tokenizer.decode(p) for p in prompts]
         try:
-            values = function(*texts)
+            values = function(texts, [decode_response(tokenizer, r, t) for r, t in zip(responses, texts)])
         except Exception as error:                        # the user's code: say where in it, in one line
             raise UserError(f"--reward {spec}: {_where(error)}")
         try:

@@ -387,7 +387,9 @@ def pick_device(name):
 @functools.lru_cache
 def local_folder(name):
     """The folder of a checkpoint: one that is here, or the download of one that the Hugging Face hub has by that name."""
-    folder, name = Path(name), str(name)
+    if isinstance(name, Path):                    # found before
+        return name
+    folder = Path(name)
     here = folder.exists() or name.startswith((".", "/", "~", "out/")) or "/" in name and folder.parent.exists()
     if here or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         return folder
@@ -398,17 +400,22 @@ def local_folder(name):
                         f"(pip install -e '.[hub]'), or give the folder of a downloaded checkpoint")
     try:
         patterns = ["*.json", "*.safetensors", "*.jinja", "merges.txt", "tokenizer.model"]
-        return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*"]))
+        folder = Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*"]))
     except Exception as error:                    # offline, unknown, gated, no disk: the hub has an exception for each
         raise UserError(f"{name}: no such folder here, and the hub did not give it ({type(error).__name__}); offline, give the "
                         f"folder of a downloaded checkpoint (config.json, model.safetensors, tokenizer files)")
+    if not any(folder.glob("*.safetensors")):
+        raise UserError(f"{name}: the hub has it without safetensors, and a pickle, which could run any code, is not read: convert "
+                        f"it with transformers' from_pretrained and save_pretrained, and give that folder")
+    return folder
 
 
 def need_folder(name, made_by):
     """The checkpoint folder of that name, here or from the hub; or one line that names the command which makes it."""
     folder = local_folder(name)
     if not (folder / "config.json").exists():
-        raise UserError(f"{folder} holds no checkpoint; first run: {made_by}")
+        raise UserError(f"{folder} holds no checkpoint (no config.json in it)"
+                        + (f"; first run: {made_by}" if folder.parts[:1] == ("out",) else ""))
     return folder
 
 

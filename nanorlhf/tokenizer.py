@@ -108,9 +108,8 @@ class Tokenizer:
         ids, where = [], "text" if start else "rest"
         for part, i in self._cut(text, self._early, known):
             if i is None:
-                part = self._normal(part.replace(mark, "") if mark else part, where)
-                for piece, i in self._cut(part, self._late, known):
-                    ids += self._ordinary(piece) if i is None else [i]
+                for piece, i in self._cut(self._normal(part, where), self._late, known):
+                    ids += self._ordinary(piece.replace(mark, "") if mark else piece) if i is None else [i]
             else:
                 ids.append(i)
             where = "later"
@@ -163,7 +162,7 @@ class Tokenizer:
     def same_ids(self, other):
         """Whether two tokenizers give every token the same id."""
         mine, theirs = (t.ranks if t.ids is None else {b: t.ids[r] for b, r in t.ranks.items()} for t in (self, other))
-        return mine == theirs and self.eos_id == other.eos_id
+        return mine == theirs and self.eos_id == other.eos_id and self.special == other.special
 
     def save(self, folder):
         """Writes the tokenizer files of a Hugging Face checkpoint: the very bytes it was loaded from, or new ones."""
@@ -191,7 +190,7 @@ def _any_of(tokens):
 
 
 def need_same_ids(option, folder, tokenizer):
-    if not load_tokenizer(folder).same_ids(tokenizer):
+    if not load_tokenizer(local_folder(folder)).same_ids(tokenizer):
         raise DataError(f"{option} {folder}: its tokenizer gives other ids than --init's")
 
 

@@ -178,6 +178,18 @@ def test_a_hub_name_is_downloaded_once_and_trained_like_a_folder(tmp_path, monke
     assert asked == ["somebody/tiny-qwen"] and Transformer.from_pretrained(tmp_path / "out").config.family == "qwen2"
 
 
+@pytest.mark.parametrize("chain", ["llama"], indirect=True)
+def test_every_option_that_names_a_checkpoint_takes_hub_names(chain, tmp_path, monkeypatch):
+    _, at = chain
+    hub = pytest.importorskip("huggingface_hub", reason="needs huggingface_hub (the `hub` extra)")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(hub, "snapshot_download", lambda name, **options: str(at / name.split("/")[1]))
+    go(train_ppo, tmp_path / "ppo", init="x/sft", reference="x/dpo", reward="x/rm", value_init="x/rm", limit=8)
+    go(train_ppo, tmp_path / "ppo2", init="x/sft", reward="x/rm", limit=8)
+    go(sample_bon, tmp_path / "bon", init="x/sft", reward="x/rm", limit=2, n=2, keep_unfinished=True)
+    assert json.loads((tmp_path / "ppo" / "run.json").read_text())["options"]["init"] == "x/sft"
+
+
 def refusal(monkeypatch, *argv):
     monkeypatch.setattr("sys.argv", ["train_sft.py", *argv])
     with pytest.raises(SystemExit) as caught:

@@ -425,10 +425,13 @@ def test_an_option_that_is_not_one_of_its_words_is_one_line(fields, says, tmp_pa
     assert says in str(error.value) and not (tmp_path / "x").exists()
 
 
-def test_a_missing_predecessor_names_its_command(tmp_path):
+def test_a_missing_predecessor_names_its_command(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     for need in (need_folder, need_file):
         with pytest.raises(UserError, match="first run: python train_sft.py"):
-            need(str(tmp_path / "sft"), "python train_sft.py")
+            need("out/sft", "python train_sft.py")
+    with pytest.raises(UserError, match="no config.json in it.$"):                     # which no script of ours would make
+        need_folder(str(tmp_path / "sft"), "python train_sft.py")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

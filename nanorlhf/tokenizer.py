@@ -210,6 +210,8 @@ def load_tokenizer(name_or_path):
     if str(name_or_path) not in tiktoken.list_encoding_names():
         if (folder := local_folder(name_or_path)).is_dir():                            # the hub's
             return Tokenizer(**_read(folder))
+        if isinstance(name_or_path, Path) or "/" in name_or_path:
+            raise DataError(f"{name_or_path}: no such folder or file")
         raise DataError(f"{name_or_path}: neither `reviews`, nor a folder or file, nor one of tiktoken's names "
                         f"({', '.join(tiktoken.list_encoding_names())})")
     try:

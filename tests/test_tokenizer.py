@@ -618,7 +618,7 @@ def test_what_is_not_supported_is_named(tiny, tmp_path):
     (tmp_path / "p.tiktoken").write_bytes(b"AA== 0\nAQ== 1\n")
     (tmp_path / "empty").mkdir()
     for name, message in (("t", "not JSON"), ("s.model", "SentencePiece"), ("r.tiktoken", "r.tiktoken:2: not"),
-                          ("p.tiktoken", "256 bytes"), ("empty", "no tokenizer.json"), ("nowhere", "neither")):
+                          ("p.tiktoken", "256 bytes"), ("empty", "no tokenizer.json"), ("nowhere", "no such folder or file")):
         with pytest.raises(DataError, match=message):
             load_tokenizer(tmp_path / name)
 

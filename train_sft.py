@@ -133,8 +133,8 @@ def to_examples(records, tokenizer, config, max_length):
     if config.kind == "text":
         return pack_texts(tokenizer, [r["text"] for r in records], max_length) if records else []
     make = make_turns_example if config.all_turns else make_example
-    examples = [make(tokenizer, r["prompt"], r["completion"], max_length, config.max_prompt_length or max_length // 2, config.keep)
-                for r in records]
+    max_prompt_length = config.max_prompt_length or max_length // 2
+    examples = [make(tokenizer, r["prompt"], r["completion"], max_length, max_prompt_length, config.keep) for r in records]
     return [e._replace(prompt_length=1, given=()) for e in examples] if config.train_on_prompt else examples
 
 

@@ -125,8 +125,9 @@ def encode_turns(tokenizer, messages, every=True):
             raise DataError("the chat template changes earlier turns as the conversation goes on: train on the last one only")
         if not said.startswith(told):
             raise DataError("the chat template does not go on from where it lets the assistant speak")
-        context = tokenizer.encode_marked(end + told[len(done):], start=not done, mark=mark)           # as it goes on from EOS,
-        if end and context[:1] == [tokenizer.eos_id]:                                                  # which SentencePiece minds
+        # Together with the EOS before it, since SentencePiece may put a space after one; a few read `end` as ordinary text.
+        context = tokenizer.encode_marked(end + told[len(done):], start=not done, mark=mark)
+        if end and context[:1] == [tokenizer.eos_id]:
             context = context[1:]
         elif end:
             context = tokenizer.encode_marked(told[len(done):], start=False, mark=mark)
@@ -140,7 +141,7 @@ def encode_turns(tokenizer, messages, every=True):
 
 @functools.lru_cache(8)
 def around_answers(tokenizer):
-    """What the chat template puts before and after the assistant's words, as far as it decodes: spaces, or its own end of turn."""
+    """What the chat template puts around the assistant's words, as far as it decodes: spaces, or its own end of turn."""
     talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "§"}]
     try:
         before, _, after = tokenizer.decode(encode_turns(tokenizer, talk, every=False)[-1][0], start=False).partition("§")

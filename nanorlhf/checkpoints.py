@@ -109,7 +109,8 @@ LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_po
 
 def read_rope(raw, defaults):
     """(base, scaling or None, share of the head that is turned), in transformers 4's spelling or 5's."""
-    rope = {k: raw[k] for k in ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings") if raw.get(k) is not None}
+    top = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
+    rope = {k: raw[k] for k in top if raw.get(k) is not None}
     if "rotary_pct" in defaults:                  # GPT-NeoX has names of its own
         rope = {"rope_theta": raw.get("rotary_emb_base", 10000.0)} | rope | {
             "partial_rotary_factor": raw.get("rotary_pct", defaults["rotary_pct"])}
@@ -204,7 +205,8 @@ def check_values(fields, raw):
     for k in ("tie_word_embeddings", "use_parallel_residual", "attention_bias", "mlp_bias"):
         if raw.get(k) not in (None, True, False):
             raise UserError(f"{k} {raw[k]!r} is not true or false")
-    for k, token in dict(bos_token_id=raw.get("bos_token_id"), pad_token_id=raw.get("pad_token_id"), eos_token_id=first_eos(raw)).items():
+    for k in ("bos_token_id", "pad_token_id", "eos_token_id"):
+        token = first_eos(raw) if k == "eos_token_id" else raw.get(k)
         if type(token) not in (int, type(None)) or not -2**31 < (token or 0) < 2**31:
             raise UserError(f"{k} {token!r} is not a token's number")
     if str(fields["activation"]) not in ACTIVATION_NAMES:
@@ -271,8 +273,8 @@ def qkv_order(config):
 
 
 def stored_as(model, head, prefix):
-    """Where each of our parameters lies in the family's files: (their name, their shape, our name, which of our rows, transposed).
-    `head` is what the output or scalar head is called there, `prefix` what the trunk's tensors begin with."""
+    """Where each of our parameters lies in the family's files: (their name, their shape, our name, our rows, transposed). `head`
+    is what the output or scalar head is called there, `prefix` what the trunk's tensors begin with."""
     config, family = model.config, FAMILIES[model.config.family]
     for name, parameter in model.named_parameters():
         module, leaf = name.removeprefix("trunk.").rsplit(".", 1)
@@ -338,8 +340,7 @@ def need_tied(folder, index, embed, heads):
     for head in heads & index.keys():
         with safe_open(index[head][0], framework="pt") as f, safe_open(index[embed][0], framework="pt") as g:
             if not torch.equal(f.get_tensor(head), g.get_tensor(embed)):
-                raise UserError(f"{folder}: config.json ties the output head to the embedding (tie_word_embeddings), but {head} is "
-                                f"another matrix")
+                raise UserError(f"{folder}: tie_word_embeddings makes the head the embedding, but {head} is another matrix")
 
 
 def save_weights(model, folder, classifier=False, extra=None):
@@ -376,7 +377,8 @@ def written_fields(config, family):
             share = (config.rotary_dim or config.head_dim) / config.head_dim
             if int(config.head_dim * share) < config.rotary_dim:                       # rounded down: 49 * (2 / 49) < 2
                 share = math.nextafter(share, 1)
-            fields |= dict(rotary_emb_base=config.rope_theta, rotary_pct=share, use_parallel_residual=config.residual == "parallel")
+            fields |= dict(rotary_emb_base=config.rope_theta, rotary_pct=share,
+                           use_parallel_residual=config.residual == "parallel")
         else:
             fields["rope_theta"] = config.rope_theta
     return fields

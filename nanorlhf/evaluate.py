@@ -20,7 +20,8 @@ from nanorlhf.data import (Example, collate, decode_response, encode_prompt, enc
 from nanorlhf.generate import generate, prompt_room
 from nanorlhf.model import Transformer
 from nanorlhf.rewards import load_reward
-from nanorlhf.run import UserError, local_folder, need_folder, parse_options, pick_device, seed_for, write_json, write_records, written_whole
+from nanorlhf.run import (UserError, local_folder, need_folder, parse_options, pick_device, seed_for, write_json, write_records,
+                          written_whole)
 
 # ---------------------------------------------------------------------------------------------------------------- KL
 
@@ -184,8 +185,8 @@ def measure(policy, reference, tokenizer, prompts, rewards, max_new_tokens, temp
     metrics = {f"eval/{name}": float(s.mean()) for name, s in scores.items()}
     metrics |= {"eval/kl": float(np.mean(kl)), "eval/length": float(np.mean([len(r) for r in responses])),
                 "eval/ended": float(samples.finished.float().mean())}
-    texts = [dict(prompt=tokenizer.decode(p), completion=tokenizer.decode(r, start=False), **{n: float(s[i]) for n, s in scores.items()})
-             for i, (p, r) in enumerate(zip(prompts, responses))]
+    texts = [dict(prompt=tokenizer.decode(p), completion=tokenizer.decode(r, start=False),
+                  **{n: float(s[i]) for n, s in scores.items()}) for i, (p, r) in enumerate(zip(prompts, responses))]
     return metrics, texts
 
 
@@ -285,9 +286,9 @@ def table_row(setting, name, model, n=1):
         responses = [own[0] for own in setting.draw(model, split, 1, n, split)]
         scores = {k: reward(prompts, responses, setting.texts[split]) for k, reward in setting.rewards.items()}
         row |= {f"{k}/{split}": mean_and_interval(s) for k, s in scores.items()}
-        texts += [dict(method=name, split=split, prompt=record["prompt"], completion=decode_response(setting.tokenizer, y, record["prompt"]),
+        texts += [dict(method=name, split=split, prompt=x, completion=decode_response(setting.tokenizer, y, x),
                        **{k: float(s[i]) for k, s in scores.items()})
-                  for i, (record, y) in enumerate(zip(setting.records[split], responses))]
+                  for i, (x, y) in enumerate(zip(setting.texts[split], responses))]
         if split == setting.first:
             row["scores"] = scores["gold"]
             row["kl"] = (bon_kl(n), None) if n > 1 else mean_and_interval(

@@ -33,8 +33,9 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
 
     temperature 0 is greedy; top_k 0 and top_p 1 are off. stop: strings which end a response once they stand in its text
     (needs the tokenizer; the text up to and including the string is kept). With a tokenizer, its EOS ends a response (else
-    config.json's does), and ids beyond its vocabulary are never drawn. Row r uses the random stream (seed, r) and nothing else, so neither its neighbours nor batch_size, the
-    number of rows decoded at once, changes what is drawn. Raises UserError where a prompt leaves no room in the context.
+    config.json's does), and ids beyond its vocabulary are never drawn. Row r uses the random stream (seed, r) and nothing else,
+    so neither its neighbours nor batch_size, the number of rows decoded at once, changes what is drawn. Raises UserError where
+    a prompt leaves no room in the context.
     """
     if stop and tokenizer is None:
         raise ValueError("stop strings need a tokenizer")
@@ -94,9 +95,15 @@ def prefill(model, prompts, num_samples, max_new_tokens):
     return cache, model.logits(hidden[torch.arange(len(prompts), device=device), lengths - 1]).float()
 
 
+def _vocabulary(model, tokenizer):
+    """(EOS, number of ids that may be drawn)."""
+    c = model.config
+    return (tokenizer.eos_id, min(c.vocab_size, tokenizer.vocab_size)) if tokenizer else (c.eos_id, c.vocab_size)
+
+
 def _decode(model, prompts, rows, uniform, n, out, options, stop, tokenizer):
     """Decodes one batch into rows `rows` of `out`. Finished rows leave the batch: the cache is compacted as they do."""
-    eos, V = tokenizer.eos_id if tokenizer else model.config.eos_id, min(model.config.vocab_size, tokenizer.vocab_size if tokenizer else 1 << 60)
+    eos, V = _vocabulary(model, tokenizer)
     T = uniform.shape[1]
     cache, logits = prefill(model, prompts, n, T)
     logits = logits.repeat_interleave(n, 0)                                            # [R, V]
@@ -176,9 +183,9 @@ def beam_search(model, prompts, max_new_tokens, num_beams=4, num_groups=1, diver
 
 
 def _beams(model, prompts, T, n, groups, penalty, temperature, length_penalty, tokenizer):
-    P, b, eos = len(prompts), n // groups, tokenizer.eos_id if tokenizer else model.config.eos_id
+    P, b, (eos, V) = len(prompts), n // groups, _vocabulary(model, tokenizer)
     cache, logits = prefill(model, prompts, n, T)
-    device, V = logits.device, min(model.config.vocab_size, tokenizer.vocab_size if tokenizer else 1 << 60)
+    device = logits.device
     logits = logits.repeat_interleave(n, 0)
     scores = torch.zeros(P, groups, b, device=device)
     scores[:, :, 1:] = -torch.inf                                                      # all beams of a group start alike
@@ -246,7 +253,8 @@ def main():
     options = parser.parse_args()
     from nanorlhf.run import local_folder, pick_device
     try:
-        models = [(r, Transformer.from_pretrained(r).to(pick_device("auto")), load_tokenizer(local_folder(r))) for r in options.runs]
+        device = pick_device("auto")
+        models = [(r, Transformer.from_pretrained(r).to(device), load_tokenizer(local_folder(r))) for r in options.runs]
         for prompt in options.prompt:
             print(f"\n=== {prompt}")
             prompt = f"\n\nHuman: {prompt}{ASSISTANT}" if options.chat else prompt

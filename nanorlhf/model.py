@@ -31,7 +31,7 @@ class ModelConfig:
     ffn: int = 3072                 # inner width of the MLP
     norm: str = "layernorm"         # or rmsnorm
     norm_eps: float = 1e-5
-    residual: str = "sequential"    # or parallel: attention and MLP read the same x, through two norms or (parallel, one norm) one
+    residual: str = "sequential"    # or parallel: attention and MLP read the same x, through two norms; or `parallel, one norm`
     positions: str = "learned"      # or rotary
     position_offset: int = 0        # OPT's table of learned positions begins two rows late
     rotary_dim: int = 0             # how much of each head is turned, from its start; 0 = all
@@ -52,7 +52,7 @@ class ModelConfig:
 
     @classmethod
     def for_family(cls, family, width, **fields):
-        """A new model's config in the style of a family; its MLP has four times the width, or as many weights in three matrices."""
+        """A new model's config in the style of a family; its MLP is four times as wide, or gated and of that size."""
         if family not in FAMILIES:
             raise UserError(f"--family {family}: not one of {', '.join(FAMILIES)}")
         style = FAMILIES[family].style

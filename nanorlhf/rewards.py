@@ -12,6 +12,11 @@ from nanorlhf.model import RewardModel
 from nanorlhf.run import UserError, local_folder
 
 
+def reads_text(spec):
+    """Whether a reward is a function of texts, and no model."""
+    return spec == "gold" or ".py:" in spec
+
+
 def load_reward(spec, tokenizer, device, batch_size=128):
     """The function reward(prompts, responses, texts=None) -> float32 tensor [N] that `spec` names. prompts, responses: lists of
     ids; texts: the prompts as records hold them (None: their ids decoded, which will not do for conversations).

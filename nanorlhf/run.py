@@ -405,7 +405,7 @@ def local_folder(name):
         raise UserError(f"{name}: no such folder here, and the hub did not give it ({type(error).__name__}); offline, give the "
                         f"folder of a downloaded checkpoint (config.json, model.safetensors, tokenizer files)")
     if not any(folder.glob("*.safetensors")):
-        raise UserError(f"{name}: the hub has it without safetensors, and a pickle, which could run any code, is not read: convert "
+        raise UserError(f"{name}: the hub has no safetensors of it, and a pickle, which could run any code, is not read: convert "
                         f"it with transformers' from_pretrained and save_pretrained, and give that folder")
     return folder
 

@@ -97,7 +97,8 @@ def test_conversational_rows_of_every_spelling_are_one_record(tmp_path):
 
 @pytest.mark.parametrize("row, says", [
     ({"messages": TALK[:3]}, "does not end with an assistant"), ({"messages": "Hi"}, "messages is not a list"),
-    ({"messages": [{"role": "tool", "content": "x"}]}, "role of user"), ({"messages": [{"role": ["user"], "content": "x"}]}, "role of"), ({"messages": [{"role": "user"}, TALK[1]]}, "not a string"),
+    ({"messages": [{"role": "tool", "content": "x"}]}, "role of user"),
+    ({"messages": [{"role": ["user"], "content": "x"}]}, "role of"), ({"messages": [{"role": "user"}, TALK[1]]}, "not a string"),
     ({"messages": [{"role": "user", "content": "a\n\nAssistant: b"}, TALK[1]]}, "would begin another turn"),
     ({"conversations": [3]}, "from, value"), ({"conversations": 3}, "from, value"), ({"messages": []}, "assistant message")])
 def test_conversations_that_cannot_be_read_are_named(tmp_path, row, says):
@@ -174,7 +175,8 @@ def test_all_turns_of_a_sentencepiece_family_are_the_prompts_tokens(tmp_path, na
     source = TEMPLATES[template][0].replace("<|end|>", "</s>")
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(dict(eos_token="</s>", bos_token="<s>", chat_template=source)))
     tokenizer = load_tokenizer(tmp_path)
-    messages = [{"role": r, "content": c} for r, c in zip(("user", "assistant") * 2, ("the cat", "sat there", " and the </s><s>", "mat"))]
+    words = ("the cat", "sat there", " and the </s><s>", "mat")
+    messages = [{"role": r, "content": c} for r, c in zip(("user", "assistant") * 2, words)]
     example = make_turns_example(tokenizer, prompt_of(messages[:3]), " mat")
     assert example.tokens == make_example(tokenizer, prompt_of(messages[:3]), " mat").tokens and len(example.given) == 1
     if name != "llama 1":                         # whose "</s>" counts only after a space, for `tokenizers` too
@@ -277,7 +279,8 @@ def test_scripts_on_conversations(base, tmp_path):
     rows = [{"messages": [{"role": "user", "content": f"Is it good {k}?"}, *TALK[1:]]} for k in range(12)]
     (tmp_path / "talk.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     data, common = str(tmp_path / "talk.jsonl"), dict(device="cpu", data=str(tmp_path / "talk.jsonl"))
-    train_sft.train(train_sft.Config(init=str(base), out=str(tmp_path / "sft"), all_turns=True, eval_fraction=0, max_steps=2, batch_size=4, **common))
+    train_sft.train(train_sft.Config(init=str(base), out=str(tmp_path / "sft"), all_turns=True, eval_fraction=0, max_steps=2,
+                                     batch_size=4, **common))
     (tmp_path / "reward.py").write_text("def f(prompts, completions):\n"
                                         "    assert all(p.startswith('\\n\\nHuman: Is it good') for p in prompts)\n"
                                         "    return [len(c) / 50 for c in completions]\n")

@@ -1,7 +1,6 @@
 """Every family of checkpoints through every script: a tiny folder of random weights in, folders that transformers loads out."""
 
 import json
-import shutil
 
 import pytest
 import torch
@@ -38,7 +37,8 @@ def write_base(folder, family, **fields):
 
 
 def go(module, out, **options):
-    common = dict(device="cpu", out=str(out), response_length=6, num_eval_prompts=2, max_steps=1, batch_size=4, eval_every=1, lr=1e-3)
+    common = dict(device="cpu", out=str(out), response_length=6, num_eval_prompts=2, max_steps=1, batch_size=4, eval_every=1,
+                  lr=1e-3)
     fields = module.Config.__dataclass_fields__
     module.train(module.Config(**{k: v for k, v in {**common, **options}.items() if k in fields}))
     return read_jsonl(out / "metrics.jsonl")
@@ -103,7 +103,8 @@ def test_reward_folders_score_a_padded_batch_as_transformers_does(chain):
 
 def test_a_new_model_of_each_family(chain, tmp_path):
     family, _ = chain
-    rows = go(train_sft, tmp_path / "new", init="scratch", family=family, kind="text", limit=30, width=24, layers=1, heads=3, context=40)
+    rows = go(train_sft, tmp_path / "new", init="scratch", family=family, kind="text", limit=30, width=24, layers=1, heads=3,
+              context=40)
     assert rows[0]["loss"] > 5 and Transformer.from_pretrained(tmp_path / "new").config.family == family
 
 

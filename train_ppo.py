@@ -22,12 +22,12 @@ import torch
 import torch.nn.functional as F
 
 from nanorlhf.data import (Example, batch_indices, collate, encode_prompt, epoch_order, load_records, load_tokenizer,
-                           micro_batches, need_same_ids)
+                           micro_batches, need_same_ids, tokenizer_of)
 from nanorlhf.evaluate import load_eval_prompts, measure
 from nanorlhf.generate import generate, prompt_room
 from nanorlhf.model import Transformer, ValueModel
 from nanorlhf.rewards import load_reward, reads_text
-from nanorlhf.run import (Run, UserError, learning_rate, local_folder, main, make_optimizer, need_folder, need_same_vocabulary,
+from nanorlhf.run import (Run, UserError, learning_rate, main, make_optimizer, need_folder, need_same_vocabulary,
                           seed_for)
 
 
@@ -162,7 +162,7 @@ def train(config):
     reference = run.prepare(Transformer.from_pretrained(config.reference or init), tokenizer).requires_grad_(False)
     need_same_vocabulary(f"--reference {config.reference}", reference, policy)
     reward = load_reward(config.reward, tokenizer, run.device)
-    by_model = not reads_text(config.reward) and load_tokenizer(local_folder(config.reward)).same_ids(tokenizer)
+    by_model = not reads_text(config.reward) and tokenizer_of(config.reward, tokenizer).same_ids(tokenizer)
     value_init = config.value_init or (config.reward if by_model else init)
     need_same_ids("--value_init", value_init, tokenizer)
     value_model = run.prepare(ValueModel.from_pretrained(value_init), tokenizer)

@@ -24,7 +24,8 @@ import numpy as np
 import torch
 
 from nanorlhf.chat import ASSISTANT, around_answers, conversation, encode_turns, encode_waiting, messages_of, string, transcript
-from nanorlhf.tokenizer import DataError, Tokenizer, load_tokenizer, need_same_ids, one_line, train_bpe  # noqa: F401 (handed on)
+from nanorlhf.tokenizer import (DataError, Tokenizer, load_tokenizer, need_same_ids, one_line, tokenizer_of,  # noqa: F401
+                                train_bpe)                                             # (some only handed on)
 
 
 # ------------------------------------------------------------------------------------------------------------ records

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from nanorlhf import reviews
-from nanorlhf.data import (Example, collate, decode_response, encode_prompt, encode_response, load_tokenizer, micro_batches)
+from nanorlhf.data import (Example, collate, decode_response, encode_prompt, encode_response, micro_batches, tokenizer_of)
 from nanorlhf.model import RewardModel
 from nanorlhf.run import UserError, local_folder
 
@@ -32,7 +32,7 @@ def load_reward(spec, tokenizer, device, batch_size=128):
     folder = local_folder(spec)
     if not (folder / "config.json").exists():
         raise UserError(f"--reward {spec}: not a reward-model folder (train_rm.py makes one), `gold` or file.py:function")
-    model, own = RewardModel.from_pretrained(folder).to(device).eval(), load_tokenizer(folder)
+    model, own = RewardModel.from_pretrained(folder).to(device).eval(), tokenizer_of(folder, tokenizer)
     context = model.config.context
     if model.config.vocab_size < own.vocab_size:
         raise UserError(f"--reward {spec}: its {model.config.vocab_size} embeddings do not fit its tokenizer of {own.vocab_size}")

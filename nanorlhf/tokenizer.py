@@ -17,8 +17,8 @@ from pathlib import Path
 import tiktoken
 
 from nanorlhf.run import local_folder
-from nanorlhf.tokenizer_files import (BYTE_LEVEL, FLAGS, GPT2_PATTERN, DataError, bos_template, byte_symbols,  # noqa: F401
-                                      encoding_of, from_sentencepiece, from_spec, from_vocab_and_merges, one_line,
+from nanorlhf.tokenizer_files import (BYTE_LEVEL, FLAGS, GPT2_PATTERN, TOKENIZER_FILES, DataError, bos_template,  # noqa: F401
+                                      byte_symbols, encoding_of, from_sentencepiece, from_spec, from_vocab_and_merges, one_line,
                                       read_beside, read_json, spec_of)
 
 LLAMA3_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -189,8 +189,15 @@ def _any_of(tokens):
     return re.compile("|".join(f"{re.escape(first)}(?:{'|'.join(others)})" for first, others in rest.items()))
 
 
+def tokenizer_of(folder, known):
+    """The tokenizer of a checkpoint folder; where its files are those of `known`, that one, since some take seconds to read."""
+    folder = local_folder(folder)
+    files = {n: (folder / n).read_bytes() for n in TOKENIZER_FILES if (folder / n).is_file()}
+    return known if "tokenizer_config.json" in files and files == known.files else load_tokenizer(folder)
+
+
 def need_same_ids(option, folder, tokenizer):
-    if not load_tokenizer(local_folder(folder)).same_ids(tokenizer):
+    if not tokenizer_of(folder, tokenizer).same_ids(tokenizer):
         raise DataError(f"{option} {folder}: its tokenizer gives other ids than --init's")
 
 

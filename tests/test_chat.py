@@ -11,7 +11,7 @@ import train_ppo
 import train_sft
 from nanorlhf import chat
 from nanorlhf.data import (DataError, collate, decode_response, encode_prompt, encode_response, load_records, load_tokenizer,
-                           make_example, make_turns_example)
+                           make_example, make_turns_example, tokenizer_of)
 from golden.make_tokenizer_goldens import variant_of
 from nanorlhf.model import ModelConfig, RewardModel, Transformer
 from nanorlhf.rewards import load_reward
@@ -302,6 +302,7 @@ def test_trap_4_a_reward_model_reads_conversations_as_it_was_trained_to(tmp_path
         source, eos = TEMPLATES.get(template, (None, "<|end|>"))
         write_tokenizer(tmp_path / name, source, eos)
     policy, own = load_tokenizer(tmp_path / "policy"), load_tokenizer(tmp_path / "rm")
+    assert tokenizer_of(tmp_path / "rm", policy) is not policy or (ours, theirs) == ("none", "none")
     rm = RewardModel(ModelConfig.for_family("gpt2", 16, vocab_size=own.vocab_size, context=96, layers=1, heads=2, kv_heads=2, head_dim=8))
     rm.save_pretrained(tmp_path / "rm")
     reward = load_reward(str(tmp_path / "rm"), policy, torch.device("cpu"))

@@ -12,7 +12,7 @@ import train_rm
 import train_rrhf
 import train_sft
 from nanorlhf.checkpoints import FAMILIES, read_config, stored_as
-from nanorlhf.data import collate, load_tokenizer, make_examples
+from nanorlhf.data import collate, load_tokenizer, make_examples, tokenizer_of
 from nanorlhf.model import ModelConfig, RewardModel, Transformer
 from nanorlhf.run import main, read_jsonl
 
@@ -70,6 +70,8 @@ def test_the_chain_starts_at_its_closed_forms(chain):
 def test_every_folder_stays_its_family_and_loads_in_transformers(chain):
     family, at = chain
     tokenizer = load_tokenizer("reviews")
+    own = load_tokenizer(at / "base")
+    assert tokenizer_of(at / "sft", own) is own
     for name in ("sft", "rm", "ppo", "dpo", "rrhf"):
         config = json.loads((at / name / "config.json").read_text())
         kind = "classifier" if name == "rm" else "causal"

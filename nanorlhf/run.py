@@ -400,7 +400,7 @@ def local_folder(name):
                         f"(pip install -e '.[hub]'), or give the folder of a downloaded checkpoint")
     try:
         patterns = ["*.json", "*.safetensors", "*.jinja", "merges.txt", "tokenizer.model"]
-        folder = Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*"]))
+        folder = Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*", "consolidated*"]))
     except Exception as error:                    # offline, unknown, gated, no disk: the hub has an exception for each
         raise UserError(f"{name}: no such folder here, and the hub did not give it ({type(error).__name__}); offline, give the "
                         f"folder of a downloaded checkpoint (config.json, model.safetensors, tokenizer files)")

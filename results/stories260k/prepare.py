@@ -1,9 +1,9 @@
 """Openings of stories, and short stories that end: `python prepare.py CHECKPOINT OUT`.
 
 demos.jsonl     prompt, completion    what the checkpoint writes after an opening, up to the end of a sentence
-prompts.jsonl   prompt                openings with the same names: for comparisons, PPO and RRHF
-heldout.jsonl   prompt, completion    openings with names that none of the others has, and what the checkpoint writes: ID test
-far.jsonl       prompt, completion    openings of another shape: about a thing, not a person
+prompts.jsonl   prompt                the same openings: for comparisons, PPO and RRHF
+heldout.jsonl   prompt, completion    openings about somebody (girl Ella, dog Max, ...) whom no other is about: ID test
+far.jsonl       prompt, completion    openings of another shape: about a thing
 
 The checkpoint was trained on stories that follow one another: it never ends one. The demonstrations teach it to.
 """
@@ -45,7 +45,8 @@ def openings(first, last):
 def short_stories(checkpoint, prompts, tokens, seed):
     """prompt, completion: a sample cut after its last sentence that ends within so many tokens; without one, none."""
     tokenizer, model = load_tokenizer(checkpoint), Transformer.from_pretrained(checkpoint)
-    samples = generate(model, [encode_prompt(tokenizer, p) for p in prompts], tokens, temperature=0.8, seed=seed, tokenizer=tokenizer)
+    ids = [encode_prompt(tokenizer, p) for p in prompts]
+    samples = generate(model, ids, tokens, temperature=0.8, seed=seed, tokenizer=tokenizer)
     for prompt, ids in zip(prompts, samples.responses()):
         text = tokenizer.decode(ids, start=False).split("\n")[0]
         end = max(text.rfind(mark) for mark in (". ", "! "))

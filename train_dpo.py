@@ -55,7 +55,7 @@ class Config:
     response_length: int = 48        # longest sampled response in tokens
     temperature: float = 1.0         # of the samples
     epochs: float = 1.0              # passes over the data
-    max_steps: int = 0               # stop after so many steps; 0 = as many as the epochs make
+    max_steps: int = 0               # train for so many steps, whatever --epochs; 0 = as many as they make
     batch_size: int = 64             # pairs a step
     micro_batch_size: int = 0        # pairs at a time in memory; 0 = batch_size
     lr: float = 4e-4                 # peak learning rate

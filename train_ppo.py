@@ -193,9 +193,12 @@ def train(config):
 
         # 2. Score: the reward of each whole response.
         scores = reward(queries, responses, [records[i]["prompt"] for i in rows]).to(run.device)   # [B]
-        if step == 0 and config.missing_eos == "replace" and scores.mean() < -config.missing_eos_penalty:
-            print(f"ppo: scores average {scores.mean():.3g}, so a response that never ends would do better with its "
-                  f"{-config.missing_eos_penalty:g}: raise --missing_eos_penalty, or center the reward", flush=True)
+        if step == 0 and not samples.finished.any():
+            print(f"ppo: no response ended within --response_length {config.response_length}: raise it, or train --init to end",
+                  flush=True)
+        elif step == 0 and config.missing_eos == "replace" and scores[samples.finished].mean() < -config.missing_eos_penalty:
+            print(f"ppo: scores average {scores[samples.finished].mean():.3g}, so a response that never ends would do better "
+                  f"with its {-config.missing_eos_penalty:g}: raise --missing_eos_penalty, or center the reward", flush=True)
         if config.missing_eos == "replace":
             scores = torch.where(samples.finished, scores, -config.missing_eos_penalty)
         elif config.missing_eos == "subtract":

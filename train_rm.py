@@ -44,7 +44,7 @@ class Config:
     max_prompt_length: int = 0       # a row that is too long has its prompt cut to this first; 0 = half of max_length
     keep: str = "end"                # what a too long prompt keeps: end, start, or tldr (Stiennon 2020's rule)
     epochs: float = 1.0              # passes over the data; more than one overfits
-    max_steps: int = 0               # stop after so many steps; 0 = as many as the epochs make
+    max_steps: int = 0               # train for so many steps, whatever --epochs; 0 = as many as they make
     batch_size: int = 32             # prompts a step
     micro_batch_size: int = 0        # prompts at a time in memory; 0 = batch_size
     lr: float = 3e-4                 # peak learning rate

@@ -62,7 +62,7 @@ class Config:
     temperature: float = 1.0         # of the sampled candidates (0.8 in the paper's diverse beams)
     diversity_penalty: float = 1.0   # of diverse beams
     epochs: float = 1.0              # passes over the data
-    max_steps: int = 0               # stop after so many steps; 0 = as many as the epochs make
+    max_steps: int = 0               # train for so many steps, whatever --epochs; 0 = as many as they make
     batch_size: int = 32             # prompts a step
     micro_batch_size: int = 0        # prompts at a time in memory; 0 = batch_size
     lr: float = 2e-4                 # peak learning rate
@@ -147,7 +147,7 @@ def draw_candidates(model, records, tokenizer, reward, config, seed):
 
 
 def train(config):
-    run = Run(config, "rrhf", sampling=("none", "sample", "beam", "diverse_beam"))
+    run = Run(config, "rrhf", kind=("prompt", "ranked"), sampling=("none", "sample", "beam", "diverse_beam"))
     if run.finished:
         return
     init = need_folder(config.init, "python train_sft.py")

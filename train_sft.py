@@ -51,7 +51,7 @@ class Config:
     train_on_prompt: bool = False    # count the prompt's tokens too
     all_turns: bool = False          # of a conversation: count every turn of the assistant, not the last alone
     epochs: float = 1.0              # passes over the data
-    max_steps: int = 0               # stop after so many steps; 0 = as many as the epochs make
+    max_steps: int = 0               # train for so many steps, whatever --epochs; 0 = as many as they make
     batch_size: int = 32             # rows a step
     micro_batch_size: int = 0        # rows at a time in memory; 0 = batch_size
     lr: float = 1e-3                 # peak learning rate
@@ -74,7 +74,7 @@ def sft_loss(logprobs, mask, count):
 
 
 def train(config):
-    run = Run(config, "sft")
+    run = Run(config, "sft", kind=("completion", "text"))
     if run.finished:
         return
     if config.init == "scratch":

@@ -12,7 +12,8 @@ import json
 import re
 import time
 
-from nanorlhf.tokenizer import DataError, one_line
+from nanorlhf.run import DataError
+from nanorlhf.tokenizer_files import one_line
 
 ASSISTANT = "\n\nAssistant:"  # a prompt ends with it, and a response begins with a space
 ROLES = {"Human": "user", "Assistant": "assistant", "System": "system"}
@@ -20,6 +21,8 @@ TURN = re.compile(r"\n\n(Human|Assistant|System):")
 
 
 def string(value, field):
+    if isinstance(value, list) and all(isinstance(p, dict) and p.get("type") == "text" for p in value):
+        value = "".join(string(p.get("text"), field) for p in value)                   # a message in parts
     if not isinstance(value, str):
         raise DataError(f"{field} is not a string")
     if any("\ud800" <= c <= "\udfff" for c in value):
@@ -29,13 +32,16 @@ def string(value, field):
 
 def transcript(messages, field):
     """[{role, content}, ...] -> "\\n\\nHuman: ...\\n\\nAssistant: ..."."""
-    names = {role: name for name, role in ROLES.items()}
+    names, text = {role: name for name, role in ROLES.items()}, ""
     for m in messages:
-        if not isinstance(m, dict) or m.get("role") not in list(names):
-            raise DataError(f"{field} holds a message without a role of {', '.join(names)}")
-        if found := TURN.search(string(m.get("content"), field)):
+        if not isinstance(m, dict) or m.get("role") not in list(names):                # a list: a role may be no string
+            role = m.get("role") if isinstance(m, dict) else m
+            raise DataError(f"{field} holds a message whose role is {one_line(repr(role))}, not one of {', '.join(names)}")
+        content = string(m.get("content"), f"a message of {field}")
+        if found := TURN.search(content):
             raise DataError(f"{field} holds a message with {found[0]!r} in it, which would begin another turn")
-    return "".join(f"\n\n{names[m['role']]}: {m['content']}" for m in messages)
+        text += f"\n\n{names[m['role']]}: {content}"
+    return text
 
 
 def messages_of(prompt):
@@ -94,10 +100,11 @@ def _spelt_out(tokenizer, messages):
 
     def spell(role, text):
         for t in longest_first:
-            # What the tokenizer matches in any text (`special: false`, such as </think>) an assistant may say, but not EOS.
-            if t not in tokenizer.plain or tokenizer.special[t] == tokenizer.eos_id or (
-                    role != "assistant" and t in (tokenizer.chat_template or "")):
-                text = text.replace(t, t[0] + mark + t[1:])
+            # What the tokenizer matches in any text (`special: false`) an assistant may say, such as </think>, and others as
+            # far as the template does not use it; EOS nobody.
+            template = (tokenizer.chat_template or "") if role != "assistant" else ""
+            may_stay = t in tokenizer.plain and tokenizer.special[t] != tokenizer.eos_id and t not in template
+            text = text if may_stay else text.replace(t, t[0] + mark + t[1:])
         return text
     return [{"role": m["role"], "content": spell(m["role"], m["content"])} for m in messages], mark
 
@@ -116,7 +123,7 @@ def encode_turns(tokenizer, messages, every=True):
     with EOS whatever the template does. What is said is tokenised apart from what it answers, as everywhere.
     """
     messages, mark = _spelt_out(tokenizer, messages)
-    eos = next((t for t, i in tokenizer.special.items() if i == tokenizer.eos_id), "\0")
+    eos = next(t for t, i in tokenizer.special.items() if i == tokenizer.eos_id)
     turns = [k for k, m in enumerate(messages) if m["role"] == "assistant" and k > 0]
     pieces, done, end = [], "", ""
     for k in turns if every else turns[-1:]:
@@ -125,7 +132,7 @@ def encode_turns(tokenizer, messages, every=True):
             raise DataError("the chat template changes earlier turns as the conversation goes on: train on the last one only")
         if not said.startswith(told):
             raise DataError("the chat template does not go on from where it lets the assistant speak")
-        # Together with the EOS before it, since SentencePiece may put a space after one; a few read `end` as ordinary text.
+        # Together with the EOS before it, since SentencePiece may put a space after one (LLaMA 1 also wants one before it).
         context = tokenizer.encode_marked(end + told[len(done):], start=not done, mark=mark)
         if end and context[:1] == [tokenizer.eos_id]:
             context = context[1:]

@@ -120,10 +120,10 @@ def read_rope(raw, defaults):
         raise UserError(f"rope type {kind!r} is not one that nanorlhf computes: default, llama3")
     scaling = {k: rope[k] for k in LLAMA3_ROPE} if kind == "llama3" else None
     share = rope.get("partial_rotary_factor")
-    for name, value in {"rope_theta": rope["rope_theta"], "partial_rotary_factor": 1.0 if share is None else share,
-                        **(scaling or {})}.items():
+    share = 1.0 if share is None else share
+    for name, value in {"rope_theta": rope["rope_theta"], "partial_rotary_factor": share, **(scaling or {})}.items():
         need_positive(name, value)
-    return rope["rope_theta"], scaling, 1.0 if share is None else share
+    return rope["rope_theta"], scaling, share
 
 
 def read_fields(name, raw):
@@ -305,10 +305,12 @@ def load_weights(model, folder, head):
     """Fills a model built on the meta device from a folder, a file and a tensor at a time, from a memory map. head: `causal`,
     `score` (a reward model's) or None (the trunk alone)."""
     config, family, index = model.config, FAMILIES[model.config.family], tensor_index(folder)
-    # The hub has files without (all of) the prefix; transformers calls every family's head lm_head from version 5.24 on.
-    prefix = next((p for p in (family.prefix, family.prefix.split(".", 1)[1]) if any(n.startswith(p) for n in index)), "")
-    heads = {"score": "score", "causal": family.head if f"{family.head}.weight" in index else "lm_head", None: ""}
-    places = {theirs: place for theirs, *place in stored_as(model, heads[head], prefix)}
+    # The hub has files without the prefix (GPT-2's `wte.weight`) or all of it (OPT's `decoder.embed_tokens.weight`); and
+    # transformers calls every family's head lm_head from version 5.24 on.
+    prefixes = (family.prefix, family.prefix.removeprefix("model."))
+    prefix = next((p for p in prefixes if p and any(n.startswith(p) for n in index)), "")
+    head_names = {"score": "score", "causal": family.head if f"{family.head}.weight" in index else "lm_head", None: ""}
+    places = {theirs: place for theirs, *place in stored_as(model, head_names[head], prefix)}
     unused = {f"{h}.{leaf}" for h in ("lm_head", family.head) for leaf in ("weight", "bias") if head is None or config.tied}
     extra = sorted(n for n in index.keys() - places.keys() - unused if not n.endswith(STALE))
     if "score.weight" in extra:

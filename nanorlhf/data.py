@@ -24,8 +24,8 @@ import numpy as np
 import torch
 
 from nanorlhf.chat import ASSISTANT, around_answers, conversation, encode_turns, encode_waiting, messages_of, string, transcript
-from nanorlhf.tokenizer import (DataError, Tokenizer, load_tokenizer, need_same_ids, one_line, tokenizer_of,  # noqa: F401
-                                train_bpe)                                             # (some only handed on)
+from nanorlhf.run import DataError
+from nanorlhf.tokenizer import Tokenizer, load_tokenizer, need_same_ids, one_line, tokenizer_of, train_bpe  # noqa: F401
 
 
 # ------------------------------------------------------------------------------------------------------------ records
@@ -126,6 +126,7 @@ def _records_of(row, kind):
     if not isinstance(row, dict):
         raise DataError("row is not a JSON object")
     fits = [reader for reader in READERS if set(reader[0]) <= row.keys()]
+    fits = [reader for reader in fits if not any(set(reader[0]) < set(other[0]) for other in fits)]
     if not fits:
         raise DataError(f"no known record in the fields {one_line(', '.join(row)) or '(none)'}")
     # The kind asked for, else the first that fits; a prompt from the fullest reading, which has a reference answer.
@@ -176,6 +177,7 @@ def _convert(found, record, kind):
 def _dialogue(prompt, response, field):
     """(prompt, response) as strings. Lists of messages become a transcript, of which the last turn is the response; next to a
     list, a string is one turn; a response that begins with another role than the assistant's carries its own prompt."""
+    response = [response] if isinstance(response, dict) and "role" in response else response
     if not isinstance(prompt, list) and not isinstance(response, list):
         return string(prompt, "prompt"), string(response, field)
     prompt = prompt if isinstance(prompt, list) else [{"role": "user", "content": string(prompt, "prompt")}]

@@ -20,8 +20,8 @@ from nanorlhf.data import (Example, collate, decode_response, encode_prompt, enc
 from nanorlhf.generate import generate, prompt_room
 from nanorlhf.model import Transformer
 from nanorlhf.rewards import load_reward
-from nanorlhf.run import (UserError, local_folder, need_folder, parse_options, pick_device, seed_for, write_json, write_records,
-                          written_whole)
+from nanorlhf.run import (UserError, local_folder, need_fit, need_folder, parse_options, pick_device, seed_for, write_json,
+                          write_records, written_whole)
 
 # ---------------------------------------------------------------------------------------------------------------- KL
 
@@ -215,9 +215,10 @@ def load_eval_prompts(file, config, records, tokenizer, model, rewards, run):
 class Options:
     reference: str = "out/sft"       # folder that KL and win rate are taken against, and that best-of-N samples
     reward: str = "out/rm"           # learned reward: folder, gold or file.py:function; chooses in best-of-N
-    gold: str = ""                   # the true reward, or the nearest thing; '' = gold on `reviews`, else --reward itself
+    gold: str = ""                   # the true reward, or the nearest thing; '' = gold on `reviews`, else none: --reward judges
     data: str = "reviews"            # prompts: `reviews` (its ID, OOD-near and OOD-far splits), or files NAME=FILE,NAME=FILE
     bon: int = 0                     # add a row for best-of-N of the reference, N = this
+    skip_bad: bool = False           # skip bad rows and count them, instead of stopping at the first
     num_prompts: int = 250           # prompts a split, one sample each
     diversity_prompts: int = 50      # of the first split, with num_samples samples each (Kirk 2023: 500)
     num_samples: int = 16            # samples a prompt for per-input diversity (Kirk 2023: 16)
@@ -237,15 +238,17 @@ class Setting:
         self.options, device = options, pick_device(options.device)
         self.tokenizer = tokenizer = load_tokenizer(local_folder(options.reference))
         self.reference = Transformer.from_pretrained(options.reference).to(device)
+        need_fit(self.reference, tokenizer)
         self.on_reviews = options.data == "reviews"
         learned = load_reward(options.reward, tokenizer, device)
         gold = options.gold or ("gold" if self.on_reviews else "")
-        self.rewards = {"reward": learned, "gold": load_reward(gold, tokenizer, device) if gold else learned}
+        self.rewards = {"reward": learned} | ({"gold": load_reward(gold, tokenizer, device)} if gold else {})
+        self.judge = "gold" if gold else "reward"                                      # who says which of two texts wins
         if self.on_reviews:
             sources = {split: ("reviews", split) for split in ("test", "ood_near", "ood_far")}
         else:
             sources = {name: (file, "") for name, file in named_files(options.data).items()}
-        self.records = {name: load_records(file, "prompt", split, options.num_prompts, tokenizer=tokenizer)
+        self.records = {name: load_records(file, "prompt", split, options.num_prompts, options.skip_bad, tokenizer=tokenizer)
                         for name, (file, split) in sources.items()}
         self.texts = {name: [r["prompt"] for r in records] for name, records in self.records.items()}
         room = prompt_room(self.reference, options.response_length)
@@ -257,7 +260,7 @@ class Setting:
         if all(written):
             asked = self.texts[self.first]
             written = [encode_response(tokenizer, w, text) for w, text in zip(written, asked)]
-            self.written_scores = self.rewards["gold"](self.prompts[self.first], written, asked)
+            self.written_scores = self.rewards[self.judge](self.prompts[self.first], written, asked)
 
     def draw(self, model, split, K, n, purpose, limit=None):
         """K responses to each of a split's prompts, [P][K] lists of ids; with n > 1 each is the best of n of its own under the
@@ -280,7 +283,7 @@ def named_files(text):
 
 def table_row(setting, name, model, n=1):
     """(row, texts) of one policy, or of best-of-n of it: row {"method": name, column: (value, half width of its 95% interval
-    over prompts, or None)}; "scores" holds the first split's gold rewards, prompt by prompt."""
+    over prompts, or None)}; "scores" holds the first split's rewards by the judge, prompt by prompt."""
     row, texts = {"method": name}, []
     for split, prompts in setting.prompts.items():
         responses = [own[0] for own in setting.draw(model, split, 1, n, split)]
@@ -290,17 +293,18 @@ def table_row(setting, name, model, n=1):
                        **{k: float(s[i]) for k, s in scores.items()})
                   for i, (x, y) in enumerate(zip(setting.texts[split], responses))]
         if split == setting.first:
-            row["scores"] = scores["gold"]
+            row["scores"] = scores[setting.judge]
             row["kl"] = (bon_kl(n), None) if n > 1 else mean_and_interval(
                 sampled_kl(model, setting.reference, setting.tokenizer, prompts, responses, setting.options.temperature))
             if setting.written_scores is not None:
-                row["win_reference"] = win_rate(scores["gold"], setting.written_scores)
+                row["win_reference"] = win_rate(scores[setting.judge], setting.written_scores)
             row["ead_across"] = (across_input_diversity([[setting.tokenizer.decode(y, start=False)] for y in responses],
                                                         expectation_adjusted_distinct), None)
             row["length"] = mean_and_interval([len(y) for y in responses])
             row["ended"] = mean_and_interval([y[-1] == setting.tokenizer.eos_id for y in responses])
         else:
-            row[f"gap/{split}"] = (row[f"gold/{setting.first}"][0] - row[f"gold/{split}"][0], None)         # OOD gap: ID - OOD
+            ours, there = row[f"{setting.judge}/{setting.first}"][0], row[f"{setting.judge}/{split}"][0]
+            row[f"gap/{split}"] = (ours - there, None)                                 # OOD gap: ID - OOD
     o = setting.options
     outputs = setting.draw(model, setting.first, o.num_samples, n, "diversity", o.diversity_prompts)
     outputs = [[setting.tokenizer.decode(y, start=False) for y in own] for own in outputs]
@@ -330,11 +334,13 @@ def evaluate_policies(folders, options):
         model = setting.reference
         if folder != options.reference:
             model = Transformer.from_pretrained(folder).to(setting.reference.embed.weight.device)
+            need_fit(model, setting.tokenizer)
         row, texts = table_row(setting, name, model, n)
         row["win_sft"] = win_rate(row["scores"], rows[0]["scores"]) if rows else (0.5, None)
         rows.append(row)
         samples += texts
-        print(f"evaluated {name} in {time.monotonic() - start:.0f} s: gold {row[f'gold/{setting.first}'][0]:.3f}, "
+        print(f"evaluated {name} in {time.monotonic() - start:.0f} s: "
+              f"{setting.judge} {row[f'{setting.judge}/{setting.first}'][0]:.3f}, "
               f"KL {row['kl'][0]:.2f}", flush=True)
     for row in rows:
         del row["scores"]
@@ -355,9 +361,11 @@ def markdown_table(rows, columns):
 def columns_of(rows):
     """Headings and formats of the columns that these rows have, in reading order."""
     names = {"test": "ID"} | {s: s.replace("ood_", "OOD-") for s in ("ood_near", "ood_far")}
-    splits = [c.removeprefix("gold/") for c in rows[0] if c.startswith("gold/")]
-    columns = {f"gold/{s}": (f"gold {names.get(s, s)}", ".2f") for s in splits} | {
-        f"reward/{splits[0]}": ("learned reward", ".2f"), "kl": ("KL to SFT", ".2f"), "win_sft": ("win vs SFT", ".0%"),
+    splits = [c.removeprefix("reward/") for c in rows[0] if c.startswith("reward/")]
+    judge = "gold" if f"gold/{splits[0]}" in rows[0] else "reward"
+    columns = {f"{judge}/{s}": (f"{judge} {names.get(s, s)}", ".2f") for s in splits} | (
+        {f"reward/{splits[0]}": ("learned reward", ".2f")} if judge == "gold" else {}) | {
+        "kl": ("KL to SFT", ".2f"), "win_sft": ("win vs SFT", ".0%"),
         "win_reference": ("win vs reference", ".0%"), "ead_per_input": ("EAD per input", ".2f"),
         "ead_across": ("EAD across", ".2f"), "nli_per_input": ("NLI per input", ".2f"),
         "sbert_per_input": ("SBERT per input", ".2f"), "length": ("tokens", ".0f"), "ended": ("ended", ".0%"),

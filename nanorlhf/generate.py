@@ -251,10 +251,12 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--stop", action="append", default=[], help="string that ends a response (several may be given)")
     options = parser.parse_args()
-    from nanorlhf.run import local_folder, pick_device
+    from nanorlhf.run import local_folder, need_fit, pick_device
     try:
         device = pick_device("auto")
         models = [(r, Transformer.from_pretrained(r).to(device), load_tokenizer(local_folder(r))) for r in options.runs]
+        for _, model, tokenizer in models:
+            need_fit(model, tokenizer)
         for prompt in options.prompt:
             print(f"\n=== {prompt}")
             prompt = f"\n\nHuman: {prompt}{ASSISTANT}" if options.chat else prompt

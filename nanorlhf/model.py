@@ -247,7 +247,7 @@ class Transformer(nn.Module):
         if self.positions is not None:
             x, rope = x + self.positions(at + self.config.position_offset), None
         else:
-            angle = at[:, None, :, None].float() * self.frequency.float()              # [R or 1, 1, T, R/2]
+            angle = at[:, None, :, None].float() * self.frequency              # [R or 1, 1, T, R/2]
             rope = angle.cos(), angle.sin()
         x = self.stack(x, rope) if cache is None else self.cached_stack(x, rope, cache)
         return self.norm(x)

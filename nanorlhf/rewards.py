@@ -9,7 +9,7 @@ import torch
 from nanorlhf import reviews
 from nanorlhf.data import (Example, collate, decode_response, encode_prompt, encode_response, micro_batches, tokenizer_of)
 from nanorlhf.model import RewardModel
-from nanorlhf.run import UserError, local_folder
+from nanorlhf.run import UserError, local_folder, need_fit
 
 
 def reads_text(spec):
@@ -29,13 +29,15 @@ def load_reward(spec, tokenizer, device, batch_size=128):
         return _text_reward(lambda ps, cs: [reviews.gold_reward(p, c) for p, c in zip(ps, cs)], tokenizer, spec)
     if ".py:" in spec:
         return _text_reward(_user_function(spec), tokenizer, spec)
-    folder = local_folder(spec)
+    try:
+        folder = local_folder(spec)
+    except UserError as error:
+        raise UserError(f"--reward {spec}: neither `gold`, nor file.py:function, nor a reward model: {error}")
     if not (folder / "config.json").exists():
         raise UserError(f"--reward {spec}: not a reward-model folder (train_rm.py makes one), `gold` or file.py:function")
     model, own = RewardModel.from_pretrained(folder).to(device).eval(), tokenizer_of(folder, tokenizer)
     context = model.config.context
-    if model.config.vocab_size < own.vocab_size:
-        raise UserError(f"--reward {spec}: its {model.config.vocab_size} embeddings do not fit its tokenizer of {own.vocab_size}")
+    need_fit(model, own)
     same = own.same_ids(tokenizer) and own.chat_template == tokenizer.chat_template
 
     @torch.no_grad()

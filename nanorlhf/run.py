@@ -27,6 +27,10 @@ class UserError(ValueError):
     """Something the user can put right: shown as one line, without a traceback."""
 
 
+class DataError(UserError):
+    """A file, row or text that cannot be used; the message is one line fit to be printed as it is."""
+
+
 # ---------------------------------------------------------------------------------------------------------- options
 
 def parse_options(Config, description="", argv=None):
@@ -234,10 +238,7 @@ class Run:
 
     def prepare(self, model, tokenizer):
         """Moves a model, which reads this tokenizer's ids, to the device; with --compile, compiles its stack of layers."""
-        trunk = getattr(model, "trunk", model)
-        if trunk.config.vocab_size < tokenizer.vocab_size:
-            raise UserError(f"the {type(model).__name__} of {trunk.config.vocab_size} tokens does not fit the tokenizer of "
-                            f"{tokenizer.vocab_size}: they do not belong together")
+        trunk = need_fit(model, tokenizer)
         # What responses end and rows are filled with is what config.json shall say; a list of ends, or pad = EOS, is not.
         trunk.config.eos_id, trunk.config.pad_id = tokenizer.eos_id, tokenizer.pad_id
         model.to(self.device)
@@ -417,6 +418,15 @@ def need_folder(name, made_by):
         raise UserError(f"{folder} holds no checkpoint (no config.json in it)"
                         + (f"; first run: {made_by}" if folder.parts[:1] == ("out",) else ""))
     return folder
+
+
+def need_fit(model, tokenizer):
+    """The model's trunk, which has an embedding for each of the tokenizer's ids."""
+    trunk = getattr(model, "trunk", model)
+    if trunk.config.vocab_size < tokenizer.vocab_size:
+        raise UserError(f"the {type(model).__name__} of {trunk.config.vocab_size} tokens does not fit the tokenizer of "
+                        f"{tokenizer.vocab_size}: they do not belong together")
+    return trunk
 
 
 def need_same_vocabulary(what, model, policy):

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import tiktoken
 
-from nanorlhf.run import local_folder
-from nanorlhf.tokenizer_files import (BYTE_LEVEL, FLAGS, GPT2_PATTERN, TOKENIZER_FILES, DataError, bos_template,  # noqa: F401
-                                      byte_symbols, encoding_of, from_sentencepiece, from_spec, from_vocab_and_merges, one_line,
-                                      read_beside, read_json, spec_of)
+from nanorlhf.run import DataError, local_folder
+from nanorlhf.tokenizer_files import (BYTE_LEVEL, FLAGS, GPT2_PATTERN, TOKENIZER_FILES, bos_template, byte_symbols, encoding_of,
+                                      from_sentencepiece, from_spec, from_vocab_and_merges, one_line, read_beside, read_json,
+                                      spec_of)
 
 LLAMA3_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
                   r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
@@ -70,10 +70,11 @@ class Tokenizer:
         self.eos_id, self.bos_id = special[eos], special[bos] if bos else None
         self.special_text = {"eos_token": eos} | ({"bos_token": bos} if bos else {}) | (special_text or {})
         if pad is None or special[pad] == self.eos_id:
-            spare = sorted(("pad" not in t, i) for t, i in special.items() if t not in (eos, bos, *self.plain))
+            spare = sorted(("pad" not in t, t in (chat_template or ""), i) for t, i in special.items()
+                           if t not in (eos, bos, *self.plain))
             # Without a spare special token any row of the embedding will do, because masks come from lengths and never
             # from pad ids. GPT-2 is such a case: its pad is id 0, "!".
-            self.pad_id = spare[0][1] if spare else int(self.eos_id == 0)
+            self.pad_id = spare[0][2] if spare else int(self.eos_id == 0)
         else:
             self.pad_id = special[pad]
         self._bytes = {i: t.encode() for t, i in self.plain.items()} | texts
@@ -165,7 +166,8 @@ class Tokenizer:
         return mine == theirs and self.eos_id == other.eos_id and self.special == other.special
 
     def save(self, folder):
-        """Writes the tokenizer files of a Hugging Face checkpoint: the very bytes it was loaded from, or new ones."""
+        """Writes the tokenizer files of a Hugging Face checkpoint: the very bytes it was loaded from, but for another pad token
+        than EOS, or new ones."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         names = {i: t for t, i in self.special.items()}
@@ -173,11 +175,17 @@ class Tokenizer:
         for token, i in (("eos_token", self.eos_id), ("pad_token", self.pad_id), ("bos_token", self.bos_id)):
             if i in names:
                 config[token] = names[i]
-        new = {"tokenizer_config.json": json.dumps(config, indent=2).encode()}
+        new = {} if "tokenizer_config.json" in self.files else {"tokenizer_config.json": json.dumps(config, indent=2).encode()}
         if "tokenizer.json" not in self.files:
             spec = _to_tokenizer_json(self.encoding, names.get(self.bos_id), self.special)
             new["tokenizer.json"] = json.dumps(spec, ensure_ascii=False).encode()
-        for name, content in (new | self.files).items():
+        if "tokenizer_config.json" in self.files:  # transformers has to fill rows with what config.json calls the pad
+            config = json.loads(self.files["tokenizer_config.json"])
+            if self.special_text.get("pad_token") != names.get(self.pad_id):
+                config.pop("pad_token", None)
+                config |= {"pad_token": names[self.pad_id]} if self.pad_id in names else {}
+                new["tokenizer_config.json"] = json.dumps(config, indent=2, ensure_ascii=False).encode()
+        for name, content in (self.files | new).items():
             (folder / name).write_bytes(content)
 
 
@@ -198,7 +206,7 @@ def tokenizer_of(folder, known):
 
 def need_same_ids(option, folder, tokenizer):
     if not tokenizer_of(folder, tokenizer).same_ids(tokenizer):
-        raise DataError(f"{option} {folder}: its tokenizer gives other ids than --init's")
+        raise DataError(f"{option} {folder}: its tokenizer gives other ids than the policy's")
 
 
 def load_tokenizer(name_or_path):

@@ -15,12 +15,7 @@ from pathlib import Path
 
 import tiktoken
 
-from nanorlhf.run import UserError
-
-
-class DataError(UserError):
-    """A file, row or text that cannot be used; the message is one line fit to be printed as it is."""
-
+from nanorlhf.run import DataError
 
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # the same after a pre-tokenizer that cuts out every digit: each digit alone, and a digit ends a run of spaces

@@ -86,6 +86,8 @@ def test_conversational_rows_of_every_spelling_are_one_record(tmp_path):
     found = load_records(file_of(tmp_path, {"system": "Be kind.", "conversations": sharegpt}), "completion")
     assert found == [{**want, "prompt": "\n\nSystem: Be kind." + want["prompt"]}]
     assert load_records(file_of(tmp_path, *rows), "completion") == [want] * len(rows)
+    parts = [{**TALK[0], "content": [{"type": "text", "text": t} for t in ("Is the ", "plot good?")]}, *TALK[1:]]
+    assert load_records(file_of(tmp_path, {"messages": parts}), "completion") == [want]
     bad = {"role": "assistant", "content": "No."}
     pair = want | {"chosen": want["completion"], "rejected": " No."}
     del pair["completion"]
@@ -93,12 +95,17 @@ def test_conversational_rows_of_every_spelling_are_one_record(tmp_path):
             {"conversations": sharegpt[:3], "chosen": sharegpt[3], "rejected": {"from": "gpt", "value": "No."}})
     found = load_records(file_of(tmp_path, *rows), "preference")
     assert [{k: r[k] for k in pair} for r in found] == [pair] * 3
+    one = {"prompt": TALK[:3], "chosen": TALK[3], "rejected": bad}                     # a message, no list
+    assert load_records(file_of(tmp_path, one), "preference") == [pair]
+    for kind in ("completion", "prompt", "text", "ranked"):                            # what comparisons also serve as
+        assert len(load_records(file_of(tmp_path, rows[2]), kind)) == 1
+    assert load_records(file_of(tmp_path, rows[2]), "completion") == [want]
 
 
 @pytest.mark.parametrize("row, says", [
     ({"messages": TALK[:3]}, "does not end with an assistant"), ({"messages": "Hi"}, "messages is not a list"),
-    ({"messages": [{"role": "tool", "content": "x"}]}, "role of user"),
-    ({"messages": [{"role": ["user"], "content": "x"}]}, "role of"), ({"messages": [{"role": "user"}, TALK[1]]}, "not a string"),
+    ({"messages": [{"role": "tool", "content": "x"}]}, "whose role is 'tool', not one of user"),
+    ({"messages": [{"role": ["user"], "content": "x"}]}, "role is .*user"), ({"messages": [{"role": "user"}, TALK[1]]}, "not a string"),
     ({"messages": [{"role": "user", "content": "a\n\nAssistant: b"}, TALK[1]]}, "would begin another turn"),
     ({"conversations": [3]}, "from, value"), ({"conversations": 3}, "from, value"), ({"messages": []}, "assistant message")])
 def test_conversations_that_cannot_be_read_are_named(tmp_path, row, says):
@@ -316,5 +323,5 @@ def test_a_reward_model_without_rows_for_its_tokenizer_is_one_line(base, tmp_pat
     RewardModel(ModelConfig.for_family("gpt2", 16, vocab_size=500, context=96, layers=1, heads=2, kv_heads=2, head_dim=8)
                 ).save_pretrained(tmp_path / "rm")
     load_tokenizer(base).save(tmp_path / "rm")
-    with pytest.raises(UserError, match="its 500 embeddings do not fit its tokenizer of"):
+    with pytest.raises(UserError, match="RewardModel of 500 tokens does not fit the tokenizer of"):
         load_reward(str(tmp_path / "rm"), load_tokenizer(base), torch.device("cpu"))

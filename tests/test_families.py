@@ -13,6 +13,7 @@ import train_rrhf
 import train_sft
 from nanorlhf.checkpoints import FAMILIES, read_config, stored_as
 from nanorlhf.data import collate, load_tokenizer, make_examples, tokenizer_of
+from nanorlhf.evaluate import Options, columns_of, evaluate_policies
 from nanorlhf.model import ModelConfig, RewardModel, Transformer
 from nanorlhf.run import main, read_jsonl
 
@@ -94,6 +95,7 @@ def test_reward_folders_score_a_padded_batch_as_transformers_does(chain):
     theirs = transformers.AutoModelForSequenceClassification.from_pretrained(at / "rm").eval()
     ours, tokenizer = RewardModel.from_pretrained(at / "rm"), load_tokenizer(at / "rm")
     assert theirs.config.num_labels == 1 and theirs.config.pad_token_id == tokenizer.pad_id != tokenizer.eos_id
+    assert transformers.AutoTokenizer.from_pretrained(at / "rm").pad_token_id == tokenizer.pad_id
     prompt = "Review of the film Silent River:"
     batch = collate(make_examples(tokenizer, prompt, [" The plot is great.", " Bad.", " It is not bad, but the cast is dull."]),
                     tokenizer.pad_id)
@@ -179,6 +181,24 @@ def test_a_hub_name_is_downloaded_once_and_trained_like_a_folder(tmp_path, monke
     go(train_sft, tmp_path / "out", init="somebody/tiny-qwen", limit=8)
     assert load_tokenizer("somebody/tiny-qwen").same_ids(load_tokenizer("reviews"))
     assert asked == ["somebody/tiny-qwen"] and Transformer.from_pretrained(tmp_path / "out").config.family == "qwen2"
+
+
+@pytest.mark.parametrize("chain", ["gpt2"], indirect=True)
+def test_a_table_without_a_true_reward_has_no_gold_column(chain, tmp_path):
+    _, at = chain
+    (tmp_path / "x.jsonl").write_text('{"prompt": "Review of the film Silent River:"}\n{"prompt": 3}\n{"prompt": "Review:"}\n')
+    options = Options(reference=str(at / "sft"), reward=str(at / "rm"), data=str(tmp_path / "x.jsonl"), num_prompts=3, num_samples=2,
+                      diversity_prompts=2, response_length=6, device="cpu", skip_bad=True)
+    rows, _ = evaluate_policies({"ppo": str(at / "ppo")}, options)
+    columns = columns_of(rows)
+    assert columns["reward/x"][0] == "reward x" and not any(c.startswith("gold/") for c in columns) and rows[1]["win_sft"]
+
+
+@pytest.mark.parametrize("chain", ["gpt2"], indirect=True)
+def test_ppo_says_when_no_response_ends(chain, tmp_path, capsys):
+    _, at = chain
+    go(train_ppo, tmp_path / "p", init=str(at / "sft"), reward="gold", limit=4, response_length=1)
+    assert "no response ended within --response_length 1: raise it" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("chain", ["llama"], indirect=True)

@@ -727,6 +727,8 @@ def test_in_a_process_errors_are_one_line_and_exit_code_1(root, tmp_path):
         (train_rrhf, ["--init", "out/nowhere"], "python train_sft.py"),
         (sample_bon, ["--init", "out/nowhere"], "python train_sft.py"),
         (train_sft, ["--resume"], "holds no run to resume"),
+        (train_sft, ["--kind", "preference"], "--kind preference"),
+        (train_rrhf, ["--kind", "completion"], "--kind completion"),
         (train_rm, ["--data", "reviews"], "reviews"),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else getattr(x, "__name__", ""),

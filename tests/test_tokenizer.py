@@ -419,8 +419,10 @@ def test_stories260k(many, library, strings, tmp_path):
     assert (ours.eos_id, ours.vocab_size) == (2, 512)
     compare(library, ours, DATA / "checkpoints" / "stories260K", many)
     ours.save(tmp_path)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        assert (tmp_path / name).read_bytes() == (DATA / "checkpoints" / "stories260K" / name).read_bytes()
+    before, after = ({n: (folder / n).read_bytes() for n in ("tokenizer.json", "tokenizer_config.json")}
+                     for folder in (DATA / "checkpoints" / "stories260K", tmp_path))
+    assert after["tokenizer.json"] == before["tokenizer.json"]                         # it has no pad, a batch needs one
+    assert json.loads(after["tokenizer_config.json"]) == json.loads(before["tokenizer_config.json"]) | {"pad_token": "<unk>"}
     transformers = pytest.importorskip("transformers", reason="needs transformers (the `parity` extra)")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     # transformers 5 makes its own LLaMA tokenizer, which adds no space before one that is there
@@ -664,3 +666,17 @@ def test_builtin_tokenizer(strings, tmp_path):
     text = load_records("reviews", "text", limit=1)[0]["text"]
     assert len(tokenizer.encode(text)) < len(text.split()) * 2.5
     saved_as_transformers_reads_it(tokenizer, strings, tmp_path)
+
+
+def test_a_pad_that_is_eos_is_not_saved_as_such(tiny, tmp_path):
+    """transformers fills rows with tokenizer_config.json's pad and a classifier reads before config.json's: they have to be one."""
+    n, template = len(tiny.ranks), "{{ '<|im_start|>' }}"
+    added = [(n, "<|endoftext|>", True), (n + 1, "<|im_start|>", True), (n + 2, "<|unused|>", True)]
+    for some, pad in ((added, "<|unused|>"), (added[:2], "<|im_start|>"), (added[:1], None)):     # of the template's as a last resort
+        folder = written(tmp_path / "a", spec_of(tiny, some), dict(
+            eos_token="<|endoftext|>", pad_token={"content": "<|endoftext|>"}, chat_template=template))
+        tokenizer = load_tokenizer(folder)
+        tokenizer.save(tmp_path / "b")
+        config = json.loads((tmp_path / "b" / "tokenizer_config.json").read_text())
+        assert config.get("pad_token") == pad and config["chat_template"] == template
+        assert tokenizer.pad_id == (tokenizer.special[pad] if pad else 0) == load_tokenizer(tmp_path / "b").pad_id

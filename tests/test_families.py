@@ -18,12 +18,7 @@ from nanorlhf.model import ModelConfig, RewardModel, Transformer
 from nanorlhf.run import main, read_jsonl
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def write_base(folder, family, **fields):

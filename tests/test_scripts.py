@@ -61,13 +61,7 @@ def done(process):
     return SimpleNamespace(code=process.returncode, out=out, err=err)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Bits must not depend on how many cores were free; and tiny matrices are faster on one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

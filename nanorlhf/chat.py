@@ -101,8 +101,8 @@ def _spelt_out(tokenizer, messages):
     def spell(role, text):
         for t in longest_first:
             # What the tokenizer matches in any text (`special: false`) an assistant may say, such as </think>, and others as
-            # far as the template does not use it; EOS nobody.
-            template = (tokenizer.chat_template or "") if role != "assistant" else ""
+            # far as it is no mark of the template; EOS nobody.
+            template = (tokenizer.chat_template or "") if role != "assistant" and t.strip() else ""
             may_stay = t in tokenizer.plain and tokenizer.special[t] != tokenizer.eos_id and t not in template
             text = text if may_stay else text.replace(t, t[0] + mark + t[1:])
         return text

@@ -3,8 +3,8 @@
     "\\n\\nHuman: Hi.\\n\\nAssistant:"   <->   [{"role": "user", "content": "Hi."}]
 
 A tokenizer with a chat template (of tokenizer_config.json or chat_template.jinja) has such a prompt rendered by it, another
-reads the transcript as it stands. What somebody says never becomes a special token; the template's own marks do. data.py is
-the only user.
+reads the transcript as it stands. What somebody says never becomes a special token; the template's own marks do. records.py
+and data.py are the only users.
 """
 
 import functools

@@ -1,0 +1,233 @@
+"""Rows of every layout that preference data come in -> records, which are dicts of one of these kinds (fields as in TRL).
+
+    records_of(row, kind) -> list of records       a JSON row, recognised by its fields, as the kind asked for
+
+"group", where a record has one, names the post it is about. Prompts and responses are strings; a conversation is a transcript
+(chat.py). data.py is the only user.
+"""
+
+import itertools
+import json
+import re
+import sys
+
+from nanorlhf.chat import ASSISTANT, string, transcript
+from nanorlhf.run import DataError
+from nanorlhf.tokenizer_files import one_line
+
+FIELDS = {"text": ("text",), "prompt": ("prompt",), "completion": ("prompt", "completion"),
+          "preference": ("prompt", "chosen", "rejected"), "ranked": ("prompt", "responses", "scores")}
+TLDR_PROMPT = "SUBREDDIT: r/{subreddit}\n\nTITLE: {title}\n\nPOST: {post}\n\nTL;DR:"  # Stiennon et al. 2020
+CNNDM_PROMPT = "ARTICLE: {article}\nTL;DR:"
+ALPACA_PROMPT = ("Below is an instruction that describes a task. Write a response that appropriately completes the "
+                 "request.\n\n### Instruction:\n{instruction}\n\n### Response:")
+ALPACA_INPUT_PROMPT = ("Below is an instruction that describes a task, paired with an input that provides further "
+                       "context. Write a response that appropriately completes the request.\n\n"
+                       "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:")
+
+
+def records_of(row, kind):
+    """Records of `kind` made from one row; a DataError says what is wrong with it."""
+    if isinstance(row, bytes):
+        try:
+            row = json.loads(row.decode())
+        except UnicodeDecodeError:
+            raise DataError("bad UTF-8") from None
+        except (ValueError, RecursionError):
+            raise DataError("bad JSON") from None
+    if not isinstance(row, dict):
+        raise DataError("row is not a JSON object")
+    fits = [reader for reader in READERS if set(reader[0]) <= row.keys()]
+    fits = [reader for reader in fits if not any(set(reader[0]) < set(other[0]) for other in fits)]
+    if not fits:
+        raise DataError(f"no known record in the fields {one_line(', '.join(row)) or '(none)'}")
+    # The kind asked for, else the first that fits; a prompt from the fullest reading, which has a reference answer.
+    _, found, read = min(fits, key=lambda reader: reader[1] == "text" if kind == "prompt" else reader[1] != kind)
+    record = read(row)
+    for field in ("text", "completion", "chosen", "rejected"):
+        if field in record and not record[field].strip():
+            raise DataError(f"empty {field}")
+    if found == "preference" and record["chosen"] == record["rejected"]:
+        raise DataError("chosen equals rejected")
+    if isinstance(row.get("group"), (str, int)):
+        record["group"] = row["group"]
+    converted = convert(found, record, kind)
+    if converted is None:
+        raise DataError(f"no {kind} record ({', '.join(FIELDS[kind])}) can be made of a {found} record, "
+                        f"fields {one_line(', '.join(row))}")
+    return converted
+
+
+def convert(found, record, kind):
+    """[record, ...] of another kind, or None where there is no honest way."""
+    group = {"group": record["group"]} if "group" in record else {}
+    if kind == found or (kind, found) == ("prompt", "completion"):
+        return [record]
+    if kind == "completion" and found == "preference":  # Preferred-FT (DPO, section 6)
+        return [{"prompt": record["prompt"], "completion": record["chosen"], **group}]
+    if kind == "completion" and found == "ranked":  # best of n
+        best = max(range(len(record["scores"])), key=record["scores"].__getitem__)
+        if not record["responses"][best].strip():
+            raise DataError("empty best response")
+        return [{"prompt": record["prompt"], "completion": record["responses"][best], **group}]
+    if kind == "ranked" and found == "preference":
+        return [{"prompt": record["prompt"], "responses": [record["chosen"], record["rejected"]],
+                 "scores": [1.0, 0.0], **group}]
+    if kind == "preference" and found == "ranked":  # every pair that is not a tie
+        pairs = itertools.permutations(zip(record["responses"], record["scores"]), 2)
+        return [{"prompt": record["prompt"], "chosen": a, "rejected": b, **group}
+                for (a, s), (b, t) in pairs if s > t and a != b]
+    if kind == "prompt" and found == "preference":
+        return convert(found, record, "completion")
+    if kind == "prompt" and found == "ranked":
+        return [{"prompt": record["prompt"], **group}]
+    if kind == "text" and found != "prompt":
+        return [{"text": r["prompt"] + r["completion"], **group} for r in convert(found, record, "completion")]
+    return None
+
+
+def _dialogue(prompt, response, field):
+    """(prompt, response) as strings. Lists of messages become a transcript, of which the last turn is the response; next to a
+    list, a string is one turn; a response that begins with another role than the assistant's carries its own prompt."""
+    response = [response] if isinstance(response, dict) and "role" in response else response
+    if not isinstance(prompt, list) and not isinstance(response, list):
+        return string(prompt, "prompt"), string(response, field)
+    prompt = prompt if isinstance(prompt, list) else [{"role": "user", "content": string(prompt, "prompt")}]
+    if not isinstance(response, list):            # a transcript's response has its space already
+        response = [{"role": "assistant", "content": string(response, field).removeprefix(" ")}]
+    if not transcript(response[:1], field).startswith(ASSISTANT):
+        prompt = []
+    prompt, last = prompt + response[:-1], transcript(response[-1:], field)
+    if not last.startswith(ASSISTANT):
+        raise DataError(f"{field} does not end with an assistant message")
+    return transcript(prompt, "prompt") + ASSISTANT, last.removeprefix(ASSISTANT)
+
+
+def _prompt(row):
+    """The prompt of a row: a string, or a list of messages."""
+    if "instruction" in row:
+        instruction, extra = string(row["instruction"], "instruction"), string(row.get("input") or "", "input")
+        template = ALPACA_INPUT_PROMPT if extra else ALPACA_PROMPT
+        return template.format(instruction=instruction, input=extra)
+    return row["prompt"] if "prompt" in row else row["query"]
+
+
+def _read_prompt(row):
+    prompt = _prompt(row)
+    return {"prompt": transcript(prompt, "prompt") + ASSISTANT if isinstance(prompt, list) else string(prompt, "prompt")}
+
+
+def _read_completion(row):
+    field = "output" if "instruction" in row else "completion"
+    prompt, completion = _dialogue(_prompt(row), row[field], field)
+    return {"prompt": prompt, "completion": completion}
+
+
+def _read_messages(row):
+    """A whole conversation, OpenAI's way; the last message is the response."""
+    if not isinstance(row["messages"], list):
+        raise DataError("messages is not a list")
+    prompt, completion = _dialogue([], row["messages"], "messages")
+    return {"prompt": prompt, "completion": completion}
+
+
+def _sharegpt(row):
+    """The same conversation as messages; `chosen` and `rejected`, where there are any, are its next turn."""
+    def message(turn):
+        roles = {"human": "user", "gpt": "assistant"}
+        return {"role": roles.get(turn.get("from"), turn.get("from")), "content": turn.get("value")}
+    try:
+        said = {k: message(row[k]) for k in ("chosen", "rejected") if k in row}
+        system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
+        said["messages"] = system + [message(turn) for turn in row["conversations"]]
+    except (AttributeError, TypeError):
+        raise DataError("conversations are not lists of {from, value}") from None
+    if len(said) == 3:
+        return _read_preference({"prompt": said["messages"], "chosen": [said["chosen"]], "rejected": [said["rejected"]]})
+    return _read_messages(said)
+
+
+def _read_preference(row):
+    prompt, chosen = _dialogue(_prompt(row), row["chosen"], "chosen")
+    other, rejected = _dialogue(_prompt(row), row["rejected"], "rejected")
+    if prompt != other:
+        raise DataError("prompts differ")
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def _read_transcripts(row):
+    """Two whole conversations; the prompt is what they share up to and including the last "\\n\\nAssistant:"."""
+    if isinstance(row["chosen"], list):
+        return _read_preference({"prompt": [], **row})
+    texts = [string(row[field], field) for field in ("chosen", "rejected")]
+    for field, text in zip(("chosen", "rejected"), texts):
+        if ASSISTANT not in text:
+            raise DataError(f"{field} has no {ASSISTANT!r}")
+    (head, _, chosen), (other, _, rejected) = [text.rpartition(ASSISTANT) for text in texts]
+    if head != other:
+        raise DataError("prompts differ")
+    # Rows that open with the same question are often one conversation at different lengths: they belong to one group.
+    question = (head + ASSISTANT).partition(ASSISTANT)[0]
+    return {"prompt": head + ASSISTANT, "chosen": chosen, "rejected": rejected, "group": question}
+
+
+def _read_ranked(row):
+    responses, scores = row["responses"], row["scores"]
+    if not isinstance(responses, list) or not isinstance(scores, list):
+        raise DataError("responses or scores is not a list")
+    if len(responses) != len(scores):
+        raise DataError("responses and scores differ in number")
+    if len(responses) < 2:
+        raise DataError("fewer than 2 responses")
+    if any(isinstance(s, bool) or not isinstance(s, (int, float)) for s in scores):
+        raise DataError("scores are not all numbers")
+    if not all(-sys.float_info.max <= s <= sys.float_info.max for s in scores):  # NaN compares false
+        raise DataError("scores are not all finite")
+    pairs = [_dialogue(_prompt(row), r, "responses") for r in responses]
+    return {"prompt": pairs[0][0], "responses": [r for _, r in pairs], "scores": [float(s) for s in scores]}
+
+
+def _read_summaries(row):
+    """openai/summarize_from_feedback: `choice` is the index of the better summary."""
+    info, summaries = row["info"], row["summaries"]
+    if not isinstance(info, dict) or not isinstance(summaries, list) or len(summaries) != 2:
+        raise DataError("info is not an object or summaries is not a list of two")
+    if type(row["choice"]) is not int or row["choice"] not in (0, 1):
+        raise DataError("choice is neither 0 nor 1")
+    template, fields = (TLDR_PROMPT, ("subreddit", "title", "post")) if info.get("post") is not None else (
+        CNNDM_PROMPT, ("article",))
+    prompt = template.format(**{f: string(info.get(f), f"info.{f}") for f in fields})
+    texts = [string(s.get("text") if isinstance(s, dict) else None, "summaries.text") for s in summaries]
+    group = {"group": info["id"]} if isinstance(info.get("id"), str) else {}
+    return {"prompt": prompt, "chosen": texts[row["choice"]], "rejected": texts[1 - row["choice"]], **group}
+
+
+def _read_sampled_answers(row):
+    """Anthropic's scored samples. They are sorted by score, so their order gives the score away: never let a model see
+    it. Most end with the next turn's stray "Human:", which is cut."""
+    try:
+        strings = [string(a["sampled_string"], "sampled_string") for a in row["sampled_answers"]]
+        scores = [a["pm_scores"][0]["pm_score"] for a in row["sampled_answers"]]
+    except (KeyError, TypeError, IndexError):
+        raise DataError("sampled_answers need a sampled_string and pm_scores[].pm_score each") from None
+    responses = [re.sub(r"\n\n?Human:\s*$", "", s) for s in strings]
+    return _read_ranked({"prompt": row["rl_prompt"], "responses": responses, "scores": scores})
+
+
+READERS = (  # fields that make a row what it is -> kind, reader; earlier ones first
+    (("info", "summaries", "choice"), "preference", _read_summaries),
+    (("rl_prompt", "sampled_answers"), "ranked", _read_sampled_answers),
+    (("conversations", "chosen", "rejected"), "preference", _sharegpt),
+    (("prompt", "chosen", "rejected"), "preference", _read_preference),
+    (("instruction", "chosen", "rejected"), "preference", _read_preference),
+    (("chosen", "rejected"), "preference", _read_transcripts),
+    (("prompt", "responses", "scores"), "ranked", _read_ranked),
+    (("query", "responses", "scores"), "ranked", _read_ranked),
+    (("prompt", "completion"), "completion", _read_completion),
+    (("instruction", "output"), "completion", _read_completion),
+    (("messages",), "completion", _read_messages),
+    (("conversations",), "completion", _sharegpt),
+    (("text",), "text", lambda row: {"text": string(row["text"], "text")}),
+    (("prompt",), "prompt", _read_prompt),
+    (("instruction",), "prompt", _read_prompt),
+)

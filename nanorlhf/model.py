@@ -182,9 +182,10 @@ class Cache:
                          v.new_empty(P * self.n, K, self.start + self.capacity, E)))
         if not self.shared:
             self.own[layer][0][:, :, :S], self.own[layer][1][:, :, :S] = k, v
-        slots = torch.arange(S if self.shared else S + self.capacity, device=k.device)
-        padding = (slots >= self.lengths[:, None]) & (slots < S)
-        self.bias = torch.zeros(padding.shape, device=k.device).masked_fill_(padding, -torch.inf)[:, None, None]
+        if layer == 0:                                                                 # the same in all of them
+            slots = torch.arange(S if self.shared else S + self.capacity, device=k.device)
+            padding = (slots >= self.lengths[:, None]) & (slots < S)
+            self.padding_bias = torch.zeros(padding.shape, device=k.device).masked_fill_(padding, -torch.inf)[:, None, None]
 
     def positions(self):
         """[R, 1] position of the token being decoded."""
@@ -195,14 +196,15 @@ class Cache:
         end = self.start + self.t + 1
         keys[:, :, end - 1], values[:, :, end - 1] = k, v
         if self.shared:
-            return decode_attention(q, keys[:, :, :end], values[:, :, :end], prefix=(*self.prefix[layer], self.bias[:, :, None]))
-        return decode_attention(q, keys[:, :, :end], values[:, :, :end], self.bias[..., :end])
+            prefix = (*self.prefix[layer], self.padding_bias[:, :, None])
+            return decode_attention(q, keys[:, :, :end], values[:, :, :end], prefix=prefix)
+        return decode_attention(q, keys[:, :, :end], values[:, :, :end], self.padding_bias[..., :end])
 
     def keep(self, prompts, rows, n):
         """Keeps these prompts [P'] and rows [P'*n] (indices into the present ones), n a prompt, in this order."""
         if len(prompts) != len(self.lengths):
             self.prefix = [(k[prompts], v[prompts]) for k, v in self.prefix]
-            self.lengths, self.bias = self.lengths[prompts], self.bias[prompts]
+            self.lengths, self.padding_bias = self.lengths[prompts], self.padding_bias[prompts]
         used = slice(0, self.start + self.t)
         for layer, (k, v) in enumerate(self.own):
             new = k.new_empty(len(rows), *k.shape[1:]), v.new_empty(len(rows), *v.shape[1:])
@@ -260,8 +262,9 @@ class Transformer(nn.Module):
     def cached_stack(self, x, rope, cache):
         for layer, block in enumerate(self.blocks):
             x = block(x, rope, cache, layer)
-        cache.t += cache.filled
-        cache.filled = True
+        if cache.filled:
+            cache.t += 1                          # a new token of each row
+        cache.filled = True                       # the prompts are in
         return x
 
     @property

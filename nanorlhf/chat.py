@@ -58,6 +58,13 @@ def messages_of(prompt):
     return messages
 
 
+def without_oldest(messages):
+    """The conversation without its oldest exchange, the system's message kept; None if only the question is left."""
+    system = [m for m in messages[:1] if m["role"] == "system"]
+    asked = [k for k, m in enumerate(messages) if m["role"] == "user"]
+    return system + messages[asked[1]:] if len(asked) > 1 else None
+
+
 def conversation(tokenizer, prompt):
     """The messages of a prompt that the tokenizer's chat template has to render, or None."""
     return messages_of(prompt) if tokenizer.chat_template else None

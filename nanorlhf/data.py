@@ -22,7 +22,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from nanorlhf.chat import ASSISTANT, around_answers, conversation, encode_turns, encode_waiting, messages_of  # noqa: F401
+from nanorlhf.chat import (ASSISTANT, around_answers, conversation, encode_turns, encode_waiting, messages_of,  # noqa: F401
+                           without_oldest)
 from nanorlhf.records import CNNDM_PROMPT, FIELDS, TLDR_PROMPT, convert, records_of  # noqa: F401
 from nanorlhf.run import DataError
 from nanorlhf.tokenizer import Tokenizer, load_tokenizer, need_same_ids, one_line, tokenizer_of, train_bpe  # noqa: F401
@@ -147,11 +148,14 @@ def truncate_tldr(tokenizer, prompt, max_tokens=512):
 def encode_prompt(tokenizer, prompt, max_prompt_length=None, keep="end"):
     """str -> ids of a prompt, BOS first where the family has one; a transcript goes through the tokenizer's chat template, if
     it has one. An empty prompt becomes [EOS]: a model needs a token to condition on. Longer than max_prompt_length tokens
-    (BOS counted): cut to its "end" or "start", or with "tldr" by `truncate_tldr` first."""
+    (BOS counted): cut to its "end" or "start", or with "tldr" by `truncate_tldr` first; a templated conversation loses its
+    oldest exchanges first."""
     if keep not in ("end", "start", "tldr"):
         raise DataError(f"keep={keep!r}: want end, start or tldr")
     messages = conversation(tokenizer, prompt)
     ids = encode_waiting(tokenizer, messages) if messages else tokenizer.encode(prompt)
+    while messages and max_prompt_length and len(ids) > max_prompt_length and (fewer := without_oldest(messages)):
+        messages, ids = fewer, encode_waiting(tokenizer, fewer)
     bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     if messages:                                                                       # a template puts BOS itself, or none
         bos, ids = (bos, ids[1:]) if bos and ids[:1] == bos else ([], ids)

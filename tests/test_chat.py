@@ -276,6 +276,11 @@ def test_long_conversations_keep_their_end_and_begin_with_bos(tmp_path):
     whole = encode_prompt(tokenizer, prompt)
     assert whole[0] == tokenizer.bos_id and whole.count(tokenizer.bos_id) == 1         # the template's; not a second one
     assert encode_prompt(tokenizer, prompt, 12) == whole[:1] + whole[-11:]
+    told = [{"role": "system", "content": "Be kind."}, *TALK[:3]]
+    short = encode_prompt(tokenizer, prompt_of([told[0], told[3]]))                    # whole exchanges go first, the system stays
+    for room in (len(short), len(short) + 1, len(encode_prompt(tokenizer, prompt_of(told))) - 1):
+        assert encode_prompt(tokenizer, prompt_of(told), room) == short
+    assert encode_prompt(tokenizer, prompt_of(told), len(short) - 1) == short[:1] + short[2:]
 
 
 # --------------------------------------------------------------------------------------------------------------- scripts

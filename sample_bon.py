@@ -125,7 +125,7 @@ def train(config):
         values = eval_reward(queries, responses, texts).view(-1, config.n) if eval_reward else None
         for i in range(len(part)):
             own = slice(i * config.n, (i + 1) * config.n)
-            prompt = records[first + i]["prompt"]
+            prompt = texts[i * config.n]
             scored.append(dict(prompt=prompt, responses=[decode_response(tokenizer, r, prompt) for r in responses[own]],
                                finished=samples.finished[own].tolist(), scores=scores[i].tolist(),
                                values=values[i].tolist() if eval_reward else None))

@@ -72,7 +72,7 @@ FAMILIES = {
         "GPTNeoXForCausalLM", "GPTNeoXForSequenceClassification",
         style=dict(positions="rotary", residual="parallel", activation="gelu", tied=False),
         keys=SIZES | ATTENTION_BIAS | dict(ffn="intermediate_size", norm_eps="layer_norm_eps", activation="hidden_act"),
-        defaults=dict(norm_eps=1e-5, activation="gelu", qkv_bias=True, out_bias=True, tied=False, rotary_pct=0.25),
+        defaults=dict(norm_eps=1e-5, activation="gelu", qkv_bias=True, out_bias=True, tied=False),
         prefix="gpt_neox.", block="layers", head="embed_out", order="heads",
         constant=dict(attention_dropout=0.0, hidden_dropout=0.0),
         names={"embed": ["embed_in"], "norm": ["final_layer_norm"], "norm1": ["input_layernorm"],
@@ -107,13 +107,13 @@ STALE = (".attn.bias", ".attention.bias", ".masked_bias", ".rotary_emb.inv_freq"
 LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
-def read_rope(raw, defaults):
+def read_rope(name, raw):
     """(base, scaling or None, share of the head that is turned), in transformers 4's spelling or 5's."""
     top = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
     rope = {k: raw[k] for k in top if raw.get(k) is not None}
-    if "rotary_pct" in defaults:                  # GPT-NeoX has names of its own
+    if name == "gpt_neox":                        # which has names of its own
         rope = {"rope_theta": raw.get("rotary_emb_base", 10000.0)} | rope | {
-            "partial_rotary_factor": raw.get("rotary_pct", defaults["rotary_pct"])}
+            "partial_rotary_factor": raw.get("rotary_pct", 0.25)}
     rope = {"rope_theta": 10000.0} | rope | (raw.get("rope_scaling") or {}) | (raw.get("rope_parameters") or {})
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "llama3"):
@@ -121,8 +121,8 @@ def read_rope(raw, defaults):
     scaling = {k: rope[k] for k in LLAMA3_ROPE} if kind == "llama3" else None
     share = rope.get("partial_rotary_factor")
     share = 1.0 if share is None else share
-    for name, value in {"rope_theta": rope["rope_theta"], "partial_rotary_factor": share, **(scaling or {})}.items():
-        need_positive(name, value)
+    for key, value in {"rope_theta": rope["rope_theta"], "partial_rotary_factor": share, **(scaling or {})}.items():
+        need_positive(key, value)
     return rope["rope_theta"], scaling, share
 
 
@@ -130,7 +130,7 @@ def read_fields(name, raw):
     """The fields of a ModelConfig that config.json determines."""
     family = FAMILIES[name]
     given = {ours: raw[key] for ours, key in {**family.keys, "tied": "tie_word_embeddings"}.items() if raw.get(key) is not None}
-    fields = family.style | {k: v for k, v in family.defaults.items() if k != "rotary_pct"} | given
+    fields = family.style | family.defaults | given
     needed = [key for ours, key in family.keys.items() if ours in ("context", "width", "layers", "heads", "ffn")]
     if missing := [k for k in [*needed, "vocab_size"] if raw.get(k) is None and k != "n_inner"]:
         raise UserError(f"{missing[0]} is missing")
@@ -141,7 +141,7 @@ def read_fields(name, raw):
     if name == "gptj":
         fields["rotary_dim"] = read_rotary(fields, fields["rotary_dim"])
     elif fields.get("positions") == "rotary":
-        fields["rope_theta"], fields["rope_scaling"], share = read_rope(raw, family.defaults)
+        fields["rope_theta"], fields["rope_scaling"], share = read_rope(name, raw)
         if share != 1 and name != "gpt_neox":
             raise UserError(f"partial_rotary_factor {share!r} is not supported in {name}")
         fields["rotary_dim"] = read_rotary(fields, int(fields["head_dim"] * share))
@@ -275,7 +275,7 @@ def qkv_order(config):
 def stored_as(model, head, prefix):
     """Where each of our parameters lies in the family's files: (their name, their shape, our name, our rows, transposed). `head`
     is what the output or scalar head is called there, `prefix` what the trunk's tensors begin with."""
-    config, family = model.config, FAMILIES[model.config.family]
+    config, family, order = model.config, FAMILIES[model.config.family], qkv_order(model.config)
     for name, parameter in model.named_parameters():
         module, leaf = name.removeprefix("trunk.").rsplit(".", 1)
         if module == "head" and not name.startswith("trunk."):
@@ -287,8 +287,7 @@ def stored_as(model, head, prefix):
             block = f"{family.block}.{number}."
         rows, parts = torch.arange(len(parameter)), family.names[module]
         if module == "attn.qkv":
-            if (order := qkv_order(config)) is not None:
-                rows = order.argsort()
+            rows = rows if order is None else order.argsort()
             kv = config.kv_heads * config.head_dim
             split = rows.split([len(rows) - 2 * kv, kv, kv] if len(parts) == 3 else [len(rows)])
         else:

@@ -248,14 +248,13 @@ class Setting:
             sources = {split: ("reviews", split) for split in ("test", "ood_near", "ood_far")}
         else:
             sources = {name: (file, "") for name, file in named_files(options.data).items()}
-        self.records = {name: load_records(file, "prompt", split, options.num_prompts, options.skip_bad, tokenizer=tokenizer)
-                        for name, (file, split) in sources.items()}
-        self.texts = {name: [r["prompt"] for r in records] for name, records in self.records.items()}
+        records = {name: load_records(file, "prompt", split, options.num_prompts, options.skip_bad, tokenizer=tokenizer)
+                   for name, (file, split) in sources.items()}
+        self.texts = {name: [r["prompt"] for r in own] for name, own in records.items()}
         room = prompt_room(self.reference, options.response_length)
-        self.prompts = {name: [encode_prompt(tokenizer, r["prompt"], room) for r in records]
-                        for name, records in self.records.items()}
+        self.prompts = {name: [encode_prompt(tokenizer, text, room) for text in texts] for name, texts in self.texts.items()}
         self.first = next(iter(sources))                                               # in distribution
-        written = [r.get("completion") for r in self.records[self.first]]
+        written = [r.get("completion") for r in records[self.first]]
         self.written_scores = None
         if all(written):
             asked = self.texts[self.first]
@@ -269,7 +268,7 @@ class Setting:
         found = generate(model, prompts, o.response_length, o.temperature, num_samples=K * n, tokenizer=self.tokenizer,
                          seed=seed_for(o.seed, purpose)).responses()
         if n > 1:
-            asked, texts = ([p for p in each[:limit] for _ in range(K * n)] for each in (prompts, self.texts[split]))
+            asked, texts = ([p for p in each for _ in range(K * n)] for each in (prompts, self.texts[split][:limit]))
             scores = self.rewards["reward"](asked, found, texts).view(-1, n)
             found = [found[i * n + int(best)] for i, best in enumerate(scores.argmax(1))]
         return [found[i:i + K] for i in range(0, len(found), K)]

@@ -171,20 +171,22 @@ class Tokenizer:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         names = {i: t for t, i in self.special.items()}
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **self.special_text}
-        for token, i in (("eos_token", self.eos_id), ("pad_token", self.pad_id), ("bos_token", self.bos_id)):
-            if i in names:
-                config[token] = names[i]
-        new = {} if "tokenizer_config.json" in self.files else {"tokenizer_config.json": json.dumps(config, indent=2).encode()}
+        config, new = self.files.get("tokenizer_config.json"), {}
+        if config is None:
+            config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **self.special_text}
+            for token, i in (("eos_token", self.eos_id), ("pad_token", self.pad_id), ("bos_token", self.bos_id)):
+                if i in names:
+                    config[token] = names[i]
+            new["tokenizer_config.json"] = json.dumps(config, indent=2).encode()
+        elif self.special_text.get("pad_token") != names.get(self.pad_id):
+            # transformers fills rows with this pad, and reads a reward before config.json's: they have to be one.
+            config = json.loads(config)
+            config.pop("pad_token", None)
+            config |= {"pad_token": names[self.pad_id]} if self.pad_id in names else {}
+            new["tokenizer_config.json"] = json.dumps(config, indent=2, ensure_ascii=False).encode()
         if "tokenizer.json" not in self.files:
             spec = _to_tokenizer_json(self.encoding, names.get(self.bos_id), self.special)
             new["tokenizer.json"] = json.dumps(spec, ensure_ascii=False).encode()
-        if "tokenizer_config.json" in self.files:  # transformers has to fill rows with what config.json calls the pad
-            config = json.loads(self.files["tokenizer_config.json"])
-            if self.special_text.get("pad_token") != names.get(self.pad_id):
-                config.pop("pad_token", None)
-                config |= {"pad_token": names[self.pad_id]} if self.pad_id in names else {}
-                new["tokenizer_config.json"] = json.dumps(config, indent=2, ensure_ascii=False).encode()
         for name, content in (self.files | new).items():
             (folder / name).write_bytes(content)
 

@@ -1,186 +1,212 @@
-"""Direct preference optimisation, and its relatives that differ only in the loss (Rafailov 2023, Eq. 7; appendix C.3).
+"""Direct preference optimisation (DPO; Rafailov 2023) and relatives that differ only in the loss.
 
-    h = [log pi(y_w|x) - log pi(y_l|x)] - [log pi_ref(y_w|x) - log pi_ref(y_l|x)]     sums over response tokens, EOS included
-    dpo           L = -log sigmoid(beta h)                          Eq. 7;   at the start h = 0, L = ln 2
-    cdpo          L = -(1 - e) log sigmoid(beta h) - e log sigmoid(-beta h)           labels flipped with probability e
-    ipo           L = (h - 1 / (2 beta))^2                          Azar 2023; at the start L = 1 / (4 beta^2)
-    unlikelihood  L = -log pi(y_w|x) + alpha log pi(y_l|x)          unbounded below: a baseline that degenerates
+    h = [log pi(y_w|x) - log pi(y_l|x)] - [log pi_ref(y_w|x) - log pi_ref(y_l|x)]
+    dpo           L = -log sigmoid(beta h)                     Eq. 7; at the start h = 0, so L = ln 2
+    cdpo          L = -(1 - e) log sigmoid(beta h) - e log sigmoid(-beta h)     a label is wrong with probability e
+    ipo           L = (h - 1 / (2 beta))^2                     Azar 2023; at the start L = 1 / (4 beta^2)
+    unlikelihood  L = -log pi(y_w|x) + alpha log pi(y_l|x)     appendix C.3; unbounded below, so it can degenerate
 
-log pi(y|x) is a sum, never a mean over tokens. The reference's log-probabilities are constants: taken once an example,
-before training, by the same function as the policy's. (The paper's appendix A prints Eq. 21 with y_w and y_l exchanged;
-Eq. 7 is right.) The log-probability of the chosen response usually falls in training; the margin is what rises.
+log pi(y|x) is a sum over response tokens, EOS included, never a mean. The reference's log-probabilities are
+constants: they are computed once per example before training, with the same function as the policy's. During
+training the log-probability of the chosen response usually falls; what rises is the margin.
 
-With no option it trains out/sft on the comparisons that train_rm.py reads; Preferred-FT is train_sft.py on the same file.
+The paper's own setting is --optimizer rmsprop --max_grad_norm 10 --lr 1e-6 with 150 warm-up steps. Its appendix A
+prints Eq. 21 with y_w and y_l exchanged; Eq. 7 is right.
+
+Without options it trains out/sft on the comparisons that train_rm.py reads. Preferred-FT is train_sft.py on the
+same file.
 """
 
+from collections import Counter
 from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from nanorlhf.data import (batch_indices, collate, load_records, load_tokenizer, make_examples, micro_batches, need_same_ids,
-                           split_records, steps_of)
-from nanorlhf.evaluate import load_eval_prompts, measure
-from nanorlhf.model import Transformer
-from nanorlhf.run import (MAKE_COMPARISONS, Run, UserError, learning_rate, main, make_optimizer, need_file, need_folder,
-                          need_same_vocabulary)
+from nanorlhf.data import collate, load_records, make_group, micro_batches, split_records
+from nanorlhf.errors import UserError
+from nanorlhf.evaluate import eval_sampler
+from nanorlhf.files import require_file, require_folder
+from nanorlhf.model import Transformer, check_same_vocabulary
+from nanorlhf.options import main
+from nanorlhf.run import MAKE_COMPARISONS, Run
+from nanorlhf.tokenizer import check_same_ids, load_tokenizer
+from nanorlhf.training import batch_indices, learning_rate, make_optimizer, optimizer_step, steps_of
 
 
 @dataclass
 class Config:
-    init: str = "out/sft"            # starting checkpoint folder
-    reference: str = ""              # folder of the reference policy; '' = --init
-    data: str = "out/comparisons/comparisons.jsonl"  # prompt, chosen, rejected
-    eval_data: str = ""              # held-out comparisons; '' holds out a part of --data
-    eval_prompts: str = ""           # prompts to sample on while training: record file; '' = the test prompts, if on `reviews`
-    eval_reward: str = ""            # a reward only measured there: folder, gold or file.py:function; '' = gold, if on `reviews`
-    limit: int = 0                   # at most so many records; 0 = all
-    skip_bad: bool = False           # skip bad rows and count them, instead of stopping at the first
-    out: str = "out/dpo"             # run folder
-    overwrite: bool = False          # replace a run that is there
-    resume: bool = False             # continue the run in --out from its newest checkpoint
-    seed: int = 0                    # of everything random
-    device: str = "auto"             # cpu, cuda, cuda:1, ...; auto takes a GPU if there is one
-    dtype: str = "float32"           # float32, or bfloat16 (autocast; weights stay float32)
-    compile: bool = False            # torch.compile the layers
-
-    loss: str = "dpo"                # dpo (cdpo with label_smoothing > 0), ipo or unlikelihood
+    # DPO
+    loss: Literal["dpo", "ipo", "unlikelihood"] = "dpo"  # cDPO is dpo with --label_smoothing
     beta: float = 0.5                # strength of the pull to the reference (paper: 0.1, and 0.5 on TL;DR)
     label_smoothing: float = 0.0     # e of cDPO, in [0, 0.5)
     reference_free: bool = False     # drop the reference from h
     alpha: float = 0.5               # of unlikelihood, in [0, 1]
-    max_length: int = 0              # longest prompt + response in tokens; 0 = the model's context
-    max_prompt_length: int = 0       # a row that is too long has its prompt cut to this first; 0 = half of max_length
-    keep: str = "end"                # what a too long prompt keeps: end, start, or tldr (Stiennon 2020's rule)
-    response_length: int = 48        # longest sampled response in tokens
-    temperature: float = 1.0         # of the samples
+
+    # Data
+    init: str = "out/sft"            # starting checkpoint: folder or hub name
+    reference: str = ""              # reference policy: folder or hub name; '' = --init
+    data: str = "out/comparisons/comparisons.jsonl"  # record file of comparisons
+    eval_data: str = ""              # held-out record file; '' = hold out a part of --data
+    eval_fraction: float = 0.05      # share of --data to hold out if there is no --eval_data
+    limit: int = 0                   # use at most this many records; 0 = all
+    skip_bad: bool = False           # skip bad rows and count them, instead of stopping at the first
+
+    # Lengths in tokens
+    max_length: int = 0              # longest prompt + response; 0 = the model's context
+    max_prompt_length: int = 0       # an overlong row has its prompt cut to this first; 0 = half of max_length
+    keep: Literal["end", "start", "tldr"] = "end"  # which part of an overlong prompt to keep (tldr: Stiennon 2020)
+
+    # Optimisation
     epochs: float = 1.0              # passes over the data
-    max_steps: int = 0               # train for so many steps, whatever --epochs; 0 = as many as they make
-    batch_size: int = 64             # pairs a step
-    micro_batch_size: int = 0        # pairs at a time in memory; 0 = batch_size
+    max_steps: int = 0               # number of steps; 0 = from --epochs
+    batch_size: int = 64             # rows per step
+    micro_batch_size: int = 0        # rows in memory at a time; 0 = batch_size
     lr: float = 4e-4                 # peak learning rate
     warmup_steps: int = 10           # linear warm-up
-    lr_schedule: str = "linear"      # cosine, linear or constant
-    optimizer: str = "adamw"         # adamw, adam, or rmsprop (the paper's)
-    weight_decay: float = 0.0        # on matrices
-    max_grad_norm: float = 1.0       # clip to this norm (paper: 10); 0 = off
-    eval_fraction: float = 0.05      # share of --data held out when there is no --eval_data
-    num_eval_prompts: int = 128      # evaluation prompts, one sample each
-    eval_every: int = 20             # steps between evaluations, the last step included; 0 = never
+    lr_schedule: Literal["cosine", "linear", "constant"] = "linear"  # after the warm-up
+    optimizer: Literal["adamw", "adam", "rmsprop"] = "adamw"  # update rule
+    weight_decay: float = 0.0        # on matrices only
+    max_grad_norm: float = 1.0       # clip the gradient's norm to this; 0 = off
+
+    # Samples while training
+    eval_prompts: str = ""           # record file of prompts to sample on; '' = the test prompts, if on reviews
+    eval_reward: str = ""            # a reward to measure there: folder, gold or file.py:function; '' = gold on reviews
+    num_eval_prompts: int = 128      # use at most this many of the prompts, one sample each
+    response_length: int = 48        # longest sampled response in tokens
+    temperature: float = 1.0         # of the samples
+
+    # Run
+    eval_every: int = 20             # steps between evaluations, one after the last step included; 0 = never
     save_every: int = 100            # steps between checkpoints; 0 = none
+    out: str = "out/dpo"             # run folder
+    overwrite: bool = False          # overwrite an existing run
+    resume: bool = False             # continue the run in --out from its newest checkpoint
+    seed: int = 0                    # of everything random
+    device: str = "auto"             # cpu, cuda, cuda:1, ...; auto = a GPU if there is one
+    dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16 is autocast; weights stay float32
+    compile: bool = False            # torch.compile the layers
 
 
-def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=0.1, label_smoothing=0.0, loss="dpo", alpha=0.5,
-             reference_free=False):
-    """Losses [B] of sequence log-probabilities [B] (sums over response tokens) of policy and reference."""
+def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=Config.beta, label_smoothing=Config.label_smoothing,
+             loss=Config.loss, alpha=Config.alpha, reference_free=Config.reference_free):
+    """Losses [B] from sequence log-probabilities [B] (sums over response tokens) of policy and reference."""
     h = (chosen - rejected) - (0.0 if reference_free else ref_chosen - ref_rejected)
-    if loss == "dpo":
-        return -(1 - label_smoothing) * F.logsigmoid(beta * h) - label_smoothing * F.logsigmoid(-beta * h)   # Eq. 7; cDPO
+    if loss == "dpo":                                                              # Eq. 7; cDPO
+        return -(1 - label_smoothing) * F.logsigmoid(beta * h) - label_smoothing * F.logsigmoid(-beta * h)
     if loss == "ipo":
         return (h - 1 / (2 * beta)) ** 2
-    if loss == "unlikelihood":
+    if loss == "unlikelihood":                                                     # appendix C.3
         return -chosen + alpha * rejected
     raise UserError(f"--loss {loss}: not one of dpo, ipo, unlikelihood")
 
 
-def pair_logprobs(model, pairs, tokenizer, run):
-    """log pi(y|x) of these pairs, one forward pass: (chosen [B], rejected [B], number of tokens)."""
-    batch = collate([p.chosen for p in pairs] + [p.rejected for p in pairs], tokenizer.pad_id, run.device)
+def to_groups(records, tokenizer, config, context):
+    """Comparisons -> Groups of two examples, the chosen one first. Their numbers are the reference's log-probabilities,
+    which train() fills in."""
+    return [make_group(tokenizer, r["prompt"], [r["chosen"], r["rejected"]], [], config, context) for r in records]
+
+
+class Forward(NamedTuple):
+    chosen: torch.Tensor             # [B] log pi(y_w|x), a sum over response tokens
+    rejected: torch.Tensor           # [B] log pi(y_l|x)
+    chosen_lengths: torch.Tensor     # [B] |y_w| in tokens
+    rejected_lengths: torch.Tensor   # [B] |y_l|
+    tokens: int                      # processed, prompts included
+
+
+def forward(model, groups, tokenizer, run):
+    """One forward pass over both responses of these groups."""
+    examples = [g.examples[0] for g in groups] + [g.examples[1] for g in groups]
+    batch = collate(examples, tokenizer.pad_id, run.device)
     with run.autocast():
-        logprobs = model.logprobs(batch.tokens, batch.mask).sum(1)                     # [2B]
-    return *logprobs.chunk(2), int(batch.lengths.sum())
+        logps = model.logprobs(batch.tokens, batch.mask).sum(1)                    # [2B]
+    chosen, rejected = logps.chunk(2)
+    chosen_lengths, rejected_lengths = batch.mask.sum(1).chunk(2)
+    return Forward(chosen, rejected, chosen_lengths, rejected_lengths, int(batch.lengths.sum()))
 
 
-class Pair:
-    """A tokenised comparison, and the reference's log-probabilities of its two responses."""
+def losses_and_stats(out, groups, config):
+    """Losses [B] of these groups after their forward pass, and sums over them of what is logged."""
+    ref_chosen, ref_rejected = torch.tensor([g.numbers for g in groups], device=out.chosen.device).T
+    losses = dpo_loss(out.chosen, out.rejected, ref_chosen, ref_rejected, config.beta, config.label_smoothing,
+                      config.loss, config.alpha, config.reference_free)
+    with torch.no_grad():
+        rewards_chosen = config.beta * (out.chosen - ref_chosen)                   # Eq. 5: the implicit reward
+        rewards_rejected = config.beta * (out.rejected - ref_rejected)
+        stats = {"rewards/chosen": rewards_chosen, "rewards/rejected": rewards_rejected,
+                 "rewards/margins": rewards_chosen - rewards_rejected,
+                 "rewards/accuracies": (rewards_chosen > rewards_rejected).float(),
+                 "logps/chosen": out.chosen, "logps/rejected": out.rejected}
+        return losses, {k: v.sum().item() for k, v in stats.items()}
 
-    def __init__(self, examples):
-        self.chosen, self.rejected = examples
-        self.reference = None
 
-    @property
-    def length(self):
-        return max(len(self.chosen.tokens), len(self.rejected.tokens))
+@torch.no_grad()
+def evaluate(model, groups, tokenizer, run, config):
+    """Mean loss and accuracy of the implicit reward on held-out comparisons."""
+    loss_sum, sums = 0.0, Counter()
+    for part in micro_batches(groups, run.micro_batch_size):
+        losses, stats = losses_and_stats(forward(model, part, tokenizer, run), part, config)
+        loss_sum += float(losses.sum())
+        sums.update(stats)
+    n = len(groups)
+    return {"eval/loss": loss_sum / n, "eval/accuracy": sums["rewards/accuracies"] / n} if n else {}
 
 
 def train(config):
-    run = Run(config, "dpo", loss=("dpo", "ipo", "unlikelihood"))
+    run = Run(config, "dpo")
     if run.finished:
         return
-    init = need_folder(config.init, "python train_sft.py")
-    need_file(config.data, MAKE_COMPARISONS)
+    init = require_folder(config.init, "python train_sft.py")
+    require_file(config.data, MAKE_COMPARISONS)
     if not 0 <= config.label_smoothing < 0.5:
         raise UserError(f"--label_smoothing {config.label_smoothing}: must lie in [0, 0.5)")
     tokenizer = load_tokenizer(init)
-    need_same_ids("--reference", config.reference or init, tokenizer)
+    check_same_ids("--reference", config.reference or init, tokenizer)
     model = run.prepare(Transformer.from_pretrained(init), tokenizer)
     reference = run.prepare(Transformer.from_pretrained(config.reference or init), tokenizer).requires_grad_(False)
-    need_same_vocabulary(f"--reference {config.reference}", reference, model)
+    check_same_vocabulary(f"--reference {config.reference}", reference, model)
 
-    max_length = config.max_length or model.config.context
-
-    def to_pairs(records):
-        return [Pair(make_examples(tokenizer, r["prompt"], [r["chosen"], r["rejected"]], max_length,
-                                   config.max_prompt_length or max_length // 2, config.keep)) for r in records]
-    records = load_records(config.data, "preference", limit=config.limit or None, skip_bad=config.skip_bad,
-                           tokenizer=tokenizer)
+    limit = config.limit or None
+    records = load_records(config.data, "preference", limit=limit, skip_bad=config.skip_bad, tokenizer=tokenizer)
     if config.eval_data:
         held_out = load_records(config.eval_data, "preference", skip_bad=config.skip_bad, tokenizer=tokenizer)
     else:
         records, held_out = split_records(records, config.eval_fraction, config.seed)
-    pairs, eval_pairs = to_pairs(records), to_pairs(held_out)
-    eval_prompts, eval_rewards = load_eval_prompts(config.eval_prompts, config, records, tokenizer, model, {}, run)
+    groups = to_groups(records, tokenizer, config, model.config.context)
+    eval_groups = to_groups(held_out, tokenizer, config, model.config.context)
+    sample = eval_sampler(config, records, tokenizer, model, reference, {}, run)
 
-    # The reference's log-probabilities, once an example.
-    micro_batch_size = config.micro_batch_size or config.batch_size
+    # The reference's log-probabilities, once per example.
     with torch.no_grad():
-        for part in micro_batches(pairs + eval_pairs, micro_batch_size, length=lambda p: p.length):
-            chosen, rejected, _ = pair_logprobs(reference, part, tokenizer, run)
-            for pair, *logprobs in zip(part, chosen.tolist(), rejected.tolist()):
-                pair.reference = logprobs
-
-    def losses_of(part):
-        chosen, rejected, tokens = pair_logprobs(model, part, tokenizer, run)
-        ref_chosen, ref_rejected = torch.tensor([p.reference for p in part], device=run.device).T
-        losses = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, config.beta, config.label_smoothing, config.loss,
-                          config.alpha, config.reference_free)
-        with torch.no_grad():                                                          # implicit rewards: beta log pi / pi_ref
-            rewards_chosen, rewards_rejected = config.beta * (chosen - ref_chosen), config.beta * (rejected - ref_rejected)
-            stats = {"rewards/chosen": rewards_chosen, "rewards/rejected": rewards_rejected,
-                     "rewards/margins": rewards_chosen - rewards_rejected,
-                     "rewards/accuracies": (rewards_chosen > rewards_rejected).float(),
-                     "logps/chosen": chosen, "logps/rejected": rejected}
-            return losses, {k: v.sum().item() for k, v in stats.items()}, tokens
+        for part in micro_batches(groups + eval_groups, run.micro_batch_size):
+            out = forward(reference, part, tokenizer, run)
+            for group, chosen, rejected in zip(part, out.chosen.tolist(), out.rejected.tolist()):
+                group.numbers.extend([chosen, rejected])
 
     optimizer = make_optimizer(model.parameters(), config.optimizer, config.lr, config.weight_decay)
     state = run.load_checkpoint({"model": model}, {"optimizer": optimizer})
-    total = config.max_steps or steps_of(config.epochs, len(pairs), config.batch_size)
+    run.begin(state["step"])
+    total = config.max_steps or steps_of(config.epochs, len(records), config.batch_size)
     for step in range(state["step"], total):
-        rows = batch_indices(len(pairs), config.batch_size, step, config.seed)
-        loss_sum, tokens, sums = 0.0, 0, {}
-        for part in micro_batches([pairs[i] for i in rows], micro_batch_size, length=lambda p: p.length):
-            losses, stats, n = losses_of(part)
+        rows = batch_indices(len(records), config.batch_size, step, config.seed)
+        loss_sum, tokens, sums = 0.0, 0, Counter()
+        for part in micro_batches([groups[i] for i in rows], run.micro_batch_size):
+            out = forward(model, part, tokenizer, run)
+            losses, stats = losses_and_stats(out, part, config)
             loss = losses.sum() / len(rows)
             loss.backward()
-            loss_sum, tokens = loss_sum + loss.item(), tokens + n
-            sums = {k: sums.get(k, 0.0) + v for k, v in stats.items()}
+            loss_sum, tokens = loss_sum + loss.item(), tokens + out.tokens
+            sums.update(stats)
         lr = learning_rate(step, total, config.lr, config.warmup_steps, config.lr_schedule)
-        norm = run.step({optimizer: lr}, config.max_grad_norm, step + 1, rows, loss_sum)
+        norm = optimizer_step({optimizer: lr}, config.max_grad_norm, step + 1, rows, loss_sum)
 
         metrics = {"loss": loss_sum, "lr": lr, "grad_norm": norm, **{k: v / len(rows) for k, v in sums.items()}}
-        if run.every(config.eval_every, step + 1, total):
-            if eval_pairs:
-                with torch.no_grad():
-                    found = [losses_of(part) for part in micro_batches(eval_pairs, micro_batch_size, length=lambda p: p.length)]
-                metrics["eval/loss"] = sum(float(losses.sum()) for losses, *_ in found) / len(eval_pairs)
-                metrics["eval/accuracy"] = sum(stats["rewards/accuracies"] for _, stats, _ in found) / len(eval_pairs)
-            if eval_prompts:
-                found, texts = measure(model, reference, tokenizer, eval_prompts, eval_rewards, config.response_length,
-                                       config.temperature, config.seed, run.autocast())
-                metrics |= found
-                run.samples(step + 1, texts[:8])
-        run.log(step + 1, total, metrics, tokens=tokens)
-        if run.every(config.save_every, step + 1, total):
+        if run.due(config.eval_every, step + 1, total):
+            metrics |= evaluate(model, eval_groups, tokenizer, run, config) | sample(step + 1)
+        run.log(step + 1, total, metrics, tokens)
+        if run.due(config.save_every, step + 1, total):
             run.save_checkpoint(step + 1, {"model": model}, {"optimizer": optimizer})
     run.finish(model, tokenizer)
 

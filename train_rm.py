@@ -1,67 +1,80 @@
-"""Reward model: fit a scalar r(x, y) to comparisons of responses (Stiennon 2020; Ouyang 2022; Chaudhari 2024, section 2).
+"""Reward model: fit a scalar r(x, y) to comparisons of responses (Stiennon 2020; Ouyang 2022; Chaudhari 2024).
 
-    P(y_w > y_l | x) = sigmoid(r(x, y_w) - r(x, y_l))           Bradley-Terry
-    L = - log sigmoid(r(x, y_w) - r(x, y_l))
+    P(y_w > y_l | x) = sigmoid(r(x, y_w) - r(x, y_l))          Bradley-Terry
+    L = - log sigmoid(r(x, y_w) - r(x, y_l))                   Stiennon 2020, section 3.4; Chaudhari 2024, section 2
 
-A ranking of K responses gives all its pairs, in one batch and divided by C(K, 2); ties are dropped (Ouyang 2022). The model
-is the SFT model with a scalar head, read at the last real token, which is EOS unless the text was cut. Only differences of
-rewards are identified: afterwards mean and standard deviation are stored as constants (--normalize). Weight decay is the
-Gaussian prior of the MAP estimate (Chaudhari 2024, section 2.1).
+A ranking of K responses gives all its pairs, in one batch and divided by C(K, 2); ties are dropped (Ouyang 2022,
+Eq. 1). The model is the SFT model with a scalar head, read at the last real token: EOS, unless the text was cut.
 
-With no option it reads the comparisons which this makes from the SFT model and the built-in task's noisy judge:
+Only differences of rewards are identified. After training, the mean and standard deviation over held-out responses
+are therefore stored as constants, and the score is (r - mean) / std (--normalize).
+
+Without options it reads the comparisons that this command makes from the SFT model and the task's noisy judge:
     python sample_bon.py --split train --limit 8000 --n 2 --reward gold --label_temperature 0.2 --out out/comparisons
 """
 
 import math
 from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from nanorlhf.data import (batch_indices, collate, load_records, load_tokenizer, make_examples, micro_batches, split_records,
-                           steps_of)
-from nanorlhf.evaluate import named_files
+from nanorlhf.data import collate, load_records, make_group, micro_batches, split_records
+from nanorlhf.errors import UserError
+from nanorlhf.files import require_file, require_folder
 from nanorlhf.model import RewardModel
-from nanorlhf.run import MAKE_COMPARISONS, Run, UserError, learning_rate, main, make_optimizer, need_file, need_folder
+from nanorlhf.options import main, named_files
+from nanorlhf.run import MAKE_COMPARISONS, Run
+from nanorlhf.tokenizer import load_tokenizer
+from nanorlhf.training import batch_indices, learning_rate, make_optimizer, optimizer_step, steps_of
 
 
 @dataclass
 class Config:
-    init: str = "out/sft"            # starting checkpoint folder
-    data: str = "out/comparisons/comparisons.jsonl"  # prompt, chosen, rejected; or prompt, responses, scores
-    eval_data: str = ""              # held-out record files NAME=FILE,NAME=FILE; besides a held-out part of --data
-    limit: int = 0                   # at most so many records; 0 = all
-    skip_bad: bool = False           # skip bad rows and count them, instead of stopping at the first
-    out: str = "out/rm"              # run folder
-    overwrite: bool = False          # replace a run that is there
-    resume: bool = False             # continue the run in --out from its newest checkpoint
-    seed: int = 0                    # of everything random, the scalar head included
-    device: str = "auto"             # cpu, cuda, cuda:1, ...; auto takes a GPU if there is one
-    dtype: str = "float32"           # float32, or bfloat16 (autocast; weights stay float32)
-    compile: bool = False            # torch.compile the layers
+    # Reward model
+    normalize: Literal["standard", "mean", "none"] = "standard"  # mean 0, std 1 (Kirk 2023); mean 0 (Stiennon 2020)
+    normalize_data: str = ""         # record file of completions to normalize on; '' = the held-out responses
 
-    max_length: int = 0              # longest prompt + response in tokens; 0 = the model's context
-    max_prompt_length: int = 0       # a row that is too long has its prompt cut to this first; 0 = half of max_length
-    keep: str = "end"                # what a too long prompt keeps: end, start, or tldr (Stiennon 2020's rule)
-    epochs: float = 1.0              # passes over the data; more than one overfits
-    max_steps: int = 0               # train for so many steps, whatever --epochs; 0 = as many as they make
-    batch_size: int = 32             # prompts a step
-    micro_batch_size: int = 0        # prompts at a time in memory; 0 = batch_size
+    # Data
+    init: str = "out/sft"            # starting checkpoint: folder or hub name
+    data: str = "out/comparisons/comparisons.jsonl"  # record file of comparisons or rankings
+    eval_data: str = ""              # more held-out record files, NAME=FILE,NAME=FILE
+    eval_fraction: float = 0.1       # share of --data to hold out
+    limit: int = 0                   # use at most this many records; 0 = all
+    skip_bad: bool = False           # skip bad rows and count them, instead of stopping at the first
+
+    # Lengths in tokens
+    max_length: int = 0              # longest prompt + response; 0 = the model's context
+    max_prompt_length: int = 0       # an overlong row has its prompt cut to this first; 0 = half of max_length
+    keep: Literal["end", "start", "tldr"] = "end"  # which part of an overlong prompt to keep (tldr: Stiennon 2020)
+
+    # Optimisation
+    epochs: float = 1.0              # passes over the data
+    max_steps: int = 0               # number of steps; 0 = from --epochs
+    batch_size: int = 32             # rows per step
+    micro_batch_size: int = 0        # rows in memory at a time; 0 = batch_size
     lr: float = 3e-4                 # peak learning rate
     warmup_steps: int = 10           # linear warm-up
-    lr_schedule: str = "cosine"      # cosine, linear or constant
-    optimizer: str = "adamw"         # adamw, adam or rmsprop
-    weight_decay: float = 0.0        # on matrices: the precision of the Gaussian prior
-    max_grad_norm: float = 1.0       # clip to this norm; 0 = off
-    normalize: str = "standard"      # stored constants: standard (mean 0, std 1: Kirk 2023), mean (Stiennon 2020) or none
-    normalize_data: str = ""         # completions to take them from, such as demonstrations; '' = the held-out responses
-    eval_fraction: float = 0.1       # share of --data held out (all responses of a prompt together)
-    eval_every: int = 100            # steps between evaluations, the last step included; 0 = never
+    lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"  # after the warm-up
+    optimizer: Literal["adamw", "adam", "rmsprop"] = "adamw"  # update rule
+    weight_decay: float = 0.0        # on matrices only
+    max_grad_norm: float = 1.0       # clip the gradient's norm to this; 0 = off
+
+    # Run
+    eval_every: int = 100            # steps between evaluations, one after the last step included; 0 = never
     save_every: int = 200            # steps between checkpoints; 0 = none
+    out: str = "out/rm"              # run folder
+    overwrite: bool = False          # overwrite an existing run
+    resume: bool = False             # continue the run in --out from its newest checkpoint
+    seed: int = 0                    # of everything random
+    device: str = "auto"             # cpu, cuda, cuda:1, ...; auto = a GPU if there is one
+    dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16 is autocast; weights stay float32
+    compile: bool = False            # torch.compile the layers
 
 
 def preference_loss(chosen, rejected):
-    """-log sigmoid(r_w - r_l), one a pair (Bradley-Terry). chosen, rejected [N] rewards -> [N]."""
+    """-log sigmoid(r_w - r_l) of each pair (Bradley-Terry). chosen, rejected: [N] rewards -> [N] losses."""
     return -F.logsigmoid(chosen - rejected)
 
 
@@ -71,107 +84,120 @@ def ranked_pairs(scores):
     return [i for i, _ in pairs], [j for _, j in pairs]
 
 
-def rewards_of(model, rankings, tokenizer, run):
-    """Rewards [sum of K] of all responses of these rankings in one forward pass, with the pairs among them:
-    (rewards, better, worse, weight 1/C(K, 2) of each pair, number of tokens)."""
-    batch = collate([e for examples, _ in rankings for e in examples], tokenizer.pad_id, run.device)
+def to_groups(records, tokenizer, config, context):
+    """Rankings -> Groups of K examples and their scores. A ranking in which all responses tie says nothing and is left
+    out."""
+    return [make_group(tokenizer, r["prompt"], r["responses"], r["scores"], config, context)
+            for r in records if len(set(r["scores"])) > 1]
+
+
+class Forward(NamedTuple):
+    rewards: torch.Tensor            # [sum of K] of all responses
+    better: list                     # index of the better response of each pair
+    worse: list                      # index of the other one
+    weight: torch.Tensor             # [number of pairs] 1 / C(K, 2)
+    tokens: int                      # processed, prompts included
+
+
+def forward(model, groups, tokenizer, run):
+    """One forward pass over all responses of these groups, with the pairs among them."""
+    batch = collate([e for g in groups for e in g.examples], tokenizer.pad_id, run.device)
     with run.autocast():
-        rewards = model.score(batch.tokens, batch.lengths)
+        rewards = model.score(batch.tokens, batch.lengths)                         # [sum of K]
     better, worse, weight, first = [], [], [], 0
-    for examples, scores in rankings:
+    for _, scores in groups:
         i, j = ranked_pairs(scores)
         better += [first + k for k in i]
         worse += [first + k for k in j]
-        weight += [1 / math.comb(len(scores), 2) for _ in i]
+        weight += [1 / math.comb(len(scores), 2) for _ in i]                       # Ouyang 2022, Eq. 1
         first += len(scores)
-    return rewards, better, worse, torch.tensor(weight, device=run.device), int(batch.lengths.sum())
+    return Forward(rewards, better, worse, torch.tensor(weight, device=run.device), int(batch.lengths.sum()))
+
+
+@torch.no_grad()
+def evaluate(model, groups, tokenizer, run, name):
+    """Loss, accuracy = mean[r_w > r_l], and the accuracy in quarters of the pairs by confidence |r_w - r_l|, least sure
+    first. If confidence means anything, accuracy rises from quarter to quarter."""
+    if not groups:
+        return {}
+    margins = []
+    for part in micro_batches(groups, run.micro_batch_size):
+        out = forward(model, part, tokenizer, run)
+        margins.append((out.rewards[out.better] - out.rewards[out.worse]).float().cpu())
+    margins = torch.cat(margins)
+    metrics = {f"eval/{name}/loss": float(-F.logsigmoid(margins).mean()),
+               f"eval/{name}/accuracy": float((margins > 0).float().mean()), f"eval/{name}/pairs": len(margins)}
+    if len(margins) >= 40:
+        by_confidence = margins[margins.abs().argsort()]
+        for k, quarter in enumerate(by_confidence.chunk(4), 1):
+            metrics[f"eval/{name}/accuracy_q{k}"] = float((quarter > 0).float().mean())
+    return metrics
+
+
+@torch.no_grad()
+def normalize(model, groups, tokenizer, run, how):
+    """Stores the mean of these groups' rewards, and with how = "standard" their standard deviation, as constants."""
+    rewards = torch.cat([forward(model, part, tokenizer, run).rewards
+                         for part in micro_batches(groups, run.micro_batch_size)])
+    model.reward_mean = float(rewards.mean())
+    if how == "standard":
+        model.reward_std = float(rewards.std(correction=0)) or 1.0                 # 0: one response, or all alike
 
 
 def train(config):
-    run = Run(config, "rm", normalize=("standard", "mean", "none"))
+    run = Run(config, "rm")
     if run.finished:
         return
-    init = need_folder(config.init, "python train_sft.py")
-    need_file(config.data, MAKE_COMPARISONS)
+    init = require_folder(config.init, "python train_sft.py")
+    require_file(config.data, MAKE_COMPARISONS)
     tokenizer, model = load_tokenizer(init), RewardModel.from_pretrained(init, fresh_head=True, seed=config.seed)
-    model.reward_mean, model.reward_std = 0.0, 1.0      # of an --init that is a reward model: they are taken anew below
+    model.reward_mean, model.reward_std = 0.0, 1.0      # an --init that is a reward model gets new constants below
     run.prepare(model, tokenizer)
 
-    # A ranking: the tokenised responses of one prompt, and their scores.
-    max_length = config.max_length or model.config.context
-
-    def to_rankings(records):
-        return [(make_examples(tokenizer, r["prompt"], r["responses"], max_length, config.max_prompt_length or max_length // 2,
-                               config.keep), r["scores"])
-                for r in records if len(set(r["scores"])) > 1]
-    records = load_records(config.data, "ranked", limit=config.limit or None, skip_bad=config.skip_bad, tokenizer=tokenizer)
+    limit = config.limit or None
+    records = load_records(config.data, "ranked", limit=limit, skip_bad=config.skip_bad, tokenizer=tokenizer)
     records, held_out = split_records(records, config.eval_fraction, config.seed)
-    rankings, held_out = to_rankings(records), {"held_out": to_rankings(held_out)}
+    groups = to_groups(records, tokenizer, config, model.config.context)
+    eval_groups = {"held_out": to_groups(held_out, tokenizer, config, model.config.context)}
     for name, file in named_files(config.eval_data).items():
-        held_out[name] = to_rankings(load_records(file, "ranked", skip_bad=config.skip_bad, tokenizer=tokenizer))
-
-    if not rankings:
+        held_out = load_records(file, "ranked", skip_bad=config.skip_bad, tokenizer=tokenizer)
+        eval_groups[name] = to_groups(held_out, tokenizer, config, model.config.context)
+    if not groups:
         raise UserError(f"{config.data}: no two responses of a prompt differ in score")
 
     optimizer = make_optimizer(model.parameters(), config.optimizer, config.lr, config.weight_decay)
     state = run.load_checkpoint({"model": model}, {"optimizer": optimizer})
-    total = config.max_steps or steps_of(config.epochs, len(rankings), config.batch_size)
+    run.begin(state["step"])
+    total = config.max_steps or steps_of(config.epochs, len(groups), config.batch_size)
     for step in range(state["step"], total):
-        rows = batch_indices(len(rankings), config.batch_size, step, config.seed)
-        loss_sum, correct, pairs, tokens = 0.0, 0, 0, 0
-        for part in micro_batches([rankings[i] for i in rows], config.micro_batch_size or config.batch_size,
-                                  length=lambda r: max(len(e.tokens) for e in r[0])):
-            rewards, better, worse, weight, n = rewards_of(model, part, tokenizer, run)
-            loss = (weight * preference_loss(rewards[better], rewards[worse])).sum() / len(rows)
+        rows = batch_indices(len(groups), config.batch_size, step, config.seed)
+        loss_sum, tokens, correct, pairs = 0.0, 0, 0, 0
+        for part in micro_batches([groups[i] for i in rows], run.micro_batch_size):
+            out = forward(model, part, tokenizer, run)
+            chosen, rejected = out.rewards[out.better], out.rewards[out.worse]     # [number of pairs]
+            loss = (out.weight * preference_loss(chosen, rejected)).sum() / len(rows)
             loss.backward()
-            loss_sum += loss.item()
-            correct += int((rewards[better] > rewards[worse]).sum())
-            pairs, tokens = pairs + len(better), tokens + n
+            loss_sum, tokens = loss_sum + loss.item(), tokens + out.tokens
+            correct, pairs = correct + int((chosen > rejected).sum()), pairs + len(chosen)
         lr = learning_rate(step, total, config.lr, config.warmup_steps, config.lr_schedule)
-        norm = run.step({optimizer: lr}, config.max_grad_norm, step + 1, rows, loss_sum)
+        norm = optimizer_step({optimizer: lr}, config.max_grad_norm, step + 1, rows, loss_sum)
 
         metrics = {"loss": loss_sum, "accuracy": correct / pairs, "lr": lr, "grad_norm": norm}
-        if run.every(config.eval_every, step + 1, total):
-            for name, part in held_out.items():
-                metrics |= evaluate(model, part, tokenizer, run, config, f"eval/{name}")
-        run.log(step + 1, total, metrics, tokens=tokens)
-        if run.every(config.save_every, step + 1, total):
+        if run.due(config.eval_every, step + 1, total):
+            for name, part in eval_groups.items():
+                metrics |= evaluate(model, part, tokenizer, run, name)
+        run.log(step + 1, total, metrics, tokens)
+        if run.due(config.save_every, step + 1, total):
             run.save_checkpoint(step + 1, {"model": model}, {"optimizer": optimizer})
 
     if config.normalize != "none":
+        scored = eval_groups["held_out"] or groups
         if config.normalize_data:
             texts = load_records(config.normalize_data, "completion", limit=1000, tokenizer=tokenizer)
-            scored = [(make_examples(tokenizer, r["prompt"], [r["completion"]], max_length, config.max_prompt_length
-                                     or max_length // 2, config.keep), [0.0]) for r in texts]
-        else:
-            scored = held_out["held_out"] or rankings
-        rewards = torch.cat([r for r, *_ in each_rewards(model, scored, tokenizer, run, config)])
-        model.reward_mean = float(rewards.mean())
-        model.reward_std = float(rewards.std(correction=0)) or 1.0 if config.normalize == "standard" else 1.0
+            scored = [make_group(tokenizer, r["prompt"], [r["completion"]], [0.0], config, model.config.context)
+                      for r in texts]
+        normalize(model, scored, tokenizer, run, config.normalize)
     run.finish(model, tokenizer)
-
-
-@torch.no_grad()
-def each_rewards(model, rankings, tokenizer, run, config):
-    return [rewards_of(model, part, tokenizer, run)
-            for part in micro_batches(rankings, config.micro_batch_size or config.batch_size,
-                                      length=lambda r: max(len(e.tokens) for e in r[0]))]
-
-
-def evaluate(model, rankings, tokenizer, run, config, name):
-    """Loss, accuracy = mean[r_w > r_l], and accuracy in quarters of the pairs by confidence |r_w - r_l|, least sure first.
-    Where confidence means anything, the quarters rise."""
-    if not rankings:
-        return {}
-    margins = torch.cat([(r[better] - r[worse]).float().cpu()
-                         for r, better, worse, *_ in each_rewards(model, rankings, tokenizer, run, config)])
-    found = {f"{name}/loss": float(-F.logsigmoid(margins).mean()), f"{name}/accuracy": float((margins > 0).float().mean()),
-             f"{name}/pairs": len(margins)}
-    if len(margins) >= 40:
-        by_confidence = margins[margins.abs().argsort()]
-        for k, quarter in enumerate(by_confidence.chunk(4), 1):
-            found[f"{name}/accuracy_q{k}"] = float((quarter > 0).float().mean())
-    return found
 
 
 if __name__ == "__main__":

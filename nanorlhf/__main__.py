@@ -7,7 +7,6 @@ It calls the scripts' own train(Config(...)) and nothing else. Stopped at any mo
 """
 
 import dataclasses
-import json
 import math
 import statistics
 import time
@@ -21,7 +20,10 @@ import train_rrhf
 import train_sft
 from nanorlhf.evaluate import Options as EvaluateOptions
 from nanorlhf.evaluate import columns_of, evaluate_policies, markdown_table
-from nanorlhf.run import UserError, git_commit, parse_options, read_jsonl, write_json, write_records, written_whole
+from nanorlhf.errors import UserError
+from nanorlhf.files import read_json, read_jsonl, write_json, write_records, write_text
+from nanorlhf.options import parse_options
+from nanorlhf.run import git_commit
 
 
 @dataclasses.dataclass
@@ -72,23 +74,24 @@ POLICIES = {"SFT": "sft", "Preferred-FT": "preferred_ft", "Unlikelihood 0.5": "u
 def train_all(out, seed, scale):
     """Runs every stage below `out`; those already finished are passed over. Returns {stage: seconds of training}."""
     recipe = out / "recipe.json"
-    if recipe.exists() and json.loads(recipe.read_text(encoding="utf-8")) != dict(seed=seed, scale=scale):
+    if recipe.exists() and read_json(recipe) != dict(seed=seed, scale=scale):
         raise UserError(f"{out} holds a story of another --seed or --scale ({recipe}): name another --out")
     write_json(recipe, dict(seed=seed, scale=scale))
     seconds, todo = {}, list(stages(out, seed, scale))
     for i, (name, script, options) in enumerate(todo, 1):
         folder, started = out / name, time.monotonic()
         resume = (folder / "run.json").exists()
-        if not resume or not json.loads((folder / "run.json").read_text(encoding="utf-8")).get("finished"):
+        if not resume or not read_json(folder / "run.json").get("finished"):
             print(f"\n[{i}/{len(todo) + 1}] {name}", flush=True)
-            script.train(script.Config(**options, out=str(folder), resume=resume))
+            start = script.sample if script is sample_bon else script.train
+            start(script.Config(**options, out=str(folder), resume=resume))
             write_json(folder / "seconds.json", {"seconds": round(time.monotonic() - started, 1), "resumed": resume})
         if (folder / "seconds.json").exists():
-            seconds[name] = json.loads((folder / "seconds.json").read_text(encoding="utf-8"))["seconds"]
+            seconds[name] = read_json(folder / "seconds.json")["seconds"]
     return seconds
 
 
-def judge_rows(out):
+def reward_model_rows(out):
     """Of the reward model, split by split: its accuracy on noisy labels, in all and in quarters by its own confidence, and
     the accuracy that one who knows the gold reward would have."""
     last = [r for r in read_jsonl(out / "rm" / "metrics.jsonl") if "eval/test/accuracy" in r][-1]
@@ -109,7 +112,7 @@ JUDGE_COLUMNS = {"accuracy": ("accuracy", ".0%"), "ceiling": ("ceiling", ".0%"),
                  "q2": ("second", ".0%"), "q3": ("third", ".0%"), "q4": ("surest quarter", ".0%")}
 
 
-def one_seed(out, seed, scale):
+def run_seed(out, seed, scale):
     """Trains and evaluates everything below `out`. Returns the table's rows and the sampled texts."""
     seconds = train_all(out, seed, scale)
     print(f"\nevaluation of seed {seed}", flush=True)
@@ -146,7 +149,7 @@ def frontier(folders):
         for method, stage in POLICIES.items():
             rows = [r for r in read_jsonl(folder / stage / "metrics.jsonl") if "eval/kl" in r]
             lines.setdefault(method, []).append([(r["eval/kl"], r["eval/gold"]) for r in rows])
-        curve = json.loads((folder / "bon" / "curve.json").read_text(encoding="utf-8"))
+        curve = read_json(folder / "bon" / "curve.json")
         lines.setdefault("best-of-n", []).append([(r["kl"], r["eval_reward"]) for r in curve])
     return {m: ls for m, ls in lines.items() if any(ls)}
 
@@ -184,17 +187,12 @@ def samples_page(samples, prompts_a_split=2):
     return "\n".join(lines) + "\n"
 
 
-def write_text(path, text):
-    with written_whole(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
 def main():
     options, started = parse_options(Options, __doc__), time.monotonic()
     root = Path(options.out)
     folders = [root / f"seed-{options.seed + k}" for k in range(options.seeds)] if options.seeds > 1 else [root]
     try:
-        found = [one_seed(folder, options.seed + k, options.scale) for k, folder in enumerate(folders)]
+        found = [run_seed(folder, options.seed + k, options.scale) for k, folder in enumerate(folders)]
     except UserError as error:
         raise SystemExit(f"error: {error}")
     except KeyboardInterrupt:
@@ -202,7 +200,7 @@ def main():
     tables, samples = zip(*found)
     rows, lines = over_seeds(tables), frontier(folders)
     intervals = "Student's t over the seeds" if options.seeds > 1 else "normal, over the prompts"
-    judge = over_seeds([judge_rows(folder) for folder in folders])
+    judge = over_seeds([reward_model_rows(folder) for folder in folders])
     judged = markdown_table(judge, JUDGE_COLUMNS).replace("| method ", "| reward model on ", 1)
     table = (f"{markdown_table(rows, columns_of(rows))}\n\n{judged}\n\n"
              f"{options.seeds} seed(s); ± is half of a 95% interval ({intervals}).\n")

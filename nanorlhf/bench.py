@@ -29,11 +29,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from nanorlhf.data import load_tokenizer
+from nanorlhf.errors import UserError
+from nanorlhf.files import write_json
 from nanorlhf.generate import generate
 from nanorlhf.kernels import token_logprobs
-from nanorlhf.model import ModelConfig, Transformer
-from nanorlhf.run import UserError, git_commit, pick_device, write_json
+from nanorlhf.model import ModelConfig, Transformer, pick_device
+from nanorlhf.run import git_commit
+from nanorlhf.tokenizer import load_tokenizer
 
 
 def seconds(run, device):
@@ -133,7 +135,7 @@ def bench_logprob(o, device, limits):
 
 # --------------------------------------------------------------------------------------------------------- generate
 
-def need(module):
+def require_package(module):
     try:
         return __import__(module)
     except ImportError:
@@ -142,7 +144,7 @@ def need(module):
 
 def both_models(o, device, context):
     """The same random GPT-2 here and in transformers."""
-    transformers = need("transformers")
+    transformers = require_package("transformers")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     warnings.simplefilter("ignore", FutureWarning)
@@ -291,7 +293,7 @@ def varied_strings(n, added=(), seed=0):
 def bench_tokenize(o, device, limits):
     """Each text in a call of its own; for the library, its encode_batch_fast if that takes less than a call a text."""
     os.environ |= {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    library, rows = need("tokenizers"), []
+    library, rows = require_package("tokenizers"), []
     if not o.tokenizer or not o.text:
         raise UserError("tokenize needs --tokenizer and --text")
     texts = [t for path in o.text for t in texts_of(path)]

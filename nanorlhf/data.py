@@ -1,15 +1,13 @@
-"""The data file: records in, batches out; it hands on what records.py, chat.py and tokenizer.py have for others.
+"""THE data file: JSON line -> record -> Example and Group -> Batch.
 
-    load_tokenizer(name_or_path) -> Tokenizer            text <-> ids, one tiktoken.Encoding inside
-    load_records(name_or_path, kind) -> list of dicts    JSON lines of any known layout, as the kind asked for
-    make_examples / pack_texts / collate                 records -> token rows -> right-padded tensors
-    epoch_order / batch_indices / micro_batches          which rows make step k (no state: a resumed run replays it)
+    load_records(path_or_name, kind)       reads a file of any known layout (formats/records.py) as records of one kind
+    make_group / pack_texts                record -> token rows: Example is prompt + response, Group the K answers to a prompt
+    collate / micro_batches                token rows -> right-padded tensors with a mask of response tokens
 
-Everything wrong with a file is a DataError whose message is one line: `file:line: what is wrong`.
+Every problem with a file is a DataError whose message is one line: `file:line: what is wrong`.
 """
 
 import collections
-import functools
 import gzip
 import hashlib
 import json
@@ -19,30 +17,32 @@ import zlib
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
-from nanorlhf.chat import (ASSISTANT, around_answers, conversation, encode_turns, encode_waiting, messages_of,  # noqa: F401
-                           without_oldest)
-from nanorlhf.records import CNNDM_PROMPT, FIELDS, TLDR_PROMPT, convert, records_of  # noqa: F401
-from nanorlhf.run import DataError
-from nanorlhf.tokenizer import Tokenizer, load_tokenizer, need_same_ids, one_line, tokenizer_of, train_bpe  # noqa: F401
+from nanorlhf import reviews
+from nanorlhf.errors import DataError, one_line
+from nanorlhf.formats.chat import (answer_affixes, conversation, encode_for_reply, encode_turns, messages_of,
+                                   without_oldest)
+from nanorlhf.formats.records import FIELDS, Record, convert, records_of
+from nanorlhf.tokenizer import load_tokenizer as load_tokenizer  # callers may import it from here
+
+# ---- Records --------------------------------------------------------------------------------------------------------
 
 
-# ------------------------------------------------------------------------------------------------------------ records
 def load_records(path_or_name, kind, split="train", limit=None, skip_bad=False, seed=0, tokenizer=None):
-    """Records of one kind from a file, or from the built-in task `reviews`.
+    """Reads records of one kind from a file, or from the built-in task `reviews`.
 
-    path_or_name  JSON lines (plain or gzip) or a JSON array, rows as in records.READERS; or "reviews".
-    kind          a key of FIELDS. Rows of another kind are converted where that makes sense (records.convert). A "prompt"
+    path_or_name  JSON lines (plain or gzip) or a JSON array with rows as in formats.records.READERS; or "reviews".
+    kind          a key of FIELDS. Rows of another kind are converted if there is an honest way (records.convert). A "prompt"
                   record carries the file's answer, if there is one, as "completion".
-    split, seed   for `reviews` only (train, test, ood_near, ood_far); a file holds one split.
-    limit         at most so many records; for `reviews` 4000 (train) or 500 when None.
-    skip_bad      pass over bad rows and print one line about them on stderr, instead of raising DataError at the first.
-    tokenizer     a conversation that its chat template refuses is a bad row, too.
+    split, seed   only for `reviews` (train, test, ood_near, ood_far); a file holds one split.
+    limit         use at most this many records; None: all of a file, 4000 (train) or 500 of `reviews`.
+    skip_bad      skip bad rows and print one line about them on stderr, instead of raising DataError at the first.
+    tokenizer     a conversation that its chat template rejects is a bad row, too.
 
-    Text is taken as it stands. In particular no space is put between prompt and completion: the completion carries its
-    own leading space where one is wanted (HH and TL;DR files do so).
+    A record is a dict of the kind's fields; its attribute `row` is the JSON object it was read from. Text is taken as it
+    stands. In particular, no space is put between prompt and completion: the completion carries its own leading space where
+    one is wanted (HH and TL;DR files do so).
     """
     if kind not in FIELDS:
         raise DataError(f"unknown record kind {kind!r}: want one of {', '.join(FIELDS)}")
@@ -57,7 +57,7 @@ def load_records(path_or_name, kind, split="train", limit=None, skip_bad=False, 
         try:
             found = records_of(row, kind)
             if tokenizer and found and (messages := conversation(tokenizer, found[0].get("prompt", ""))):
-                encode_waiting(tokenizer, messages)
+                encode_for_reply(tokenizer, messages)
             records += found
         except DataError as e:
             if not skip_bad:
@@ -74,19 +74,18 @@ def load_records(path_or_name, kind, split="train", limit=None, skip_bad=False, 
 
 
 def _review_records(kind, split, n, seed):
-    from nanorlhf import reviews
     if split not in ("train", "test", "ood_near", "ood_far"):
         raise DataError(f"reviews has no split {split!r}: want train, test, ood_near or ood_far")
     if kind not in ("text", "prompt", "completion"):
         raise DataError(f"reviews has no {kind} records: they are made from a model's own samples")
     if kind == "text" and split == "train":
-        return [{"text": text} for text in reviews.corpus(n, seed)]
-    return [r for row in reviews.records(split, n, seed) for r in convert("completion", row, kind)]
+        return [Record(text=text) for text in reviews.corpus(n, seed)]
+    return [Record(r) for row in reviews.records(split, n, seed) for r in convert("completion", row, kind)]
 
 
 def _rows(path):
-    """(number, row) pairs: the lines of a file as bytes still to be parsed, or the elements of a JSON array, counted
-    from 1 (the one case where the number in an error is not a line's)."""
+    """Returns (number, row) pairs: the lines of a file as bytes still to be parsed, or the elements of a JSON array. Numbers
+    count from 1; for an array the number in an error is the element's, not a line's."""
     content = path.read_bytes()
     if content[:2] == b"\x1f\x8b":
         try:
@@ -104,8 +103,8 @@ def _rows(path):
 
 
 def split_records(records, fraction, seed=0):
-    """(train, held_out): about `fraction` of the groups (posts; else prompts or texts) are held out, each with all its
-    records. A hash of the group decides, so the side of a post depends on nothing but the post, fraction and seed."""
+    """Returns (train, held_out). About `fraction` of the posts (records with one "group", else one prompt or text) are held out,
+    each with all its records. A hash decides, so the side of a post depends on the post, fraction and seed only."""
     def is_held_out(record):
         key = record.get("group", record.get("prompt", record.get("text")))
         digest = hashlib.sha256(f"{seed}:{key}".encode()).digest()
@@ -117,23 +116,44 @@ def split_records(records, fraction, seed=0):
     return [r for r, held in zip(records, sides) if not held], [r for r, held in zip(records, sides) if held]
 
 
-# ----------------------------------------------------------------------------------------------- examples and batches
+# ---- Examples, groups and batches -----------------------------------------------------------------------------------
+
+
 class Example(NamedTuple):
+    """One prompt and one response as token ids."""
     tokens: list        # prompt ids, then response ids
-    prompt_length: int  # >= 1: the first token is always a condition, never a target
-    given: tuple = ()   # (first, last) of later stretches that are not the model's: other speakers' turns
+    prompt_length: int  # at least 1: the first token is always a condition, never a target
+    given: tuple = ()   # (first, last) of later stretches that the model did not say: other speakers' turns
+
+    @property
+    def length(self):
+        return len(self.tokens)
+
+    @property
+    def count(self):
+        """Number of tokens that are trained on: the True entries of its row in Batch.mask."""
+        return len(self.tokens) - self.prompt_length - sum(last - first for first, last in self.given)
+
+
+class Group(NamedTuple):
+    """The K responses to one prompt and one number for each: its score, or its log-probability under the reference."""
+    examples: list      # K Examples with the same prompt
+    numbers: list = ()  # K floats
+
+    @property
+    def length(self):
+        return max(len(e.tokens) for e in self.examples)
 
 
 class Batch(NamedTuple):
     tokens: torch.Tensor   # [B, T] int64, right-padded
-    mask: torch.Tensor     # [B, T] bool, true on response tokens, EOS included; false on prompt and padding
+    mask: torch.Tensor     # [B, T] bool, True on response tokens, EOS included; False on prompt and padding
     lengths: torch.Tensor  # [B] int64, prompt + response
 
 
 def truncate_tldr(tokenizer, prompt, max_tokens=512):
-    """A TL;DR (or ARTICLE) prompt of at most max_tokens: the post loses its end from the last newline on, again and
-    again, and single characters where no newline is left (Stiennon et al. 2020, released code). Text -> text; prompts
-    of another shape come back as they are."""
+    """Cuts a TL;DR (or ARTICLE) prompt to max_tokens as Stiennon 2020's code does: the post loses its end from the last newline
+    on, again and again, and single characters where no newline is left. Text -> text; other prompts come back unchanged."""
     match = re.fullmatch(r"(SUBREDDIT: .*?\n\nPOST: |ARTICLE: )(.*?)(\n\nTL;DR:|\nTL;DR:)", prompt, re.DOTALL)
     if not match:
         return prompt
@@ -146,18 +166,24 @@ def truncate_tldr(tokenizer, prompt, max_tokens=512):
 
 
 def encode_prompt(tokenizer, prompt, max_prompt_length=None, keep="end"):
-    """str -> ids of a prompt, BOS first where the family has one; a transcript goes through the tokenizer's chat template, if
-    it has one. An empty prompt becomes [EOS]: a model needs a token to condition on. Longer than max_prompt_length tokens
-    (BOS counted): cut to its "end" or "start", or with "tldr" by `truncate_tldr` first; a templated conversation loses its
-    oldest exchanges first."""
+    """str -> token ids of a prompt, with BOS first if the family has one. A conversation goes through the tokenizer's chat
+    template, if there is one. An empty prompt becomes [EOS], because a model needs a token to condition on.
+
+    A prompt longer than max_prompt_length tokens (BOS counted) keeps its "end" or its "start"; "tldr" applies `truncate_tldr`
+    first. A templated conversation loses its oldest exchanges before that.
+    """
+    return _prompt_ids(tokenizer, prompt, conversation(tokenizer, prompt), max_prompt_length, keep)
+
+
+def _prompt_ids(tokenizer, prompt, messages, max_prompt_length=None, keep="end"):
+    """encode_prompt, once it is known whether the prompt is a conversation (messages) or not (None)."""
     if keep not in ("end", "start", "tldr"):
         raise DataError(f"keep={keep!r}: want end, start or tldr")
-    messages = conversation(tokenizer, prompt)
-    ids = encode_waiting(tokenizer, messages) if messages else tokenizer.encode(prompt)
+    ids = encode_for_reply(tokenizer, messages) if messages else tokenizer.encode(prompt)
     while messages and max_prompt_length and len(ids) > max_prompt_length and (fewer := without_oldest(messages)):
-        messages, ids = fewer, encode_waiting(tokenizer, fewer)
+        messages, ids = fewer, encode_for_reply(tokenizer, fewer)
     bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    if messages:                                                                       # a template puts BOS itself, or none
+    if messages:                                                        # a template writes BOS itself, or none
         bos, ids = (bos, ids[1:]) if bos and ids[:1] == bos else ([], ids)
     if max_prompt_length is not None and len(bos) + len(ids) > max_prompt_length:
         room = max_prompt_length - len(bos)
@@ -170,32 +196,39 @@ def encode_prompt(tokenizer, prompt, max_prompt_length=None, keep="end"):
 
 
 def encode_response(tokenizer, response, prompt=None):
-    """str -> ids of a response to this prompt, EOS at the end. Apart from the prompt, so that no token straddles the border."""
-    if prompt and (messages := conversation(tokenizer, prompt)):
+    """str -> token ids of a response to this prompt, with EOS at the end. It is tokenised apart from the prompt, so that no
+    token straddles the border."""
+    return _response_ids(tokenizer, response, prompt, conversation(tokenizer, prompt) if prompt else None)
+
+
+def _response_ids(tokenizer, response, prompt, messages):
+    if messages:
         last = {"role": "assistant", "content": response.removeprefix(" ")}
-        return encode_turns(tokenizer, [*messages, last], every=False)[-1][0]
+        return encode_turns(tokenizer, [*messages, last], all_turns=False)[-1][0]
     return tokenizer.encode(response, start=prompt == "") + [tokenizer.eos_id]
 
 
 def decode_response(tokenizer, ids, prompt=None):
-    """ids -> str, as records hold it; encode_response's inverse."""
+    """Token ids -> str, as records hold it; the inverse of encode_response."""
     text = tokenizer.decode(ids, start=prompt == "")
     if prompt and conversation(tokenizer, prompt):
-        before, after = around_answers(tokenizer)
-        return " " + text.removeprefix(before).removesuffix(after)                     # the space is that of "Assistant: "
+        before, after = answer_affixes(tokenizer)
+        return " " + text.removeprefix(before).removesuffix(after)      # the space is the one behind "Assistant:"
     return text
 
 
 def make_examples(tokenizer, prompt, responses, max_length=None, max_prompt_length=None, keep="end"):
     """K responses to one prompt -> K Examples with the same prompt ids, each at most max_length tokens.
 
-    The DPO authors' rule: only if the longest response does not fit is the prompt cut, to max_prompt_length; only then
-    are responses cut, and lose their EOS. Here they may use all that the prompt leaves (DPO's code: max_length -
-    max_prompt_length even after a short prompt). Raises DataError if nothing is left of a response."""
-    prompt_ids = encode_prompt(tokenizer, prompt)
-    rows = [encode_response(tokenizer, response, prompt) for response in responses]
+    The DPO authors' rule: only if the longest response does not fit, the prompt is cut to max_prompt_length; only then are
+    responses cut, and lose their EOS. Here they may use all the room that the prompt leaves (DPO's code: max_length -
+    max_prompt_length even after a short prompt). Raises DataError if nothing is left of a response.
+    """
+    messages = conversation(tokenizer, prompt)
+    prompt_ids = _prompt_ids(tokenizer, prompt, messages)
+    rows = [_response_ids(tokenizer, response, prompt, messages) for response in responses]
     if max_length is not None and len(prompt_ids) + max(map(len, rows)) > max_length:
-        prompt_ids = encode_prompt(tokenizer, prompt, max_prompt_length, keep)
+        prompt_ids = _prompt_ids(tokenizer, prompt, messages, max_prompt_length, keep)
         if len(prompt_ids) >= max_length:
             raise DataError(f"a prompt of {len(prompt_ids)} tokens leaves no room for a response within max_length "
                             f"{max_length}: set max_prompt_length lower")
@@ -203,9 +236,17 @@ def make_examples(tokenizer, prompt, responses, max_length=None, max_prompt_leng
     return [Example(prompt_ids + row, len(prompt_ids)) for row in rows]
 
 
-def make_turns_example(tokenizer, prompt, response, max_length=None, max_prompt_length=None, keep="end"):
-    """A conversation as one Example in which every turn of the assistant counts. Another text, and a conversation that is too
-    long, is `make_example`'s: of it the response alone counts."""
+def make_group(tokenizer, prompt, responses, numbers, config, context):
+    """K responses to one prompt and their numbers -> Group, cut as `make_examples` does by the options --max_length (0: the
+    model's context), --max_prompt_length (0: half of it) and --keep."""
+    max_length = config.max_length or context
+    return Group(make_examples(tokenizer, prompt, responses, max_length, config.max_prompt_length or max_length // 2,
+                               config.keep), numbers)
+
+
+def make_all_turns_example(tokenizer, prompt, response, max_length=None, max_prompt_length=None, keep="end"):
+    """A conversation as one Example that trains on every turn of the assistant. Other texts and overlong conversations fall
+    back to make_examples, which trains on the last response only."""
     if (messages := messages_of(prompt)) is not None:
         pieces = encode_turns(tokenizer, [*messages, {"role": "assistant", "content": response.removeprefix(" ")}])
         tokens = [] if tokenizer.chat_template or tokenizer.bos_id is None else [tokenizer.bos_id]
@@ -215,7 +256,7 @@ def make_turns_example(tokenizer, prompt, response, max_length=None, max_prompt_
             tokens += ids
         if spans[0][1] and (max_length is None or len(tokens) <= max_length):
             return Example(tokens, spans[0][1], tuple((a, b) for a, b, said in spans[1:] if not said))
-    return make_example(tokenizer, prompt, response, max_length, max_prompt_length, keep)
+    return make_examples(tokenizer, prompt, [response], max_length, max_prompt_length, keep)[0]
 
 
 def make_example(tokenizer, prompt, response, max_length=None, max_prompt_length=None, keep="end"):
@@ -224,8 +265,8 @@ def make_example(tokenizer, prompt, response, max_length=None, max_prompt_length
 
 
 def pack_texts(tokenizer, texts, length):
-    """Documents, each followed by EOS, as one stream cut into Examples of `length` tokens (the last may be shorter).
-    The stream starts with EOS, or every document with BOS where the family has one. prompt_length is 1."""
+    """Joins documents, each followed by EOS, into one stream and cuts it into Examples of `length` tokens (the last may be
+    shorter). The stream starts with EOS; if the family has a BOS, every document starts with it instead."""
     bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     stream = [] if bos else [tokenizer.eos_id]
     for text in texts:
@@ -250,29 +291,8 @@ def collate(examples, pad_id, device="cpu"):
     return Batch(tokens.to(device), mask.to(device), lengths.to(device))
 
 
-@functools.lru_cache(2)
-def epoch_order(n, seed, epoch):
-    """Permutation of range(n) for one epoch, a function of (n, seed, epoch) only: nothing to store for a resume."""
-    key = np.array([seed % 2**64, epoch], dtype=np.uint64)
-    order = np.random.Generator(np.random.Philox(key=key)).permutation(n)
-    order.flags.writeable = False  # it is cached
-    return order
-
-
-def batch_indices(n, batch_size, step, seed):
-    """Rows (list of ints) of global step `step` = 0, 1, ...: step after step through one epoch order after another. The
-    n % batch_size rows at an epoch's end are left out (others each epoch); if n < batch_size, a batch is all n rows."""
-    epoch, k = divmod(step, max(1, n // batch_size))
-    return epoch_order(n, seed, epoch)[k * batch_size:(k + 1) * batch_size].tolist()
-
-
-def steps_of(epochs, n, batch_size):
-    """Number of steps that make these epochs of batch_indices (at least 1)."""
-    return max(1, round(epochs * max(1, n // batch_size)))
-
-
-def micro_batches(examples, micro_batch_size, length=lambda example: len(example.tokens)):
-    """Lists of at most micro_batch_size examples of similar length, so that little is padding. Their order is free
-    because a loss is summed over the whole batch and divided by the count of the whole batch."""
-    ordered = sorted(examples, key=length)
+def micro_batches(items, micro_batch_size, length=lambda item: item.length):
+    """Splits Examples or Groups into lists of at most micro_batch_size of similar length, so that little is padding. Their order
+    is free because a loss is summed over the whole batch and divided by the count of the whole batch."""
+    ordered = sorted(items, key=length)
     return [ordered[i:i + micro_batch_size] for i in range(0, len(ordered), micro_batch_size)]

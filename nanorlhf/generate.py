@@ -8,9 +8,9 @@ import dataclasses
 import numpy as np
 import torch
 
+from nanorlhf.errors import UserError
 from nanorlhf.kernels import filter_logits, sample
 from nanorlhf.model import Cache, Transformer
-from nanorlhf.run import UserError
 
 
 @dataclasses.dataclass
@@ -62,6 +62,11 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
         _decode(model, [prompts[p] for p in chunk], rows, uniform[rows], num_samples, out, options, stop, tokenizer)
     longest = int(out.mask.sum(1).max()) if R else 0
     return Samples(out.tokens[:, :longest], out.logprobs[:, :longest], out.mask[:, :longest], out.finished)
+
+
+def repeated(items, num_samples):
+    """[a, b] -> [a, a, ..., b, b, ...], num_samples of each: what belongs to the prompts, in the order of the samples."""
+    return [item for item in items for _ in range(num_samples)]
 
 
 def prompt_room(model, response_length, context=None):
@@ -238,7 +243,11 @@ def _beams(model, prompts, T, n, groups, penalty, temperature, length_penalty, t
 
 def main():
     import argparse
-    from nanorlhf.data import ASSISTANT, encode_prompt, load_tokenizer
+    from nanorlhf.data import encode_prompt
+    from nanorlhf.files import local_folder
+    from nanorlhf.formats.chat import ASSISTANT
+    from nanorlhf.model import check_fit, pick_device
+    from nanorlhf.tokenizer import load_tokenizer
     parser = argparse.ArgumentParser(prog="python -m nanorlhf.generate", description="Prints samples of checkpoint folders.")
     parser.add_argument("runs", nargs="+", help="checkpoint folders")
     parser.add_argument("--prompt", action="append", required=True, help="text to continue (several may be given)")
@@ -251,12 +260,11 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--stop", action="append", default=[], help="string that ends a response (several may be given)")
     options = parser.parse_args()
-    from nanorlhf.run import local_folder, need_fit, pick_device
     try:
         device = pick_device("auto")
         models = [(r, Transformer.from_pretrained(r).to(device), load_tokenizer(local_folder(r))) for r in options.runs]
         for _, model, tokenizer in models:
-            need_fit(model, tokenizer)
+            check_fit(model, tokenizer)
         for prompt in options.prompt:
             print(f"\n=== {prompt}")
             prompt = f"\n\nHuman: {prompt}{ASSISTANT}" if options.chat else prompt

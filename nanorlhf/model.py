@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nanorlhf.checkpoints import FAMILIES, load_weights, read_config, read_constants, save_weights, tensor_index
+from nanorlhf.errors import UserError
+from nanorlhf.formats.checkpoints import FAMILIES, load_weights, read_config, read_constants, save_weights, tensor_index
 from nanorlhf.kernels import decode_attention, thin_linear, token_logprobs
-from nanorlhf.run import UserError
 
 
 @dataclasses.dataclass
@@ -386,3 +386,32 @@ class ValueModel(nn.Module):
             return cls(rm.trunk, rm.head.weight.detach() / rm.reward_std, -rm.reward_mean / rm.reward_std)
         rm = RewardModel.from_pretrained(folder, fresh_head=True)
         return cls(rm.trunk, torch.zeros(1, rm.config.width))
+
+
+# ---- Fitting models, tokenizers and devices together ------------------------------------------------------------------
+
+
+def check_fit(model, tokenizer):
+    """Checks that every token id has an embedding; returns the model's trunk."""
+    trunk = getattr(model, "trunk", model)
+    if trunk.config.vocab_size < tokenizer.vocab_size:
+        raise UserError(f"the {type(model).__name__} of {trunk.config.vocab_size} tokens does not fit the tokenizer of "
+                        f"{tokenizer.vocab_size}: they do not belong together")
+    return trunk
+
+
+def check_same_vocabulary(what, model, policy):
+    if model.config.vocab_size != policy.config.vocab_size:
+        raise UserError(f"{what}: its vocabulary ({model.config.vocab_size}) is not the policy's ({policy.config.vocab_size})")
+
+
+def pick_device(name):
+    """Returns the torch.device of that name; `auto` is a GPU if there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"--device {name}: torch sees no GPU here")
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name}: not a device that torch knows")

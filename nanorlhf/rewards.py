@@ -1,78 +1,147 @@
-"""Rewards: functions (prompts, responses, texts) -> float32 tensor [N]."""
+"""Rewards: what --reward names, as a callable (prompts, responses, records) -> float32 tensor [N].
+
+    gold                 the built-in task's true reward
+    FOLDER or hub name   a reward model, trained by train_rm.py or by other software
+    file.py:function     your own function of texts, and of your data's columns
+"""
 
 import importlib.util
+import inspect
 import traceback
 from pathlib import Path
 
 import torch
 
 from nanorlhf import reviews
-from nanorlhf.data import (Example, collate, decode_response, encode_prompt, encode_response, micro_batches, tokenizer_of)
-from nanorlhf.model import RewardModel
-from nanorlhf.run import UserError, local_folder, need_fit
+from nanorlhf.data import Example, collate, decode_response, encode_prompt, encode_response, micro_batches
+from nanorlhf.errors import UserError
+from nanorlhf.files import local_folder
+from nanorlhf.formats.records import columns_of
+from nanorlhf.model import RewardModel, check_fit
+from nanorlhf.tokenizer import tokenizer_of
 
 
 def reads_text(spec):
-    """Whether a reward is a function of texts, and no model."""
+    """True if a reward is a function of texts, not a model."""
     return spec == "gold" or ".py:" in spec
 
 
-def load_reward(spec, tokenizer, device, batch_size=128):
-    """The function reward(prompts, responses, texts=None) -> float32 tensor [N] that `spec` names. prompts, responses: lists of
-    ids; texts: the prompts as records hold them (None: their ids decoded, which will not do for conversations).
+def load_reward(spec, tokenizer, device, records=(), batch_size=128):
+    """Returns the reward that `spec` names: a callable (prompts, responses, records) -> float32 tensor [N].
 
-    `gold`; `file.py:function` with function(prompts: list[str], completions: list[str]) -> list[float]; or a reward model's
-    folder or hub name. A model with the policy's tokenizer and chat template reads exactly what the policy wrote; another is
-    given the texts in its own tokens.
+    prompts, responses: N lists of token ids of the policy's `tokenizer`; records: the N records they belong to (None: the
+    prompts are decoded, which is wrong for conversations). `records` here are data it will read: UserError if they lack a
+    column that the function needs.
     """
     if spec == "gold":
-        return _text_reward(lambda ps, cs: [reviews.gold_reward(p, c) for p, c in zip(ps, cs)], tokenizer, spec)
+        return TextReward(lambda prompts, completions: list(map(reviews.gold_reward, prompts, completions)), spec, tokenizer)
     if ".py:" in spec:
-        return _text_reward(_user_function(spec), tokenizer, spec)
-    try:
-        folder = local_folder(spec)
-    except UserError as error:
-        raise UserError(f"--reward {spec}: neither `gold`, nor file.py:function, nor a reward model: {error}")
-    if not (folder / "config.json").exists():
-        raise UserError(f"--reward {spec}: not a reward-model folder (train_rm.py makes one), `gold` or file.py:function")
-    model, own = RewardModel.from_pretrained(folder).to(device).eval(), tokenizer_of(folder, tokenizer)
-    context = model.config.context
-    need_fit(model, own)
-    same = own.same_ids(tokenizer) and own.chat_template == tokenizer.chat_template
-
-    @torch.no_grad()
-    def reward(prompts, responses, texts=None):
-        if not same:
-            texts = texts or [tokenizer.decode(p) for p in prompts]
-            ended = [r[-1:] == [tokenizer.eos_id] for r in responses]
-            responses = [encode_response(own, decode_response(tokenizer, r, t), t)[:None if e else -1]
-                         for r, e, t in zip(responses, ended, texts)]
-            prompts = [encode_prompt(own, t, max(1, context - len(r))) for r, t in zip(responses, texts)]
-        examples = [Example(p + r, len(p)) for p, r in zip(prompts, responses)]
-        out = torch.empty(len(examples))
-        order = iter(micro_batches(range(len(examples)), batch_size, length=lambda i: len(examples[i].tokens)))
-        for rows in order:
-            batch = collate([examples[i] for i in rows], own.pad_id, device)
-            out[list(rows)] = model.score(batch.tokens, batch.lengths).cpu()
-        return out
+        reward = TextReward(user_function(spec), spec, tokenizer)
+    else:
+        reward = ModelReward(spec, tokenizer, device, batch_size)
+    reward.check_columns(records)
     return reward
 
 
-def _text_reward(function, tokenizer, spec):
-    def reward(prompts, responses, texts=None):
-        texts = texts or [tokenizer.decode(p) for p in prompts]
+class ModelReward:
+    """A reward model. With the policy's tokenizer and chat template it reads exactly what the policy wrote; otherwise it reads
+    the texts in its own tokens."""
+
+    def __init__(self, spec, tokenizer, device, batch_size):
         try:
-            values = function(texts, [decode_response(tokenizer, r, t) for r, t in zip(responses, texts)])
-        except Exception as error:                        # the user's code: say where in it, in one line
-            raise UserError(f"--reward {spec}: {_where(error)}")
+            folder = local_folder(spec)
+        except UserError as error:
+            raise UserError(f"--reward {spec}: neither `gold`, nor file.py:function, nor a reward model: {error}")
+        if not (folder / "config.json").exists():
+            raise UserError(f"--reward {spec}: not a reward-model folder (train_rm.py makes one), `gold` or file.py:function")
+        self.model, self.own = RewardModel.from_pretrained(folder).to(device).eval(), tokenizer_of(folder, tokenizer)
+        check_fit(self.model, self.own)
+        self.policy, self.device, self.batch_size = tokenizer, device, batch_size
+        self.same = self.own.same_ids(tokenizer) and self.own.chat_template == tokenizer.chat_template
+
+    def check_columns(self, records):
+        """A model reads prompts and responses only."""
+
+    @torch.no_grad()
+    def __call__(self, prompts, responses, records=None):
+        if not self.same:
+            prompts, responses = self.in_own_tokens(prompts, responses, records)
+        examples = [Example(p + r, len(p)) for p, r in zip(prompts, responses)]
+        scores = torch.empty(len(examples))
+        for rows in micro_batches(range(len(examples)), self.batch_size, length=lambda i: examples[i].length):
+            batch = collate([examples[i] for i in rows], self.own.pad_id, self.device)
+            scores[list(rows)] = self.model.score(batch.tokens, batch.lengths).cpu()
+        return scores
+
+    def in_own_tokens(self, prompts, responses, records):
+        texts, encoded = texts_of(prompts, records, self.policy), []
+        for response, text in zip(responses, texts):
+            ids = encode_response(self.own, decode_response(self.policy, response, text), text)
+            encoded.append(ids if response[-1:] == [self.policy.eos_id] else ids[:-1])  # a truncated response has no EOS
+        context = self.model.config.context
+        return [encode_prompt(self.own, t, max(1, context - len(r))) for t, r in zip(texts, encoded)], encoded
+
+
+class TextReward:
+    """A function of texts, in TRL's form: function(prompts, completions, answer, **kwargs) -> list of numbers. All arguments are
+    lists with one entry per response; `answer` stands for any column of the data, and **kwargs takes all the others.
+
+    The first two parameters get prompts and completions, whatever their names. As in TRL, a function may also name only
+    `completions`, or put it elsewhere, and then everything is passed by name.
+    """
+
+    def __init__(self, function, spec, tokenizer):
+        self.function, self.spec, self.tokenizer = function, spec, tokenizer
+        try:
+            parameters = inspect.signature(function).parameters
+        except (TypeError, ValueError):           # some built-in functions have no signature
+            parameters = {}
+        kinds = {p.kind for p in parameters.values()}
+        positional = [n for n, p in parameters.items() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        self.takes_all = inspect.Parameter.VAR_KEYWORD in kinds
+        self.by_name = "completions" in parameters and positional[1:2] != ["completions"] or (
+            self.takes_all and not positional and inspect.Parameter.VAR_POSITIONAL not in kinds)
+        self.texts = ["prompts", "completions"] if self.by_name else positional[:2]    # parameters that get texts
+        named = {n: p for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+        self.names = set(named)
+        self.needed = [n for n, p in named.items() if n not in self.texts and p.default is p.empty]
+
+    def check_columns(self, records):
+        """Raises UserError if the function needs a column that the data lack."""
+        columns = columns_of(records)
+        for name in self.needed if records else ():
+            if name not in columns:
+                raise UserError(f"--reward {self.spec}: the function needs a column {name!r}; the data have "
+                                f"{', '.join(columns)}")
+
+    def __call__(self, prompts, responses, records=None):
+        texts = texts_of(prompts, records, self.tokenizer)
+        completions = [decode_response(self.tokenizer, r, t) for r, t in zip(responses, texts)]
+        columns = dict.fromkeys(self.needed, [None] * len(texts)) | columns_of(records or ())
+        columns = {n: v for n, v in columns.items() if n not in ("prompts", "completions", *self.texts)
+                   and (n in self.names or self.takes_all)}
+        try:
+            if self.by_name:
+                given = {"prompts": texts, "completions": completions}
+                columns |= {n: v for n, v in given.items() if n in self.names or self.takes_all}
+                values = self.function(**columns)
+            else:
+                values = self.function(texts, completions, **columns)
+        except Exception as error:                # the user's code: say where in it, in one line
+            raise UserError(f"--reward {self.spec}: {_where(error)}")
         try:
             values = torch.tensor([float(v) for v in values])
         except (TypeError, ValueError):
-            raise UserError(f"--reward {spec}: did not return a list of numbers")
+            raise UserError(f"--reward {self.spec}: did not return a list of numbers")
         if len(values) != len(prompts) or not torch.isfinite(values).all():
-            raise UserError(f"--reward {spec}: {len(prompts)} finite numbers expected, got {len(values)}: {values.tolist()[:4]}")
+            raise UserError(f"--reward {self.spec}: {len(prompts)} finite numbers expected, got {len(values)}: "
+                            f"{values.tolist()[:4]}")
         return values
-    return reward
+
+
+def texts_of(prompts, records, tokenizer):
+    """The prompts as text: as the records hold them, else decoded."""
+    return [r["prompt"] for r in records] if records else [tokenizer.decode(p) for p in prompts]
 
 
 def _where(error):
@@ -81,7 +150,7 @@ def _where(error):
     return f"{type(error).__name__}: {' '.join(str(error).split())} ({Path(frame.filename).name}:{frame.lineno})"
 
 
-def _user_function(spec):
+def user_function(spec):
     file, name = spec.rsplit(":", 1)
     if not Path(file).is_file():
         raise UserError(f"--reward {spec}: no file {file}")

@@ -16,10 +16,11 @@ from pathlib import Path
 
 import tiktoken
 
-from nanorlhf.run import DataError, local_folder
-from nanorlhf.tokenizer_files import (BYTE_LEVEL, FLAGS, GPT2_PATTERN, TOKENIZER_FILES, bos_template, byte_symbols, encoding_of,
-                                      from_sentencepiece, from_spec, from_vocab_and_merges, one_line, read_beside, read_json,
-                                      spec_of)
+from nanorlhf.errors import DataError, one_line
+from nanorlhf.files import local_folder
+from nanorlhf.formats.tokenizer_files import (BYTE_LEVEL, FLAGS, GPT2_PATTERN, TOKENIZER_FILES, bos_template, byte_symbols,
+                                              encoding_of, from_sentencepiece, from_spec, from_vocab_and_merges,
+                                              read_companion_files, read_json, spec_of)
 
 LLAMA3_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
                   r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
@@ -206,7 +207,7 @@ def tokenizer_of(folder, known):
     return known if "tokenizer_config.json" in files and files == known.files else load_tokenizer(folder)
 
 
-def need_same_ids(option, folder, tokenizer):
+def check_same_ids(option, folder, tokenizer):
     if not tokenizer_of(folder, tokenizer).same_ids(tokenizer):
         raise DataError(f"{option} {folder}: its tokenizer gives other ids than the policy's")
 
@@ -255,7 +256,7 @@ def _read(path):
         if path.suffix in (".model", ".tiktoken"):
             content = path.read_bytes()
             return from_sentencepiece(path, content) if content[:1] == b"\n" else _from_rank_file(path, content)
-        return from_spec(path, read_json(path), read_beside(path.parent), {"tokenizer.json": path.read_bytes()})
+        return from_spec(path, read_json(path), read_companion_files(path.parent), {"tokenizer.json": path.read_bytes()})
     except DataError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, OSError) as e:

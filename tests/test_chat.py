@@ -9,13 +9,15 @@ import torch
 import sample_bon
 import train_ppo
 import train_sft
-from nanorlhf import chat
-from nanorlhf.data import (DataError, collate, decode_response, encode_prompt, encode_response, load_records, load_tokenizer,
-                           make_example, make_turns_example, tokenizer_of)
+from nanorlhf.formats import chat
+from nanorlhf.data import (collate, decode_response, encode_prompt, encode_response, load_records, make_all_turns_example,
+                           make_example)
+from nanorlhf.errors import DataError
+from nanorlhf.tokenizer import load_tokenizer, tokenizer_of
 from golden.make_tokenizer_goldens import variant_of
 from nanorlhf.model import ModelConfig, RewardModel, Transformer
 from nanorlhf.rewards import load_reward
-from nanorlhf.run import UserError
+from nanorlhf.errors import UserError
 
 CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
           "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}"
@@ -139,7 +141,7 @@ def test_a_response_ends_with_one_eos_and_is_read_back(tokenizer):
 
 
 def test_every_turn_of_the_assistant_counts_and_nothing_else(tokenizer, tmp_path):
-    example = make_turns_example(tokenizer, prompt_of(TALK[:3]), " Hardly.")
+    example = make_all_turns_example(tokenizer, prompt_of(TALK[:3]), " Hardly.")
     batch = collate([example], tokenizer.pad_id)
     counted = batch.tokens[batch.mask].tolist()
     assert "".join(tokenizer.decode(counted).split()) == "Notbad.Itisgreat,really.Hardly."
@@ -154,7 +156,7 @@ def test_the_mask_of_all_turns_is_that_of_transformers(chatml, tmp_path):
     transformers = pytest.importorskip("transformers", reason="needs transformers (the `parity` extra)")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "tok")
     want = theirs.apply_chat_template(TALK, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
-    example = make_turns_example(chatml, prompt_of(TALK[:3]), " Hardly.")
+    example = make_all_turns_example(chatml, prompt_of(TALK[:3]), " Hardly.")
     batch = collate([example], chatml.pad_id)
     n = len(example.tokens)
     assert want["input_ids"][:n] == example.tokens and want["assistant_masks"][:n] == batch.mask[0].int().tolist()
@@ -163,14 +165,14 @@ def test_the_mask_of_all_turns_is_that_of_transformers(chatml, tmp_path):
 
 def test_all_turns_of_a_plain_transcript():
     tokenizer = load_tokenizer("reviews")
-    example = make_turns_example(tokenizer, prompt_of(TALK[:3]), " Hardly.")
+    example = make_all_turns_example(tokenizer, prompt_of(TALK[:3]), " Hardly.")
     batch = collate([example], tokenizer.pad_id)
     assert tokenizer.decode(example.tokens) == prompt_of(TALK[:3]) + " Hardly."
     assert tokenizer.decode(batch.tokens[batch.mask]) == " Not bad.\n It is great, really. Hardly."
     assert batch.tokens[batch.mask].tolist().count(tokenizer.eos_id) == 1 and batch.mask[0, -1]
-    short = make_turns_example(tokenizer, prompt_of(TALK[:3]), " Hardly.", max_length=24, max_prompt_length=12)
+    short = make_all_turns_example(tokenizer, prompt_of(TALK[:3]), " Hardly.", max_length=24, max_prompt_length=12)
     assert short.given == () and len(short.tokens) <= 24                               # too long: the last turn alone
-    assert make_turns_example(tokenizer, "Review:", " Good.") == make_example(tokenizer, "Review:", " Good.")
+    assert make_all_turns_example(tokenizer, "Review:", " Good.") == make_example(tokenizer, "Review:", " Good.")
 
 
 @pytest.mark.parametrize("name", ["llama", "llama 1", "metaspace first", "metaspace always"])
@@ -184,7 +186,7 @@ def test_all_turns_of_a_sentencepiece_family_are_the_prompts_tokens(tmp_path, na
     tokenizer = load_tokenizer(tmp_path)
     words = ("the cat", "sat there", " and the </s><s>", "mat")
     messages = [{"role": r, "content": c} for r, c in zip(("user", "assistant") * 2, words)]
-    example = make_turns_example(tokenizer, prompt_of(messages[:3]), " mat")
+    example = make_all_turns_example(tokenizer, prompt_of(messages[:3]), " mat")
     assert example.tokens == make_example(tokenizer, prompt_of(messages[:3]), " mat").tokens and len(example.given) == 1
     if name != "llama 1":                         # whose "</s>" counts only after a space, for `tokenizers` too
         assert example.tokens.count(tokenizer.eos_id) == 2 + (template == "headers") * 2   # of the template, none of the words
@@ -217,9 +219,9 @@ def test_a_conversation_that_the_assistant_begins(tokenizer):
     talk = [{"role": "assistant", "content": "Hello!"}, *TALK[:1]]
     if "[INST]" in tokenizer.chat_template:                                            # it wants a user first
         with pytest.raises(DataError, match="a user begins"):
-            make_turns_example(tokenizer, prompt_of(talk), " No.")
+            make_all_turns_example(tokenizer, prompt_of(talk), " No.")
     else:
-        example = make_turns_example(tokenizer, prompt_of(talk), " No.")
+        example = make_all_turns_example(tokenizer, prompt_of(talk), " No.")
         assert example == make_example(tokenizer, prompt_of(talk), " No.") and example.prompt_length > 1
 
 
@@ -262,7 +264,7 @@ def test_templates_that_rewrite_themselves_are_refused(tmp_path):
     thinking = CHATML.replace("{{ m['content'] + '<|im_end|>' }}", "{{ ('' if loop.last else 'so: ') + m['content'] + '<|im_end|>' }}")
     tokenizer = load_tokenizer(write_tokenizer(tmp_path / "a", thinking, "<|im_end|>"))
     with pytest.raises(DataError, match="changes earlier turns"):
-        make_turns_example(tokenizer, prompt_of(TALK[:3]), " Hardly.")
+        make_all_turns_example(tokenizer, prompt_of(TALK[:3]), " Hardly.")
     assert make_example(tokenizer, prompt_of(TALK[:3]), " Hardly.").tokens             # the last turn can be trained on
     fresh = CHATML.replace("{{ '<|im_start|>assistant\n' }}", "{{ '<|im_start|>assistant\n<think>' }}")
     tokenizer = load_tokenizer(write_tokenizer(tmp_path / "b", fresh, "<|im_end|>"))
@@ -303,7 +305,7 @@ def test_scripts_on_conversations(base, tmp_path):
                                         "    assert all(p.startswith('\\n\\nHuman: Is it good') for p in prompts)\n"
                                         "    return [len(c) / 50 for c in completions]\n")
     reward = f"{tmp_path}/reward.py:f"
-    sample_bon.train(sample_bon.Config(init=str(tmp_path / "sft"), out=str(tmp_path / "bon"), reward=reward, n=2, response_length=5,
+    sample_bon.sample(sample_bon.Config(init=str(tmp_path / "sft"), out=str(tmp_path / "bon"), reward=reward, n=2, response_length=5,
                                        keep_unfinished=True, **common))
     best = load_records(tmp_path / "bon" / "best.jsonl", "completion")
     assert best[0]["prompt"] == load_records(data, "completion")[0]["prompt"] and best[0]["completion"].startswith(" ")
@@ -325,7 +327,8 @@ def test_trap_4_a_reward_model_reads_conversations_as_it_was_trained_to(tmp_path
     rm.save_pretrained(tmp_path / "rm")
     reward = load_reward(str(tmp_path / "rm"), policy, torch.device("cpu"))
     texts = [prompt_of(TALK[:1]), prompt_of(TALK[:3]), "Review:"]
-    got = reward([encode_prompt(policy, t) for t in texts], [encode_response(policy, " Hardly.", t) for t in texts], texts)
+    got = reward([encode_prompt(policy, t) for t in texts], [encode_response(policy, " Hardly.", t) for t in texts],
+                 [dict(prompt=t) for t in texts])
     batch = collate([make_example(own, t, " Hardly.") for t in texts], own.pad_id)
     torch.testing.assert_close(got, rm.score(batch.tokens, batch.lengths).detach(), atol=1e-6, rtol=0)
 

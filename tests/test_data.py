@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from nanorlhf import data
-from nanorlhf.data import DataError, Example, load_records
+from nanorlhf import data, training
+from nanorlhf.data import Example, load_records
+from nanorlhf.errors import DataError
+from nanorlhf.formats.records import CNNDM_PROMPT, TLDR_PROMPT
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"the public data files are not at {DATA}")
@@ -290,7 +292,7 @@ def test_prompts():
 
 
 def test_tldr_truncation():
-    prompt = data.TLDR_PROMPT.format(subreddit="s", title="t", post="one\ntwo\nthree")
+    prompt = TLDR_PROMPT.format(subreddit="s", title="t", post="one\ntwo\nthree")
     frame = len(prompt) - len("one\ntwo\nthree")
 
     def post(max_tokens, text=prompt):
@@ -302,7 +304,7 @@ def test_tldr_truncation():
     assert post(frame) == post(frame - 5) == ""    # nothing left of the post: a harder cut is encode_prompt's
     assert len(data.encode_prompt(Letters(), prompt, frame - 5, keep="tldr")) == frame - 5
     assert data.encode_prompt(Letters(), prompt, frame + 12, keep="tldr") == ids(prompt.replace("\nthree", ""))
-    article = data.CNNDM_PROMPT.format(article="one\ntwo")
+    article = CNNDM_PROMPT.format(article="one\ntwo")
     assert data.truncate_tldr(Letters(), article, len(article) - 1) == "ARTICLE: one\nTL;DR:"
     assert data.truncate_tldr(Letters(), "x" * 99, 9) == "x" * 99
 
@@ -310,10 +312,10 @@ def test_tldr_truncation():
 def test_tldr_truncation_by_leaps_equals_single_characters(tiny):
     rng = random.Random(0)
     post = "".join(rng.choices("the cat sat on é中 ", k=900))
-    prompt, shorter = data.TLDR_PROMPT.format(subreddit="s", title="t", post=post), post
-    while len(tiny.encode(data.TLDR_PROMPT.format(subreddit="s", title="t", post=shorter))) > 300:
+    prompt, shorter = TLDR_PROMPT.format(subreddit="s", title="t", post=post), post
+    while len(tiny.encode(TLDR_PROMPT.format(subreddit="s", title="t", post=shorter))) > 300:
         shorter = shorter[:-1]
-    assert data.truncate_tldr(tiny, prompt, 300) == data.TLDR_PROMPT.format(subreddit="s", title="t", post=shorter)
+    assert data.truncate_tldr(tiny, prompt, 300) == TLDR_PROMPT.format(subreddit="s", title="t", post=shorter)
 
 
 def test_trap_14_prompt_and_response_are_tokenised_apart_and_cut_by_the_papers_rule(tiny):
@@ -360,22 +362,22 @@ def test_trap_1_every_response_ends_with_one_eos(tiny):
 
 def test_epoch_order_is_a_function_of_its_arguments():
     before = np.random.get_state()[1].copy()
-    orders = [data.epoch_order(50, seed, epoch) for seed in (0, 1, -1) for epoch in (0, 1, 2)]
+    orders = [training.epoch_order(50, seed, epoch) for seed in (0, 1, -1) for epoch in (0, 1, 2)]
     assert all(sorted(o) == list(range(50)) for o in orders)
     assert len({tuple(o) for o in orders}) == 9
-    data.epoch_order.cache_clear()
-    assert (data.epoch_order(50, 0, 0) == orders[0]).all()
+    training.epoch_order.cache_clear()
+    assert (training.epoch_order(50, 0, 0) == orders[0]).all()
     assert (np.random.get_state()[1] == before).all()
 
 
 def test_batches_cover_an_epoch_and_do_not_depend_on_history():
-    steps = [data.batch_indices(10, 3, step, seed=5) for step in range(9)]
+    steps = [training.batch_indices(10, 3, step, seed=5) for step in range(9)]
     for epoch in range(3):
         rows = [i for batch in steps[3 * epoch:3 * epoch + 3] for i in batch]
         assert len(rows) == len(set(rows)) == 9  # the tenth row waits for another epoch
-    data.epoch_order.cache_clear()
-    assert data.batch_indices(10, 3, 8, seed=5) == steps[8] and all(type(i) is int for i in steps[8])
-    assert [sorted(data.batch_indices(2, 8, step, seed=5)) for step in range(3)] == [[0, 1]] * 3
+    training.epoch_order.cache_clear()
+    assert training.batch_indices(10, 3, 8, seed=5) == steps[8] and all(type(i) is int for i in steps[8])
+    assert [sorted(training.batch_indices(2, 8, step, seed=5)) for step in range(3)] == [[0, 1]] * 3
 
 
 def test_micro_batches_lose_nothing_and_waste_little():

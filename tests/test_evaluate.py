@@ -10,24 +10,15 @@ import pytest
 import torch
 
 from nanorlhf import evaluate, reviews
-from nanorlhf.data import Example, collate, encode_prompt, encode_response, load_tokenizer
-from nanorlhf.evaluate import (
-    across_input_diversity,
-    best_of_n_estimate,
-    bon_kl,
-    expectation_adjusted_distinct,
-    mean_and_interval,
-    measure,
-    nli_diversity,
-    per_input_diversity,
-    sbert_diversity,
-    sequence_kl,
-    win_rate,
-)
+from nanorlhf.data import Example, collate, encode_prompt, encode_response
+from nanorlhf.tokenizer import load_tokenizer
+from nanorlhf.evaluate import measure
+from nanorlhf.metrics import (across_input_diversity, best_of_n_estimate, bon_kl, expectation_adjusted_distinct,
+                              mean_and_interval, nli_diversity, per_input_diversity, sbert_diversity, sequence_kl, win_rate)
 from nanorlhf.generate import generate
 from nanorlhf.model import ModelConfig, RewardModel, Transformer
 from nanorlhf.rewards import load_reward
-from nanorlhf.run import UserError
+from nanorlhf.errors import UserError
 
 CPU = torch.device("cpu")
 
@@ -330,7 +321,7 @@ def test_a_reward_model_with_the_same_tokenizer_reads_the_policys_very_ids(token
 
 @torch.no_grad()
 def test_a_reward_model_with_another_tokenizer_reads_the_text_in_its_own_tokens(tokenizer, texts, tmp_path):
-    from nanorlhf.data import train_bpe
+    from nanorlhf.tokenizer import train_bpe
 
     own = train_bpe(["the plot is good and the film was not bad ; review of the book"] * 20, 300)
     model = reward_folder(tmp_path, own)
@@ -364,7 +355,7 @@ def test_measure_reports_what_its_texts_say_and_0_kl_at_the_reference(tokenizer,
         ),
         0,
     )
-    rewards = {"gold": load_reward("gold", tokenizer, CPU), "length": lambda p, r: torch.tensor([float(len(x)) for x in r])}
+    rewards = {"gold": load_reward("gold", tokenizer, CPU), "length": lambda p, r, records: torch.tensor([float(len(x)) for x in r])}
     metrics, found = measure(policy, policy, tokenizer, texts[2], rewards, 12)
     assert metrics["eval/kl"] == 0.0 and metrics.keys() == {"eval/gold", "eval/length", "eval/kl", "eval/ended"}
     assert [f["prompt"] for f in found] == texts[0]

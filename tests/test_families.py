@@ -11,11 +11,14 @@ import train_ppo
 import train_rm
 import train_rrhf
 import train_sft
-from nanorlhf.checkpoints import FAMILIES, read_config, stored_as
-from nanorlhf.data import collate, load_tokenizer, make_examples, tokenizer_of
+from conftest import entry_of
+from nanorlhf.formats.checkpoints import FAMILIES, read_config, tensor_layout
+from nanorlhf.data import collate, make_examples
 from nanorlhf.evaluate import Options, columns_of, evaluate_policies
 from nanorlhf.model import ModelConfig, RewardModel, Transformer
-from nanorlhf.run import main, read_jsonl
+from nanorlhf.files import read_jsonl
+from nanorlhf.options import main
+from nanorlhf.tokenizer import load_tokenizer, tokenizer_of
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -36,7 +39,7 @@ def go(module, out, **options):
     common = dict(device="cpu", out=str(out), response_length=6, num_eval_prompts=2, max_steps=1, batch_size=4, eval_every=1,
                   lr=1e-3)
     fields = module.Config.__dataclass_fields__
-    module.train(module.Config(**{k: v for k, v in {**common, **options}.items() if k in fields}))
+    entry_of(module)(module.Config(**{k: v for k, v in {**common, **options}.items() if k in fields}))
     return read_jsonl(out / "metrics.jsonl")
 
 
@@ -163,7 +166,7 @@ def test_published_models_have_their_published_tensors(tmp_path, name):
         theirs = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(tmp_path))
     want = {n: list(p.shape) for n, p in theirs.named_parameters()}
     family = FAMILIES[ours.config.family]
-    assert {n: shape for n, shape, *_ in stored_as(ours, "lm_head", family.prefix)} == want
+    assert {n: shape for n, shape, *_ in tensor_layout(ours, "lm_head", family.prefix)} == want
 
 
 # --------------------------------------------------------------------------------------------------------- names of the hub

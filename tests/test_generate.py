@@ -5,11 +5,11 @@ import itertools
 import pytest
 import torch
 
-from nanorlhf.checkpoints import FAMILIES
+from nanorlhf.formats.checkpoints import FAMILIES
 from nanorlhf.generate import beam_search, generate, prefill
 from nanorlhf.kernels import sample
 from nanorlhf.model import ModelConfig, Transformer
-from nanorlhf.run import UserError
+from nanorlhf.errors import UserError
 
 PROMPTS = [[5, 9, 3, 22, 17, 30, 8], [4], [11, 2, 19], [6, 6, 40, 33, 12]]
 

@@ -11,12 +11,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from nanorlhf.data import Example, collate, encode_prompt, encode_response, load_tokenizer, make_examples, pack_texts
+from nanorlhf.data import Example, Group, collate, encode_prompt, encode_response, make_examples, pack_texts
+from nanorlhf.tokenizer import load_tokenizer
 from nanorlhf.model import ModelConfig, RewardModel, Transformer, ValueModel
-from train_dpo import dpo_loss, pair_logprobs
+import train_dpo
+import train_rm
+from train_dpo import dpo_loss
 from train_ppo import adapt_kl_coef, advantages, kl_penalty, ppo_loss, token_rewards, values_before, whiten
-from train_rm import preference_loss, ranked_pairs, rewards_of
-from train_rrhf import rrhf_loss, rrhf_loss_released
+from train_rm import preference_loss, ranked_pairs
+from train_rrhf import rrhf_loss
 from train_sft import sft_loss
 
 F64 = torch.float64
@@ -225,8 +228,8 @@ def test_k_way_ranking_divides_by_k_choose_2_and_drops_ties(run):
     """Section 2, Ouyang: all pairs of a prompt together weigh as much as one pair; ties leave the sum, not the divisor."""
     rm = reward_model()
     rows = make_rows(6)
-    rankings = [(rows[:4], [3.0, 1.0, 2.0, 1.0]), (rows[4:], [0.0, 1.0])]
-    rewards, better, worse, weight, tokens = rewards_of(rm, rankings, TOKENIZER, run)
+    rankings = [Group(rows[:4], [3.0, 1.0, 2.0, 1.0]), Group(rows[4:], [0.0, 1.0])]
+    rewards, better, worse, weight, tokens = train_rm.forward(rm, rankings, TOKENIZER, run)
     loss = (weight * preference_loss(rewards[better], rewards[worse])).sum() / 2
     r = [rm.score(torch.tensor([row.tokens]), torch.tensor([len(row.tokens)])).item() for row in rows]
     first = sum(-log_sigmoid(r[i] - r[j]) for i, j in ((0, 1), (0, 2), (0, 3), (2, 1), (2, 3))) / 6
@@ -251,13 +254,13 @@ def test_reward_is_read_at_the_last_real_token_and_padding_does_not_matter():
 def test_order_of_rankings_and_micro_batches_leave_the_rm_gradient(run):
     """Trap 16."""
     rows, rng = make_rows(16), random.Random(0)
-    rankings = [(rows[2 * i : 2 * i + 2], [float(i % 2), 0.5]) for i in range(8)]
+    rankings = [Group(rows[2 * i : 2 * i + 2], [float(i % 2), 0.5]) for i in range(8)]
     gradients = []
     for size, order in ((8, range(8)), (1, range(8)), (3, rng.sample(range(8), 8))):
         rm = reward_model()
         shuffled = [rankings[i] for i in order]
         for i in range(0, 8, size):
-            rewards, better, worse, weight, _ = rewards_of(rm, shuffled[i : i + size], TOKENIZER, run)
+            rewards, better, worse, weight, _ = train_rm.forward(rm, shuffled[i : i + size], TOKENIZER, run)
             ((weight * preference_loss(rewards[better], rewards[worse])).sum() / 8).backward()
         gradients.append(torch.cat([p.grad.flatten() for p in rm.parameters()]))
     assert torch.allclose(gradients[0], gradients[1], rtol=1e-4, atol=1e-7)
@@ -329,23 +332,24 @@ def test_dpo_ignores_the_prompt_dependent_constant():
 def test_pair_logprobs_are_sums_whatever_the_batch(model, run):
     """Traps 10, 11: sums over response tokens, EOS included, prompt and padding not."""
     rows = make_rows(8)
-    pairs = [SimpleNamespace(chosen=rows[i], rejected=rows[i + 4]) for i in range(4)]
-    chosen, rejected, n = pair_logprobs(model, pairs, TOKENIZER, run)
+    pairs = [Group([rows[i], rows[i + 4]]) for i in range(4)]
+    chosen, rejected, chosen_lengths, rejected_lengths, n = train_dpo.forward(model, pairs, TOKENIZER, run)
     for i, pair in enumerate(pairs):
-        assert chosen[i].item() == pytest.approx(sum(x.item() for x in logprobs_by_hand(model, pair.chosen)), abs=1e-12)
-        assert rejected[i].item() == pytest.approx(sum(x.item() for x in logprobs_by_hand(model, pair.rejected)), abs=1e-12)
+        assert chosen[i].item() == pytest.approx(sum(x.item() for x in logprobs_by_hand(model, pair.examples[0])), abs=1e-12)
+        assert rejected[i].item() == pytest.approx(sum(x.item() for x in logprobs_by_hand(model, pair.examples[1])), abs=1e-12)
+        assert [chosen_lengths[i].item(), rejected_lengths[i].item()] == [e.count for e in pair.examples]
     assert n == sum(len(row.tokens) for row in rows)
 
 
 def test_dpo_micro_batches_and_order_leave_the_gradient(model, run):
     """Trap 16, in float64."""
     rows = make_rows(16, seed=4)
-    pairs = [SimpleNamespace(chosen=rows[i], rejected=rows[i + 8]) for i in range(8)]
+    pairs = [Group([rows[i], rows[i + 8]]) for i in range(8)]
     gradients = []
     for size, order in ((8, range(8)), (1, range(8)), (3, random.Random(0).sample(range(8), 8))):
         model.zero_grad()
         for i in range(0, 8, size):
-            chosen, rejected, _ = pair_logprobs(model, [pairs[k] for k in list(order)[i : i + size]], TOKENIZER, run)
+            chosen, rejected, *_ = train_dpo.forward(model, [pairs[k] for k in list(order)[i : i + size]], TOKENIZER, run)
             (dpo_loss(chosen, rejected, torch.tensor(-7.0), torch.tensor(-9.0)).sum() / 8).backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     assert torch.allclose(gradients[0], gradients[1], rtol=0, atol=1e-13)
@@ -415,11 +419,11 @@ def test_rrhf_released_code_depends_on_padded_width_and_the_paper_does_not():
     """Trap 15 (GanjinZero/RRHF issues 37, 51): every length is the padded width, in p_i and in L_ft."""
     logps, lengths, scores = rrhf_case()
     for width in (12, 20):
-        loss, rank, ft = rrhf_loss_released(logps, lengths, scores, width)
+        loss, rank, ft = rrhf_loss(logps, lengths, scores, released_width=width)
         for b in range(len(logps)):
             _, r, f = rrhf_by_hand(logps[b].tolist(), [width] * 6, scores[b].tolist())
             assert (rank[b].item(), ft[b].item(), loss[b].item()) == pytest.approx((r, f / width, r + f / width), abs=1e-12)
-    narrow, wide = (rrhf_loss_released(logps, lengths, scores, w)[0] for w in (12, 20))
+    narrow, wide = (rrhf_loss(logps, lengths, scores, released_width=w)[0] for w in (12, 20))
     assert not torch.allclose(narrow, wide)
 
 

@@ -12,10 +12,10 @@ import torch
 from golden.make_goldens import CASES, TOKENS, weights_of
 from safetensors.torch import load_file, save_file
 
-from nanorlhf.checkpoints import FAMILIES, stored_as
+from nanorlhf.formats.checkpoints import FAMILIES, tensor_layout
 from nanorlhf.generate import generate
 from nanorlhf.model import ModelConfig, RewardModel, Transformer, ValueModel, rope_frequencies, rotate
-from nanorlhf.run import UserError
+from nanorlhf.errors import UserError
 
 GOLDENS = json.loads((Path(__file__).parent / "golden" / "model.json").read_text())
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -278,7 +278,7 @@ def test_gradients_and_greedy_texts_equal_those_of_transformers(tmp_path, name):
     (logprobs * mask[:, 1:]).sum().backward()
     ours, want = dict(model.named_parameters()), dict(theirs.named_parameters())
     family = FAMILIES[model.config.family]
-    for their_name, _, our_name, rows, transposed in stored_as(model, "lm_head", family.prefix):
+    for their_name, _, our_name, rows, transposed in tensor_layout(model, "lm_head", family.prefix):
         got, grad = ours[our_name].grad[rows], want[their_name].grad
         assert float(((got.T if transposed else got) - grad).norm() / grad.norm()) < 1e-4 or float(grad.norm()) < 1e-5, their_name
 

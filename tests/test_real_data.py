@@ -18,10 +18,10 @@ import train_ppo
 import train_rm
 import train_rrhf
 import train_sft
-from nanorlhf.data import (encode_prompt, encode_response, load_records, load_tokenizer, make_examples, split_records,
-                           truncate_tldr)
+from nanorlhf.data import encode_prompt, encode_response, load_records, make_examples, split_records, truncate_tldr
+from nanorlhf.tokenizer import load_tokenizer
 from nanorlhf.model import RewardModel, Transformer
-from nanorlhf.run import read_jsonl
+from nanorlhf.files import read_jsonl
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason=f"needs the public data in {DATA}")
@@ -100,7 +100,7 @@ def test_pretraining_on_reviews_learns(base):
 def test_ppo_logs_what_the_reward_function_said(base, reward, prompts, tmp_path):
     spec, calls = reward
     train_ppo.train(train_ppo.Config(
-        init=base, reward=spec, data=prompts, eval_data=prompts, num_eval_prompts=5, response_length=12, batch_size=6,
+        init=base, reward=spec, data=prompts, eval_prompts=prompts, num_eval_prompts=5, response_length=12, batch_size=6,
         max_steps=3, missing_eos="none", eval_every=2, device="cpu", out=str(tmp_path / "ppo")))
     log, said = metrics(tmp_path / "ppo"), calls()
     rollouts, evaluations = [c for c in said if len(c[0]) == 6], [c for c in said if len(c[0]) == 5]
@@ -119,7 +119,7 @@ def test_ppo_logs_what_the_reward_function_said(base, reward, prompts, tmp_path)
 
 def test_best_of_n_then_dpo_and_rrhf(base, reward, prompts, tmp_path):
     spec, calls = reward
-    sample_bon.train(sample_bon.Config(init=base, reward=spec, data=prompts, n=4, label_temperature=0.0, response_length=12,
+    sample_bon.sample(sample_bon.Config(init=base, reward=spec, data=prompts, n=4, label_temperature=0.0, response_length=12,
                                        keep_unfinished=True, device="cpu", out=str(tmp_path / "bon")))
     best, ranked, pairs = (read_jsonl(tmp_path / "bon" / f"{n}.jsonl") for n in ("best", "ranked", "comparisons"))
     (asked, answers, values), = calls()

@@ -1,7 +1,6 @@
 """run.py: options, files that survive a crash, seeds, rates, optimizer state, the run folder and its refusals."""
 
 import dataclasses
-import importlib
 import json
 import math
 import os
@@ -9,30 +8,20 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_origin
 
 import numpy as np
 import pytest
 import torch
 
+from conftest import SCRIPTS, TRAINERS
 from nanorlhf import run as run_module
-from nanorlhf.run import (
-    Run,
-    UserError,
-    learning_rate,
-    main,
-    make_optimizer,
-    need_file,
-    need_folder,
-    parse_options,
-    pick_device,
-    read_jsonl,
-    seed_for,
-    write_json,
-    write_records,
-    written_whole,
-)
-
-SCRIPTS = ("train_sft", "train_rm", "train_ppo", "train_dpo", "train_rrhf", "sample_bon")
+from nanorlhf.errors import UserError
+from nanorlhf.files import atomic_write, read_jsonl, require_file, require_folder, write_json, write_records
+from nanorlhf.model import pick_device
+from nanorlhf.options import main, metavar_of, parse_options
+from nanorlhf.run import Run
+from nanorlhf.training import learning_rate, make_optimizer, optimizer_step, seed_for
 
 
 @dataclass
@@ -94,12 +83,12 @@ def test_help_lists_every_field_with_its_comment_and_default(capsys):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_of_every_script_lists_every_field_with_a_comment(script, capsys):
-    module = importlib.import_module(script)
+    module = SCRIPTS[script]
     with pytest.raises(SystemExit):
         parse_options(module.Config, module.__doc__, ["--help"])
     text = " ".join(capsys.readouterr().out.split())
     for field in dataclasses.fields(module.Config):
-        metavar = "[BOOL]" if field.type is bool else field.type.__name__.upper()
+        metavar = "[BOOL]" if field.type is bool else metavar_of(field)
         comment, default = text.split(f"--{field.name} {metavar} ", 1)[1].split("(default: ", 1)
         assert comment.split(), f"{script} --{field.name} has no help"
         assert default.startswith(repr(field.default))
@@ -109,7 +98,7 @@ def test_scripts_name_their_shared_options_alike():
     """The words of the command line that all scripts share, with one type each."""
     types = {}
     for script in SCRIPTS:
-        fields = {f.name: f.type for f in dataclasses.fields(importlib.import_module(script).Config)}
+        fields = {f.name: f.type for f in dataclasses.fields(SCRIPTS[script].Config)}
         assert {
             "init",
             "data",
@@ -123,9 +112,10 @@ def test_scripts_name_their_shared_options_alike():
             "limit",
             "batch_size",
         } <= fields.keys()
-        if script != "sample_bon":
+        if script in TRAINERS:
             assert {"max_steps", "micro_batch_size", "lr"} <= fields.keys()
         for name, kind in fields.items():
+            kind = str if get_origin(kind) is Literal else kind                         # words may differ: --kind
             assert types.setdefault(name, kind) is kind
 
 
@@ -162,14 +152,14 @@ def leftovers(folder):
 
 
 def write_folder(path, text):
-    with written_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.mkdir()
         (temporary / "a").write_text(text)
         (temporary / "b").write_text(text)
 
 
 def write_file(path, text):
-    with written_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(text)
 
 
@@ -208,7 +198,7 @@ def test_a_failure_in_the_middle_of_writing_leaves_the_old_content(tmp_path):
     with pytest.raises(ValueError):
         write_json(target, {"new": [1, float("nan")]})  # NaN is no JSON
     with pytest.raises(RuntimeError):
-        with written_whole(target) as temporary:
+        with atomic_write(target) as temporary:
             temporary.write_text("half of it")
             raise RuntimeError
     assert json.loads(target.read_text()) == {"old": 1}
@@ -220,8 +210,8 @@ def test_a_kill_in_the_middle_of_writing_leaves_the_old_content(tmp_path):
     target = tmp_path / "x"
     write_file(target, "old")
     code = (
-        f"import os, pathlib\nfrom nanorlhf.run import written_whole\n"
-        f"with written_whole({str(target)!r}) as t:\n    t.write_text('half'); os._exit(9)"
+        f"import os, pathlib\nfrom nanorlhf.files import atomic_write\n"
+        f"with atomic_write({str(target)!r}) as t:\n    t.write_text('half'); os._exit(9)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 9
     assert target.read_text() == "old"
@@ -245,7 +235,7 @@ def test_seeds_depend_on_seed_purpose_and_step_only():
     assert len(seeds) == 200 and all(0 <= s < 2**63 for s in seeds)
     assert seed_for(3, "rollout", 7) == seed_for(3, "rollout", 7)
     again = subprocess.run(
-        [sys.executable, "-c", "from nanorlhf.run import seed_for; print(seed_for(3, 'rollout', 7))"],
+        [sys.executable, "-c", "from nanorlhf.training import seed_for; print(seed_for(3, 'rollout', 7))"],
         capture_output=True,
         text=True,
         check=True,
@@ -297,12 +287,12 @@ def test_weight_decay_acts_on_matrices_only_and_names_are_checked():
 class Small:
     out: str
     device: str = "cpu"
-    dtype: str = "float32"
+    dtype: Literal["float32", "bfloat16"] = "float32"
     compile: bool = False
     overwrite: bool = False
     resume: bool = False
     batch_size: int = 4
-    lr_schedule: str = "linear"
+    lr_schedule: Literal["linear", "constant"] = "linear"
 
 
 def some_updates(model, optimizer, first, last):
@@ -325,6 +315,7 @@ def test_checkpoint_round_trip_of_weights_optimizer_and_state(name, tmp_path):
     model, optimizer = fresh()
     run = Run(Small(str(tmp_path / "a")), "sft")
     assert run.load_checkpoint({"model": model}, {"optimizer": optimizer}) == {"step": 0}
+    run.begin(0)
     some_updates(model, optimizer, 0, 5)
     run.save_checkpoint(5, {"model": model}, {"optimizer": optimizer}, {"kl_coef": 0.1 + 0.2})
     some_updates(model, optimizer, 5, 9)
@@ -341,15 +332,17 @@ def test_checkpoint_round_trip_of_weights_optimizer_and_state(name, tmp_path):
 def test_only_the_two_newest_checkpoints_stay_and_logs_are_cut_to_the_newest(tmp_path):
     model = torch.nn.Linear(2, 1)
     run = Run(Small(str(tmp_path)), "sft")
-    run.load_checkpoint({"model": model}, {})
+    run.begin(0)
     for step in (9, 10, 11):
         run.log(step, 20, {"loss": step})
-        run.samples(step, [{"text": "x"}])
+        run.log_samples(step, [{"text": "x"}])
         run.save_checkpoint(step, {"model": model}, {})
     run.log(12, 20, {"loss": 12})
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-0000010", "step-0000011"]
     again = Run(Small(str(tmp_path), resume=True), "sft")
-    assert again.load_checkpoint({"model": model}, {})["step"] == 11
+    state = again.load_checkpoint({"model": model}, {})
+    assert state["step"] == 11
+    again.begin(11)
     assert [r["step"] for r in read_jsonl(tmp_path / "metrics.jsonl")] == [9, 10, 11]
     assert [r["step"] for r in read_jsonl(tmp_path / "samples.jsonl")] == [9, 10, 11]
 
@@ -361,7 +354,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_resumes(file, damag
     model = torch.nn.Linear(3, 2)
     optimizer = make_optimizer(model.parameters(), "adamw", 0.01)
     run = Run(Small(str(tmp_path)), "sft")
-    run.load_checkpoint({"model": model}, {"optimizer": optimizer})
+    run.begin(0)
     some_updates(model, optimizer, 0, 1)
     for step in (3, 4):
         run.save_checkpoint(step, {"model": model}, {"optimizer": optimizer}, {"kl_coef": 0.25})
@@ -391,11 +384,11 @@ def test_nothing_is_written_before_the_inputs_are_loaded(tmp_path):
     Run(Small(str(tmp_path / "new")), "sft")
     assert not (tmp_path / "new").exists()
     run = Run(Small(str(tmp_path / "old")), "sft")
-    run.load_checkpoint({}, {})
+    run.begin(0)
     run.log(1, 1, {"loss": 1})
     other = Run(Small(str(tmp_path / "old"), overwrite=True), "sft")
     assert (tmp_path / "old" / "metrics.jsonl").exists()
-    other.load_checkpoint({}, {})
+    other.begin(0)
     assert [p.name for p in (tmp_path / "old").iterdir()] == ["run.json"]
 
 
@@ -427,11 +420,11 @@ def test_an_option_that_is_not_one_of_its_words_is_one_line(fields, says, tmp_pa
 
 def test_a_missing_predecessor_names_its_command(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for need in (need_folder, need_file):
+    for need in (require_folder, require_file):
         with pytest.raises(UserError, match="first run: python train_sft.py"):
             need("out/sft", "python train_sft.py")
     with pytest.raises(UserError, match="no config.json in it.$"):                     # which no script of ours would make
-        need_folder(str(tmp_path / "sft"), "python train_sft.py")
+        require_folder(str(tmp_path / "sft"), "python train_sft.py")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
@@ -444,7 +437,7 @@ def test_cuda_without_a_gpu_is_one_line():
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_number_that_is_not_finite_never_reaches_metrics(value, tmp_path):
     run = Run(Small(str(tmp_path)), "sft")
-    run.load_checkpoint({}, {})
+    run.begin(0)
     run.log(1, 3, {"loss": 1.0})
     with pytest.raises(UserError, match="step 2: eval/x not finite"):
         run.log(2, 3, {"loss": 1.0, "eval/x": value})
@@ -459,9 +452,8 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_before_the_step_naming_step
     before = [p.detach().clone() for p in model.parameters()]
     for p in model.parameters():
         p.grad = torch.full_like(p, gradient)
-    run = Run(Small(str(tmp_path)), "sft")
     with pytest.raises(UserError) as error:
-        run.step({optimizer: 0.1}, clip, 17, [5, 3, 8], loss)
+        optimizer_step({optimizer: 0.1}, clip, 17, [5, 3, 8], loss)
     assert "step 17" in str(error.value) and "[5, 3, 8]" in str(error.value) and "\n" not in str(error.value)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters())) and not optimizer.state
 
@@ -470,18 +462,18 @@ def test_step_clips_the_norm_and_reports_it_before_clipping(tmp_path):
     for clip, expected in ((1.0, [-0.6, -0.8]), (0.0, [-3.0, -4.0]), (10.0, [-3.0, -4.0])):
         p = torch.nn.Parameter(torch.zeros(2))
         p.grad = torch.tensor([3.0, 4.0])
-        norm = Run(Small(str(tmp_path)), "sft").step({torch.optim.SGD([p], 0.5): 1.0}, clip, 1, [0], 0.0)
+        norm = optimizer_step({torch.optim.SGD([p], 0.5): 1.0}, clip, 1, [0], 0.0)
         assert norm == pytest.approx(5.0) and p.tolist() == pytest.approx(expected, abs=1e-5) and p.grad is None
 
 
 def test_every_is_due_each_n_steps_and_after_the_last():
-    assert [s for s in range(1, 8) if Run.every(3, s, 7)] == [3, 6, 7]
-    assert not any(Run.every(0, s, 7) for s in range(1, 8))
+    assert [s for s in range(1, 8) if Run.due(3, s, 7)] == [3, 6, 7]
+    assert not any(Run.due(0, s, 7) for s in range(1, 8))
 
 
 def test_run_json_names_options_versions_and_commit(tmp_path):
     run = Run(Small(str(tmp_path)), "sft")
-    run.load_checkpoint({}, {})
+    run.begin(0)
     found = json.loads((tmp_path / "run.json").read_text())
     assert found["options"] == dataclasses.asdict(Small(str(tmp_path))) and found["finished"] is False
     assert found["torch"] == torch.__version__ and found["numpy"] == np.__version__ and "commit" in found

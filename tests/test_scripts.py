@@ -24,11 +24,13 @@ import train_ppo
 import train_rm
 import train_rrhf
 import train_sft
-from nanorlhf.data import load_tokenizer
+from nanorlhf.tokenizer import load_tokenizer
 from nanorlhf.model import RewardModel, Transformer
-from nanorlhf.run import Run, main, read_jsonl
+from nanorlhf.options import main
+from conftest import ROOT, SCRIPTS, TRAINERS, entry_of, known_options, loss_of
+from nanorlhf.files import read_jsonl
+from nanorlhf.run import Run
 
-ROOT = Path(__file__).parents[1]
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 SHORT = "--response_length 8 --num_eval_prompts 4"
 PIPELINE = (  # defaults elsewhere: each script finds what the one before it made
@@ -42,6 +44,11 @@ PIPELINE = (  # defaults elsewhere: each script finds what the one before it mad
     f"train_rrhf --max_steps 2 --batch_size 4 --limit 8 {SHORT}",
     "sample_bon --n 4 --limit 6 --response_length 8 --keep_unfinished",
 )
+
+
+KNOWN = {command.split()[0] for command in PIPELINE}
+FOUND = [f"{name} --max_steps 2 --batch_size 8 " + " ".join(f"--{k} {v}" for k, v in known_options(
+    module, dict(response_length=8, num_eval_prompts=4)).items()) for name, module in TRAINERS.items() if name not in KNOWN]
 
 
 def start(cwd, command, *more):
@@ -71,7 +78,7 @@ def root(tmp_path_factory):
     for command in PIPELINE[:4]:
         found = done(start(folder, command))
         assert found.code == 0, found.err
-    for found in [done(p) for p in [start(folder, command) for command in PIPELINE[4:]]]:
+    for found in [done(p) for p in [start(folder, command) for command in [*PIPELINE[4:], *FOUND]]]:
         assert found.code == 0, found.err
         assert "done: out/" in found.out
     return folder
@@ -84,19 +91,20 @@ def here(root, monkeypatch):
     return root
 
 
-COMMON = {
-    train_sft: dict(init="out/base", limit=40, max_steps=4, batch_size=8, eval_every=0),
-    train_rm: dict(init="out/sft", max_steps=4, batch_size=8, eval_fraction=0.2, eval_every=2),
-    train_ppo: dict(init="out/sft", max_steps=4, batch_size=8, limit=32, response_length=8, num_eval_prompts=3, eval_every=2),
-    train_dpo: dict(init="out/sft", max_steps=4, batch_size=8, response_length=8, num_eval_prompts=3, eval_every=2),
-    train_rrhf: dict(init="out/sft", max_steps=4, batch_size=4, limit=8, response_length=8, num_eval_prompts=3, eval_every=2),
-    sample_bon: dict(init="out/sft", limit=6, n=4, response_length=8, keep_unfinished=True),
+SMALL = dict(init="out/sft", max_steps=4, batch_size=8, response_length=8, num_eval_prompts=3, eval_every=2)
+OWN = {
+    train_sft: dict(init="out/base", limit=40, eval_every=0),
+    train_rm: dict(eval_fraction=0.2),
+    train_ppo: dict(limit=32),
+    train_rrhf: dict(batch_size=4, limit=8),
+    sample_bon: dict(limit=6, n=4, keep_unfinished=True, batch_size=64),
 }
+COMMON = {module: known_options(module, SMALL) | OWN.get(module, {}) for module in SCRIPTS.values()}
 
 
 def go(module, out, **options):
-    """train(Config(...)) in this process; returns the rows of metrics.jsonl."""
-    module.train(module.Config(**{**COMMON[module], "device": "cpu", "out": str(out), **options}))
+    """The script with this Config, in this process; returns the rows of metrics.jsonl."""
+    entry_of(module)(module.Config(**{**COMMON[module], "device": "cpu", "out": str(out), **options}))
     return read_jsonl(Path(out) / "metrics.jsonl")
 
 
@@ -152,18 +160,21 @@ METRICS = {
 }
 
 
-@pytest.mark.parametrize("name", METRICS)
+FOLDERS = [*METRICS, *(Path(TRAINERS[command.split()[0]].Config.out).name for command in FOUND)]
+
+
+@pytest.mark.parametrize("name", FOLDERS)
 def test_every_run_folder_is_a_checkpoint_with_its_metrics_options_and_tokenizer(root, name):
     folder = root / "out" / name
     run = json.loads((folder / "run.json").read_text())
     assert run["finished"] and run["options"]["seed"] == 0 and run["torch"] == torch.__version__
-    load = RewardModel if name == "rm" else Transformer
+    load = Transformer if json.loads((folder / "config.json").read_text())["architectures"] == ["GPT2LMHeadModel"] else RewardModel
     model, tokenizer = load.from_pretrained(folder), load_tokenizer(folder)
     assert model.config.vocab_size == tokenizer.vocab_size == load_tokenizer("reviews").vocab_size
     assert model.config.eos_id == tokenizer.eos_id != tokenizer.pad_id  # trap 1
     rows = [json.loads(line, parse_constant=pytest.fail) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in rows] == list(range(1, len(rows) + 1))
-    assert METRICS[name] <= set().union(*rows)
+    assert METRICS.get(name, {"loss", "lr", "grad_norm"}) <= set().union(*rows)
     assert all(math.isfinite(v) for r in rows for v in r.values())
     assert not [p for p in folder.rglob("*") if p.suffix in (".pt", ".pth", ".bin", ".pkl") or ".writing" in p.name]
 
@@ -497,13 +508,13 @@ def first_gradient(module, out, monkeypatch, double=False, **options):
 
     found = []
 
-    def step(self, rates, max_grad_norm, step, rows, loss):  # PPO steps two networks, policy and value
+    def step(rates, max_grad_norm, step, rows, loss):  # PPO steps two networks, policy and value
         found.extend(torch.cat([p.grad.flatten().double() for g in o.param_groups for p in g["params"]]) for o in rates)
         raise Stop
 
     prepare = Run.prepare
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "step", step)
+        patch.setattr(module, "optimizer_step", step)
         if double:
             patch.setattr(
                 Run,
@@ -553,10 +564,7 @@ def test_same_seed_same_weights_and_another_seed_others(here, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------------------- resuming
-TRAINERS = {
-    train_sft: dict(),
-    train_rm: dict(),
-    train_dpo: dict(),
+HARDER = {  # options with more state to restore
     train_rrhf: dict(resample_every=3, reward="out/rm"),
     train_ppo: dict(kl_target=6.0, whiten_rewards=True),
 }
@@ -573,9 +581,8 @@ def resumed(root):
     back = os.getcwd()
     os.chdir(root)
     try:
-        for module, options in TRAINERS.items():
-            options = dict(options, max_steps=6, save_every=2, eval_every=3)
-            name = module.__name__
+        for name, module in TRAINERS.items():
+            options = dict(HARDER.get(module, {}), max_steps=6, save_every=2, eval_every=3)
             go(module, f"whole/{name}", **options)
 
             def dying(self, step, *args, **kwargs):
@@ -598,7 +605,7 @@ def resumed(root):
         os.chdir(back)
 
 
-@pytest.mark.parametrize("module", TRAINERS, ids=lambda m: m.__name__)
+@pytest.mark.parametrize("module", TRAINERS.values(), ids=lambda m: m.__name__)
 def test_n_steps_equal_k_steps_and_a_fresh_process_bit_for_bit(root, resumed, module):
     found, name = resumed[module], module.__name__
     assert found.code == 0 and "resumes" in found.out and "after step 2" in found.out, found.err
@@ -658,7 +665,7 @@ def stops(monkeypatch, module, *argv):
     stderr = io.StringIO()
     monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, argv)])
     with pytest.raises(SystemExit) as stop, contextlib.redirect_stderr(stderr):
-        main(module.Config, module.train, module.__doc__)
+        main(module.Config, entry_of(module), module.__doc__)
     assert isinstance(stop.value.code, str) and stop.value.code.startswith("error: ") and "\n" not in stop.value.code
     assert stderr.getvalue() == ""
     return stop.value.code
@@ -711,7 +718,7 @@ def test_in_a_process_errors_are_one_line_and_exit_code_1(root, tmp_path):
         (train_ppo, ["--reward", "./nowhere"], "--reward ./nowhere"),
         (train_ppo, ["--reference", "./nowhere"], "nowhere: no such folder"),
         (train_ppo, ["--value_init", "./nowhere"], "nowhere: no such folder"),
-        (train_ppo, ["--eval_data", "nowhere.jsonl"], "nowhere.jsonl"),
+        (train_ppo, ["--eval_prompts", "nowhere.jsonl"], "nowhere.jsonl"),
         (train_dpo, ["--eval_reward", "nowhere.py:f"], "nowhere.py"),
         (sample_bon, ["--reward", "out/sft"], "no reward model"),
         (train_sft, ["--init", "scratch", "--tokenizer", "./nowhere"], "./nowhere"),
@@ -844,7 +851,7 @@ def test_a_model_of_another_vocabulary_is_one_line(here, tmp_path, monkeypatch):
             monkeypatch, train_ppo, "--value_init", tmp_path / str(size), "--out", tmp_path / "x", "--limit", "8"
         )
     load_tokenizer("out/sft").save(tmp_path / str(config.vocab_size - 1))
-    for module in (train_sft, train_rm, train_dpo, train_ppo, train_rrhf, sample_bon):
+    for module in SCRIPTS.values():
         assert "does not fit the tokenizer" in stops(
             monkeypatch, module, "--init", tmp_path / str(config.vocab_size - 1), "--out", tmp_path / "x", "--limit", "40"
         )
@@ -867,21 +874,12 @@ def test_overwrite_may_replace_its_own_start(here, tmp_path):
     assert [r["step"] for r in rows] == [1, 2] and not same(weights(tmp_path / "sft"), weights("out/sft"))
 
 
-LOSSES = {
-    train_sft: "sft_loss",
-    train_rm: "preference_loss",
-    train_ppo: "ppo_loss",
-    train_dpo: "dpo_loss",
-    train_rrhf: "rrhf_loss",
-}
-
-
-@pytest.mark.parametrize("module", LOSSES, ids=lambda m: m.__name__)
+@pytest.mark.parametrize("module", TRAINERS.values(), ids=lambda m: m.__name__)
 def test_a_loss_that_is_not_finite_stops_before_the_step_and_touches_nothing_saved(here, tmp_path, monkeypatch, module):
     """The message names the step and the rows of its batch; the run can be resumed from what was saved before."""
-    from nanorlhf.data import batch_indices
+    from nanorlhf.training import batch_indices
 
-    real, states, steps = getattr(module, LOSSES[module]), [], []
+    real, states, steps = getattr(module, loss_of(module)), [], []
 
     def poisoned(*args, **kwargs):
         found = real(*args, **kwargs)
@@ -891,10 +889,10 @@ def test_a_loss_that_is_not_finite_stops_before_the_step_and_touches_nothing_sav
             states.append(snapshot(tmp_path))
         return (found[0] * math.nan, *found[1:]) if isinstance(found, tuple) else found * math.nan
 
-    guard = Run.step
+    guard = module.optimizer_step
 
-    def counted(self, rates, max_grad_norm, step, rows, loss):
-        norm = guard(self, rates, max_grad_norm, step, rows, loss)
+    def counted(rates, max_grad_norm, step, rows, loss):
+        norm = guard(rates, max_grad_norm, step, rows, loss)
         steps.append(step)
         return norm
 
@@ -903,8 +901,8 @@ def test_a_loss_that_is_not_finite_stops_before_the_step_and_touches_nothing_sav
     options |= dict(eval_every=0, save_every=1)
     words = [w for k, v in {**COMMON[module], **options}.items() for w in (f"--{k}", v)]
     with monkeypatch.context() as patch:
-        patch.setattr(module, LOSSES[module], poisoned)
-        patch.setattr(Run, "step", counted)
+        patch.setattr(module, loss_of(module), poisoned)
+        patch.setattr(module, "optimizer_step", counted)
         message = stops(monkeypatch, module, *words, "--device", "cpu", "--out", tmp_path / "x")
     rows = message.split("[", 1)[1].split("]", 1)[0]
     assert f"step {bad}: loss nan" in message and "weights were not changed" in message
@@ -938,7 +936,7 @@ def test_resume_refuses_another_script_and_changed_data(here, tmp_path, monkeypa
 
 def test_a_checkpoint_with_other_ids_is_refused_and_never_lends_its_value_model(here, tmp_path, monkeypatch):
     """Equal vocabulary sizes do not make equal tokenizers: only the ids decide."""
-    from nanorlhf.data import train_bpe
+    from nanorlhf.tokenizer import train_bpe
     from nanorlhf.reviews import corpus
     other = train_bpe([text.upper() for text in corpus(400, seed=1)], load_tokenizer("out/sft").vocab_size)
     model = Transformer.from_pretrained("out/sft")
@@ -962,5 +960,5 @@ def test_numbers_without_a_meaning_are_refused(here, tmp_path, monkeypatch, word
 
 
 def test_a_short_run_is_not_all_warm_up():
-    from nanorlhf.run import learning_rate
+    from nanorlhf.training import learning_rate
     assert learning_rate(0, 1, 1.0, warmup=20) == 1.0 and learning_rate(2, 10, 1.0, warmup=20, schedule="constant") == 1.0

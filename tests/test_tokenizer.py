@@ -12,7 +12,9 @@ import torch
 from golden.make_tokenizer_goldens import TEXTS, VARIANTS, variant_of
 from nanorlhf import data
 from nanorlhf import tokenizer as tokenizer_file
-from nanorlhf.data import DataError, load_records, load_tokenizer
+from nanorlhf.data import load_records
+from nanorlhf.errors import DataError
+from nanorlhf.tokenizer import load_tokenizer
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 GOLDENS = json.loads((Path(__file__).parent / "golden" / "tokenizer.json").read_text(encoding="utf-8"))
@@ -85,11 +87,11 @@ def test_trap_1_pad_is_never_eos(tiny):
                          ({"<|endoftext|>": 256, "<|x|>": 257, "<|my_pad|>": 258}, 258)):
         encoding = tiktoken.Encoding("t", pat_str=tokenizer_file.GPT2_PATTERN, special_tokens=special,
                                      mergeable_ranks={bytes([b]): b for b in range(256)})
-        tokenizer = data.Tokenizer(encoding, "<|endoftext|>", "<|endoftext|>")  # asks for pad = eos
+        tokenizer = tokenizer_file.Tokenizer(encoding, "<|endoftext|>", "<|endoftext|>")  # asks for pad = eos
         assert tokenizer.pad_id == pad != tokenizer.eos_id
     low = tiktoken.Encoding("t", pat_str=tokenizer_file.GPT2_PATTERN, special_tokens={"<|endoftext|>": 0},
                             mergeable_ranks={bytes([b]): b + 1 for b in range(256)})
-    assert data.Tokenizer(low, "<|endoftext|>").pad_id == 1
+    assert tokenizer_file.Tokenizer(low, "<|endoftext|>").pad_id == 1
 
 
 def test_decode_never_fails(tiny):
@@ -110,13 +112,13 @@ def test_hostile_text_is_refused_in_one_line(tiny):
 
 def test_training_depends_on_counts_only():
     texts = ["low lower lowest", "new newer newest", "wide wider"] * 3
-    a, b = data.train_bpe(texts, 270), data.train_bpe(texts[::-1], 270)
+    a, b = tokenizer_file.train_bpe(texts, 270), tokenizer_file.train_bpe(texts[::-1], 270)
     assert a.ranks == b.ranks and len(a.ranks) == 268 and a.vocab_size == 270
-    assert data.train_bpe(["abab abab"], 10_000).vocab_size < 270  # no pair is left that occurs twice
+    assert tokenizer_file.train_bpe(["abab abab"], 10_000).vocab_size < 270  # no pair is left that occurs twice
     for word, ids in (("abab", [257]), ("ab", [256]), ("abc", [256, 99])):
-        assert data.train_bpe(["abab"] * 4, 260).encode(word) == ids
+        assert tokenizer_file.train_bpe(["abab"] * 4, 260).encode(word) == ids
     with pytest.raises(DataError, match="too small"):
-        data.train_bpe(texts, 257)
+        tokenizer_file.train_bpe(texts, 257)
 
 
 def same(a, b):
@@ -188,7 +190,7 @@ def test_tiktokens_own_patterns_survive_saving(tiny, strings, tmp_path):
     for k, pattern in enumerate((getattr(public, "r50k_pat_str", tokenizer_file.GPT2_PATTERN), cl100k)):
         encoding = tiktoken.Encoding("t", pat_str=pattern, mergeable_ranks=tiny.ranks,
                                      special_tokens={"<|endoftext|>": 400, "<|fim|>": 405})  # ids with gaps
-        tokenizer = data.Tokenizer(encoding, "<|endoftext|>")
+        tokenizer = tokenizer_file.Tokenizer(encoding, "<|endoftext|>")
         tokenizer.save(tmp_path / str(k))
         again = load_tokenizer(tmp_path / str(k))
         assert (again.eos_id, again.pad_id) == (400, 405)

@@ -10,8 +10,9 @@ import sys
 
 import torch
 
-from nanorlhf.data import collate, load_records, load_tokenizer, make_examples
-from nanorlhf.evaluate import mean_and_interval
+from nanorlhf.data import collate, load_records, make_examples
+from nanorlhf.tokenizer import load_tokenizer
+from nanorlhf.metrics import mean_and_interval
 from nanorlhf.model import Transformer
 from train_rrhf import rrhf_loss
 

@@ -12,7 +12,7 @@ import re
 import sys
 from pathlib import Path
 
-from nanorlhf.data import load_tokenizer
+from nanorlhf.tokenizer import load_tokenizer
 
 WORDS, TOKENS = 8, 44
 

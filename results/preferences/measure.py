@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from nanorlhf.data import collate, load_records, load_tokenizer, make_examples
+from nanorlhf.data import collate, load_records, make_examples
+from nanorlhf.tokenizer import load_tokenizer
 from nanorlhf.model import RewardModel, Transformer
 
 

@@ -13,10 +13,11 @@ import random
 import sys
 from pathlib import Path
 
-from nanorlhf.data import encode_prompt, load_tokenizer
+from nanorlhf.data import encode_prompt
+from nanorlhf.tokenizer import load_tokenizer
 from nanorlhf.generate import generate
 from nanorlhf.model import Transformer
-from nanorlhf.run import write_records
+from nanorlhf.files import write_records
 
 NAMES = dict(girl="Lily Mia Sara Anna Lucy Emma Amy Sue Jane Ella Molly Kate".split(),
              boy="Tim Tom Ben Sam Max Jack Bob Joe Mike Billy Fred John".split(),

@@ -12,8 +12,7 @@ import json
 import re
 import time
 
-from nanorlhf.run import DataError
-from nanorlhf.tokenizer_files import one_line
+from nanorlhf.errors import DataError, one_line
 
 ASSISTANT = "\n\nAssistant:"  # a prompt ends with it, and a response begins with a space
 ROLES = {"Human": "user", "Assistant": "assistant", "System": "system"}
@@ -99,7 +98,7 @@ def _render(tokenizer, messages, waits):
         raise DataError(f"the chat template fails: {type(error).__name__}: {one_line(error)}") from None
 
 
-def _spelt_out(tokenizer, messages):
+def _break_specials(tokenizer, messages):
     """(messages, mark): strings of special tokens in what was said are broken by a character that nobody used, to be taken out
     again once the template's own marks have been found."""
     mark = next(chr(c) for c in range(0xE000, 0xF8FF) if not any(chr(c) in m["content"] for m in messages))
@@ -116,24 +115,24 @@ def _spelt_out(tokenizer, messages):
     return [{"role": m["role"], "content": spell(m["role"], m["content"])} for m in messages], mark
 
 
-def encode_waiting(tokenizer, messages):
+def encode_for_reply(tokenizer, messages):
     """ids of a conversation up to where the assistant is about to speak; BOS is the template's business."""
-    messages, mark = _spelt_out(tokenizer, messages)
+    messages, mark = _break_specials(tokenizer, messages)
     return tokenizer.encode_marked(_render(tokenizer, messages, True), mark=mark)
 
 
-def encode_turns(tokenizer, messages, every=True):
+def encode_turns(tokenizer, messages, all_turns=True):
     """[(ids, whether the assistant says them), ...]: the turns of a conversation whose last one is the assistant's, or only
     that last one and all before it.
 
     What the assistant says is what the template adds to its own generation prompt, up to and including EOS; the last turn ends
     with EOS whatever the template does. What is said is tokenised apart from what it answers, as everywhere.
     """
-    messages, mark = _spelt_out(tokenizer, messages)
+    messages, mark = _break_specials(tokenizer, messages)
     eos = next(t for t, i in tokenizer.special.items() if i == tokenizer.eos_id)
     turns = [k for k, m in enumerate(messages) if m["role"] == "assistant" and k > 0]
     pieces, done, end = [], "", ""
-    for k in turns if every else turns[-1:]:
+    for k in turns if all_turns else turns[-1:]:
         told, said = _render(tokenizer, messages[:k], True), _render(tokenizer, messages[:k + 1], False)
         if not told.startswith(done):
             raise DataError("the chat template changes earlier turns as the conversation goes on: train on the last one only")
@@ -154,11 +153,11 @@ def encode_turns(tokenizer, messages, every=True):
 
 
 @functools.lru_cache(8)
-def around_answers(tokenizer):
+def answer_affixes(tokenizer):
     """What the chat template puts around the assistant's words, as far as it decodes: spaces, or its own end of turn."""
     talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "§"}]
     try:
-        before, _, after = tokenizer.decode(encode_turns(tokenizer, talk, every=False)[-1][0], start=False).partition("§")
+        before, _, after = tokenizer.decode(encode_turns(tokenizer, talk, all_turns=False)[-1][0], start=False).partition("§")
     except DataError:                             # it wants another conversation than this
         return "", ""
     return before, after

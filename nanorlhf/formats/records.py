@@ -3,7 +3,7 @@
     records_of(row, kind) -> list of records       a JSON row, recognised by its fields, as the kind asked for
 
 "group", where a record has one, names the post it is about. Prompts and responses are strings; a conversation is a transcript
-(chat.py). data.py is the only user.
+(chat.py).
 """
 
 import itertools
@@ -11,9 +11,8 @@ import json
 import re
 import sys
 
-from nanorlhf.chat import ASSISTANT, string, transcript
-from nanorlhf.run import DataError
-from nanorlhf.tokenizer_files import one_line
+from nanorlhf.errors import DataError, one_line
+from nanorlhf.formats.chat import ASSISTANT, string, transcript
 
 FIELDS = {"text": ("text",), "prompt": ("prompt",), "completion": ("prompt", "completion"),
           "preference": ("prompt", "chosen", "rejected"), "ranked": ("prompt", "responses", "scores")}
@@ -24,6 +23,25 @@ ALPACA_PROMPT = ("Below is an instruction that describes a task. Write a respons
 ALPACA_INPUT_PROMPT = ("Below is an instruction that describes a task, paired with an input that provides further "
                        "context. Write a response that appropriately completes the request.\n\n"
                        "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:")
+
+
+class Record(dict):
+    """A dict of one kind of FIELDS. `row` is the JSON object it was read from, with all its fields; None if it was made here."""
+    row = None
+
+
+def columns_of(records):
+    """Returns {name: [value in each record's row, or None]} of all fields that the rows of these records have."""
+    rows = [r if getattr(r, "row", None) is None else r.row for r in records]
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: [row.get(name) for row in rows] for name in names}
+
+
+def other_columns(record):
+    """The fields of a record's row that no reader here takes, such as `answer`: they are safe to write beside new fields."""
+    taken = {name for fields, _, _ in READERS for name in fields} | {"input", "system", "group", "score", "score_chosen",
+                                                                     "score_rejected"}
+    return {name: value for name, value in (record.row or {}).items() if name not in taken}
 
 
 def records_of(row, kind):
@@ -55,6 +73,9 @@ def records_of(row, kind):
     if converted is None:
         raise DataError(f"no {kind} record ({', '.join(FIELDS[kind])}) can be made of a {found} record, "
                         f"fields {one_line(', '.join(row))}")
+    converted = [Record(r) for r in converted]
+    for r in converted:
+        r.row = row
     return converted
 
 

@@ -13,7 +13,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from nanorlhf.run import UserError, local_folder, write_json, written_whole
+from nanorlhf.errors import UserError
+from nanorlhf.files import atomic_write, local_folder, write_json
 
 ACTIVATION_NAMES = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu": "gelu",
                     "relu": "relu", "silu": "silu", "swish": "silu"}
@@ -122,7 +123,7 @@ def read_rope(name, raw):
     share = rope.get("partial_rotary_factor")
     share = 1.0 if share is None else share
     for key, value in {"rope_theta": rope["rope_theta"], "partial_rotary_factor": share, **(scaling or {})}.items():
-        need_positive(key, value)
+        check_positive(key, value)
     return rope["rope_theta"], scaling, share
 
 
@@ -201,7 +202,7 @@ def check_values(fields, raw):
     for k in ("vocab_size", "context", "width", "layers", "heads", "kv_heads", "head_dim", "ffn"):
         if type(fields[k]) is not int or not 0 < fields[k] < 2**31:
             raise UserError(f"{k} {fields[k]!r} is not a positive number")
-    need_positive("norm_eps", fields.get("norm_eps", 1e-5))
+    check_positive("norm_eps", fields.get("norm_eps", 1e-5))
     for k in ("tie_word_embeddings", "use_parallel_residual", "attention_bias", "mlp_bias"):
         if raw.get(k) not in (None, True, False):
             raise UserError(f"{k} {raw[k]!r} is not true or false")
@@ -215,7 +216,7 @@ def check_values(fields, raw):
         raise UserError(f"{fields['heads']} heads, {fields['kv_heads']} key-value heads: the one must divide the other")
 
 
-def need_positive(name, value):
+def check_positive(name, value):
     if type(value) not in (int, float) or not 0 < value < 1e12:
         raise UserError(f"{name} {value!r} is not a positive number")
 
@@ -225,7 +226,7 @@ def read_constants(folder, raw):
     mean, std = raw.get("reward_mean", 0.0), raw.get("reward_std", 1.0)
     if type(mean) not in (int, float) or not math.isfinite(mean):
         raise UserError(f"{folder}: reward_mean {mean!r} is not a number")
-    need_positive(f"{folder}: reward_std", std)
+    check_positive(f"{folder}: reward_std", std)
     return float(mean), float(std)
 
 
@@ -272,7 +273,7 @@ def qkv_order(config):
     return rows
 
 
-def stored_as(model, head, prefix):
+def tensor_layout(model, head, prefix):
     """Where each of our parameters lies in the family's files: (their name, their shape, our name, our rows, transposed). `head`
     is what the output or scalar head is called there, `prefix` what the trunk's tensors begin with."""
     config, family, order = model.config, FAMILIES[model.config.family], qkv_order(model.config)
@@ -309,7 +310,7 @@ def load_weights(model, folder, head):
     prefixes = (family.prefix, family.prefix.removeprefix("model."))
     prefix = next((p for p in prefixes if p and any(n.startswith(p) for n in index)), "")
     head_names = {"score": "score", "causal": family.head if f"{family.head}.weight" in index else "lm_head", None: ""}
-    places = {theirs: place for theirs, *place in stored_as(model, head_names[head], prefix)}
+    places = {theirs: place for theirs, *place in tensor_layout(model, head_names[head], prefix)}
     unused = {f"{h}.{leaf}" for h in ("lm_head", family.head) for leaf in ("weight", "bias") if head is None or config.tied}
     extra = sorted(n for n in index.keys() - places.keys() - unused if not n.endswith(STALE))
     if "score.weight" in extra:
@@ -322,7 +323,7 @@ def load_weights(model, folder, head):
                  for what, names in wrong.items() if names]
         raise UserError(f"{folder}: tensors do not fit its config.json: {'; '.join(parts)}")
     if head == "causal" and config.tied:
-        need_tied(folder, index, prefix + family.names["embed"][0] + ".weight", unused)
+        check_tied(folder, index, prefix + family.names["embed"][0] + ".weight", unused)
     model.to_empty(device="cpu")
     parameters = dict(model.named_parameters())
     for file in sorted({index[n][0] for n in places}):
@@ -336,7 +337,7 @@ def load_weights(model, folder, head):
     getattr(model, "trunk", model).make_rope()
 
 
-def need_tied(folder, index, embed, heads):
+def check_tied(folder, index, embed, heads):
     """A head beside a tied model's embedding has to be the same: where it is not, one of the two files is wrong."""
     for head in heads & index.keys():
         with safe_open(index[head][0], framework="pt") as f, safe_open(index[embed][0], framework="pt") as g:
@@ -348,11 +349,11 @@ def save_weights(model, folder, classifier=False, extra=None):
     """Writes model.safetensors and config.json."""
     config, family, tensors = model.config, FAMILIES[model.config.family], {}
     parameters = dict(model.named_parameters())
-    for theirs, _, ours, rows, transposed in stored_as(model, "score" if classifier else family.head, family.prefix):
+    for theirs, _, ours, rows, transposed in tensor_layout(model, "score" if classifier else family.head, family.prefix):
         part = parameters[ours].detach()[rows].cpu()
         tensors[theirs] = (part.T if transposed else part).contiguous()
     folder = Path(folder)
-    with written_whole(folder / "model.safetensors") as temporary:
+    with atomic_write(folder / "model.safetensors") as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
     if (index := folder / "model.safetensors.index.json").exists():                    # of an older checkpoint in shards, which
         index.unlink()                                                                 # some readers would prefer

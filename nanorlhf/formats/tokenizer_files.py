@@ -5,7 +5,7 @@
 Whatever the format, merging is left to tiktoken. It merges the neighbours whose joined bytes have the lowest rank, where the
 `tokenizers` library merges the pair that stands first in a list. The two agree if the ranked tokens are those that the list
 makes out of their own characters, each with the rank of its last merge. For nothing outside reaches into a stretch of text
-that becomes one token, so all goes as if it stood alone, and there the last merge is always the same one. `_made` finds it.
+that becomes one token, so all goes as if it stood alone, and there the last merge is always the same one. `merge_ranks` finds it.
 """
 
 import functools
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import tiktoken
 
-from nanorlhf.run import DataError
+from nanorlhf.errors import DataError, one_line
 
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # the same after a pre-tokenizer that cuts out every digit: each digit alone, and a digit ends a run of spaces
@@ -36,11 +36,11 @@ def encoding_of(name, pattern, ranks, special=()):
     if any(bytes([b]) not in ranks for b in range(256)):
         raise DataError(f"{name}: not a byte-level vocabulary (not all 256 bytes are tokens)")
     special = dict(special)
-    _need_ids(name, [*ranks.values(), *special.values()])
+    _check_ids(name, [*ranks.values(), *special.values()])
     return tiktoken.Encoding(str(name), pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
 
 
-def _need_ids(name, ids):
+def _check_ids(name, ids):
     if not all(type(i) is int and 0 <= i < 2**31 for i in ids) or len(set(ids)) < len(ids):
         raise DataError(f"{name}: token ids are not distinct non-negative integers")
 
@@ -75,7 +75,7 @@ def from_spec(path, spec, beside, files):
     for content in (bos, *map(named, ROLES), *special):
         if content in vocab and content not in added:
             added[content] = {**FLAGS, "id": vocab[content], "content": content, "special": True}
-    _need_ids(path, [*vocab.values(), *(t["id"] for t in added.values() if t["content"] not in vocab)])
+    _check_ids(path, [*vocab.values(), *(t["id"] for t in added.values() if t["content"] not in vocab)])
     # What these flags do beside a match is not reproduced; special tokens may have them as long as they are spelt out.
     if any(t[k] for t in added.values() if not t["special"] for k in ("lstrip", "rstrip", "single_word")):
         raise DataError(f"{path}: added tokens that strip or need whole words are not supported")
@@ -101,7 +101,7 @@ def from_spec(path, spec, beside, files):
                 chat_template=beside["chat_template"])
 
 
-def read_beside(folder):
+def read_companion_files(folder):
     """What the small files of a checkpoint say of its tokenizer: {names: {role: token}, ids: {role: id}, added: [added
     tokens], settings: tokenizer_config.json, chat_template, files: {name: bytes}}. No folder, nothing said."""
     files = {n: (folder / n).read_bytes() for n in TOKENIZER_FILES if folder and (folder / n).is_file()}
@@ -132,7 +132,7 @@ def from_vocab_and_merges(path, vocab_name, merges_name):
         raise DataError(f"{path}: {merges_path.name} must lie next to it")
     vocab, lines = read_json(path), merges_path.read_text(encoding="utf-8").split("\n")
     merges = [line.rstrip("\r").split(" ") for line in lines if line.strip() and not line.startswith("#version")]
-    beside = read_beside(None if prefix else path.parent)  # gpt2_encoder.json lies among other things
+    beside = read_companion_files(None if prefix else path.parent)  # gpt2_encoder.json lies among other things
     added = []
     if not beside["names"].get("eos_token") and beside["ids"]["eos_token"] is None:
         added = [{"id": vocab.get("<|endoftext|>", len(vocab)), "content": "<|endoftext|>", **FLAGS, "special": True}]
@@ -164,7 +164,7 @@ def _steps(step, field):
     return [s for inner in step[field] for s in _steps(inner, field)] if step["type"] == "Sequence" else [step]
 
 
-def _made(path, order, tokens):
+def merge_ranks(path, order, tokens):
     """({token: rank of its last merge}, [tokens that end up as two]): each token's characters merged by `order`, {(left,
     right): rank}, lowest first; what does not become one token is in no text either."""
     made, in_two, never = {}, [], max(order.values(), default=0) + 1
@@ -186,7 +186,7 @@ def _made(path, order, tokens):
     return made, in_two
 
 
-def _order(path, vocab, merges):
+def pair_ranks(path, vocab, merges):
     order = {}
     for k, (left, right) in enumerate(merges):
         if not (left in vocab and right in vocab and left + right in vocab):
@@ -219,18 +219,18 @@ def _byte_level(path, spec, vocab, merges, special):
         raise DataError(f"{path}: normalizer {' + '.join(forms)} is not supported")
     pattern, symbols = _pattern(path, _steps(spec.get("pre_tokenizer"), "pretokenizers")), byte_symbols()
     whole = spec["model"].get("ignore_merges")  # a pre-token that is in the vocabulary is taken as it is, merges or not
-    order = _order(path, vocab, merges)
+    order = pair_ranks(path, vocab, merges)
     tokens = {left + right for left, right in order}
     if whole:
         tokens |= {t for t in vocab if t not in special and len(t) > 1 and symbols.keys() >= set(t)}
-    made, in_two = _made(path, order, tokens)
+    made, in_two = merge_ranks(path, order, tokens)
     if whole and in_two:
         raise DataError(f"{path}: ignore_merges with token {in_two[0]!r}, which has two parts and no merge, is not supported")
     ranked = [t for t in symbols if t in vocab] + [t for t in tokens if whole and t not in made] + sorted(made, key=made.get)
     along, ids = [vocab[left + right] for left, right in merges], None
     if along == sorted(along):
         ranks = {from_symbols(t): vocab[t] for t in ranked}
-        _need_ids(path, ranks.values())
+        _check_ids(path, ranks.values())
     elif whole:
         raise DataError(f"{path}: ignore_merges with ids that do not increase along the merges is not supported")
     else:
@@ -276,10 +276,10 @@ def _byte_fallback(path, spec, vocab, merges):
     names = [f"<0x{b:02X}>" for b in range(256)]
     if not all(n in vocab for n in names):
         raise DataError(f"{path}: byte_fallback without all of <0x00> ... <0xFF> in the vocabulary is not supported")
-    byte, order = [vocab[n] for n in names], _order(path, vocab, merges)
+    byte, order = [vocab[n] for n in names], pair_ranks(path, vocab, merges)
     if not {t for pair in order for t in pair}.isdisjoint(names):
         raise DataError(f"{path}: merges of byte tokens are not supported")
-    made, _ = _made(path, order, {left + right for left, right in order})
+    made, _ = merge_ranks(path, order, {left + right for left, right in order})
     made = {t: rank for t, rank in made.items() if " " not in t}  # a text's spaces are all "▁" by then
 
     ids = [vocab.get(chr(b) if b < 128 and b != 32 else "▁" if b == 32 else None, byte[b]) for b in range(256)]
@@ -377,7 +377,7 @@ def from_sentencepiece(path, content):
         roles[role] = next((t["content"] for t in added if t["id"] == trainer.get(number, default)), None)
     best_first = sorted((t for t in scores if len(t) > 1), key=lambda t: (-scores[t], vocab[t]))
     merges = [[t[:n], t[n:]] for t in best_first for n in range(1, len(t)) if t[:n] in scores and t[n:] in scores]
-    beside = read_beside(path.parent)
+    beside = read_companion_files(path.parent)
     beside["names"] = {r: t for r, t in roles.items() if t} | beside["names"]
     bos = roles["bos_token"]
     puts_bos = bos and beside["settings"].get("add_bos_token", True)
@@ -387,10 +387,6 @@ def from_sentencepiece(path, content):
         post_processor=bos_template(bos, vocab[bos]) if puts_bos else None,
         model={"byte_fallback": True, "unk_token": roles["unk_token"], "fuse_unk": True})
     return from_spec(path, spec, beside, {})
-
-
-def one_line(e):
-    return " ".join(str(e).split())[:200]
 
 
 def _json_object(path, content):

@@ -1,0 +1,119 @@
+"""Files and folders: writing that survives a crash, JSON lines, and checkpoint folders found here or on the Hugging Face hub."""
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+from nanorlhf.errors import UserError
+
+# ---- Writing and reading --------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def atomic_write(path):
+    """Yields a temporary path beside `path`, for a file or a folder; flushes it to disk and renames it into place at the end.
+
+    A crash at any moment leaves either the old content or the new one, never half of it.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.writing")
+    if temporary.is_dir():
+        shutil.rmtree(temporary)
+    yield temporary
+    umask = os.umask(0)
+    os.umask(umask)
+    for file in sorted(temporary.rglob("*")) if temporary.is_dir() else [temporary]:
+        os.chmod(file, 0o666 & ~umask)            # safetensors makes its files readable by their owner only
+        with open(file, "rb+") as f:
+            os.fsync(f.fileno())
+    if path.is_dir() and temporary.is_dir():
+        shutil.rmtree(path)                       # rename cannot replace a folder; the new one is already on disk
+    os.replace(temporary, path)
+    if os.name == "posix":
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+
+
+def write_text(path, text):
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path, value):
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_records(path, records):
+    """Writes JSON lines, one record per line."""
+    with atomic_write(path) as temporary:
+        with open(temporary, "w", encoding="utf-8") as f:
+            f.writelines(json.dumps(r, ensure_ascii=False, allow_nan=False) + "\n" for r in records)
+
+
+def read_json(path):
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def read_jsonl(path):
+    """Reads a log that we wrote ourselves. A last line that a crash cut off is dropped; a missing file has no rows."""
+    rows = []
+    for line in Path(path).read_bytes().split(b"\n") if Path(path).exists() else []:
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows
+
+
+def sha256_of(file):
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
+
+
+# ---- Checkpoint folders ---------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache
+def local_folder(name):
+    """Returns the path of a checkpoint: a local folder, or a Hub name, which is downloaded."""
+    if isinstance(name, Path):                    # already resolved
+        return name
+    folder = Path(name)
+    here = folder.exists() or name.startswith((".", "/", "~", "out/")) or "/" in name and folder.parent.exists()
+    if here or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        return folder
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise UserError(f"{name}: no such folder here; to download it from the hub install the extra `hub` "
+                        f"(pip install -e '.[hub]'), or give the folder of a downloaded checkpoint")
+    try:
+        patterns = ["*.json", "*.safetensors", "*.jinja", "merges.txt", "tokenizer.model"]
+        folder = Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*", "consolidated*"]))
+    except Exception as error:                    # offline, unknown, gated, no disk: the hub has an exception for each
+        raise UserError(f"{name}: no such folder here, and the hub did not give it ({type(error).__name__}); offline, give "
+                        f"the folder of a downloaded checkpoint (config.json, model.safetensors, tokenizer files)")
+    if not any(folder.glob("*.safetensors")):
+        raise UserError(f"{name}: the hub has no safetensors of it, and a pickle, which could run any code, is not read: "
+                        f"convert it with transformers' from_pretrained and save_pretrained, and give that folder")
+    return folder
+
+
+def require_folder(name, made_by):
+    """Returns the path of a checkpoint folder. If it is missing, the error names the command that creates it."""
+    folder = local_folder(name)
+    if not (folder / "config.json").exists():
+        raise UserError(f"{folder} holds no checkpoint (no config.json in it)"
+                        + (f"; first run: {made_by}" if folder.parts[:1] == ("out",) else ""))
+    return folder
+
+
+def require_file(file, made_by):
+    """Returns the file. If it is missing, the error names the command that creates it."""
+    if not Path(file).exists():
+        raise UserError(f"{file} is missing; first run: {made_by}")
+    return file

@@ -1,10 +1,10 @@
-"""Best-of-N: draw N responses to each prompt and keep the one that a reward likes best (Stiennon 2020; Kirk 2023).
+"""Best-of-N: draw N responses to each prompt, keep the one a reward likes best (Stiennon 2020; Kirk 2023).
 
     y = argmax over y_1 ... y_N ~ pi(. | x) of r(x, y_i)          KL(best-of-N || pi) = log N - (N - 1) / N
 
-No weights change. The N samples of a prompt share one prefill. The curve over n = 1, 2, 4, ..., N is the unbiased
-estimate from the pool of N samples, under the reward that chooses and under one that is only measured
-(--eval_reward): taking one maximum of N would overestimate the first and ignore the second.
+No weights change. The N samples of a prompt share one prefill. The curve over n = 1, 2, 4, ..., N is the
+unbiased estimate from the pool of N samples, under the reward that chooses and under one that is only
+measured (--eval_reward): taking one maximum of N would overestimate the first and ignore the second.
 
 In --out:  best.jsonl         prompt, completion, score                      for train_sft.py
            ranked.jsonl       prompt, responses, scores                      for train_rrhf.py --kind ranked
@@ -12,8 +12,9 @@ In --out:  best.jsonl         prompt, completion, score                      for
            curve.json         n, reward, eval_reward, kl
 Other columns of the data are written along.
 
---label_temperature makes comparisons as in DPO's sentiment setting: the responses to a prompt are paired, and a noisy
-judge says which is better; it prefers a with probability sigmoid((r_a - r_b) / temperature) (0: always the higher).
+--label_temperature makes comparisons as in DPO's sentiment setting: the responses to a prompt are paired,
+and a noisy judge prefers a to b with probability sigmoid((r_a - r_b) / temperature) (0: always the higher
+score).
 
 Without options it draws best-of-16 from out/sft under out/rm on the built-in test prompts.
 """
@@ -49,13 +50,13 @@ class Config:
 
     # Data
     init: str = "out/sft"            # policy to sample: folder or hub name
-    data: str = "reviews"            # record file of prompts, or `reviews` (4000 train prompts, 500 of other splits)
+    data: str = "reviews"            # record file of prompts, or `reviews` (4000 for train, else 500)
     split: str = "test"              # of reviews: train, test, ood_near or ood_far
     limit: int = 0                   # use at most this many records; 0 = all
     skip_bad: bool = False           # skip bad rows and count them, instead of stopping at the first
 
     # Lengths in tokens
-    max_prompt_length: int = 0       # cut longer prompts to this; 0 = what the context leaves beside the response
+    max_prompt_length: int = 0       # cut longer prompts to this; 0 = what the response leaves room for
     keep: Literal["end", "start", "tldr"] = "end"  # part of an overlong prompt to keep (tldr: Stiennon 2020)
     response_length: int = 48        # longest sampled response
 
@@ -76,9 +77,9 @@ class Config:
 
 
 def prefers(score_a, score_b, temperature, rng):
-    """True if a noisy judge prefers a: with P = sigmoid((score_a - score_b) / temperature) (Bradley and Terry 1952).
+    """True if a noisy judge prefers a: P = sigmoid((score_a - score_b) / temperature) (Bradley, Terry 1952).
 
-    At temperature 0 the higher score wins, and a tie is a coin toss. rng: numpy Generator; one number is drawn.
+    At temperature 0 the higher score wins, and a tie is a coin toss. rng: numpy Generator; draws one number.
     """
     difference = score_a - score_b
     if temperature > 0:
@@ -89,15 +90,15 @@ def prefers(score_a, score_b, temperature, rng):
 
 
 def label_ceiling(scores_a, scores_b, temperature):
-    """Expected agreement of an oracle that knows the scores [N] with these labels: mean sigmoid(|a - b| / temperature).
-    No reward model can be expected to do better."""
+    """Expected agreement with these labels of an oracle that knows the scores [N]: mean sigmoid(|a - b| /
+    temperature). No reward model can be expected to do better."""
     gap = np.abs(np.asarray(scores_a, dtype=np.float64) - np.asarray(scores_b, dtype=np.float64))
     return float(np.mean(0.5 * (1 + np.tanh(gap / (2 * temperature))))) if temperature > 0 else 1.0
 
 
 def comparisons(record, temperature, rng):
-    """All pairs of a record's responses with a preference each: records prompt, chosen, rejected and their scores.
-    Pairs of equal texts are dropped."""
+    """All pairs of a record's responses, each with a preference: records prompt, chosen, rejected and their
+    scores. Pairs of equal texts are dropped."""
     responses, scores, pairs = record["responses"], record["scores"], []
     for a, b in itertools.combinations(range(len(responses)), 2):
         if responses[a] != responses[b]:
@@ -108,9 +109,10 @@ def comparisons(record, temperature, rng):
 
 
 def usable(scored, keep_unfinished):
-    """A prompt's samples without those that cannot be written as text: readers append EOS, so a truncated or empty
-    response would teach stopping where the model did not stop."""
-    kept = [i for i, y in enumerate(scored["responses"]) if y.strip() and (keep_unfinished or scored["finished"][i])]
+    """A prompt's samples without those that cannot be written as text: readers append EOS, so a truncated or
+    empty response would teach stopping where the model did not stop."""
+    kept = [i for i, y in enumerate(scored["responses"])
+            if y.strip() and (keep_unfinished or scored["finished"][i])]
     return scored | {k: [scored[k][i] for i in kept] for k in ("responses", "scores")}
 
 
@@ -148,9 +150,9 @@ def sample(config):
         for i, record in enumerate(asked):
             rows = slice(i * n, (i + 1) * n)
             texts = [decode_response(tokenizer, r, record["prompt"]) for r in responses[rows]]
-            scored.append(dict(prompt=record["prompt"], responses=texts, finished=samples.finished[rows].tolist(),
-                               scores=scores[i].tolist(), values=values[i].tolist() if eval_reward else None,
-                               columns=other_columns(record)))
+            scored.append(dict(prompt=record["prompt"], responses=texts, scores=scores[i].tolist(),
+                               values=values[i].tolist() if eval_reward else None,
+                               finished=samples.finished[rows].tolist(), columns=other_columns(record)))
         metrics = {"scores/mean": scores.mean(), "scores/best": scores.max(1).values.mean()}
         if eval_reward:
             metrics["eval_reward/of_best"] = values.gather(1, scores.argmax(1, keepdim=True)).mean()

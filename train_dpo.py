@@ -1,20 +1,20 @@
 """Direct preference optimisation (DPO; Rafailov 2023) and relatives that differ only in the loss.
 
     h = [log pi(y_w|x) - log pi(y_l|x)] - [log pi_ref(y_w|x) - log pi_ref(y_l|x)]
-    dpo           L = -log sigmoid(beta h)                     Eq. 7; at the start h = 0, so L = ln 2
-    cdpo          L = -(1 - e) log sigmoid(beta h) - e log sigmoid(-beta h)     a label is wrong with probability e
-    ipo           L = (h - 1 / (2 beta))^2                     Azar 2023; at the start L = 1 / (4 beta^2)
-    unlikelihood  L = -log pi(y_w|x) + alpha log pi(y_l|x)     appendix C.3; unbounded below, so it can degenerate
+    dpo           L = -log sigmoid(beta h)                   Eq. 7; at the start h = 0, so L = ln 2
+    cdpo          L = -(1 - e) log sigmoid(beta h) - e log sigmoid(-beta h)   labels wrong with probability e
+    ipo           L = (h - 1 / (2 beta))^2                   Azar 2023; at the start L = 1 / (4 beta^2)
+    unlikelihood  L = -log pi(y_w|x) + alpha log pi(y_l|x)   appendix C.3; unbounded below: it can degenerate
 
 log pi(y|x) is a sum over response tokens, EOS included, never a mean. The reference's log-probabilities are
 constants: they are computed once per example before training, with the same function as the policy's. During
 training the log-probability of the chosen response usually falls; what rises is the margin.
 
-The paper's own setting is --optimizer rmsprop --max_grad_norm 10 --lr 1e-6 with 150 warm-up steps. Its appendix A
+The paper's setting is --optimizer rmsprop --max_grad_norm 10 --lr 1e-6 --warmup_steps 150. Its appendix A
 prints Eq. 21 with y_w and y_l exchanged; Eq. 7 is right.
 
-Without options it trains out/sft on the comparisons that train_rm.py reads. Preferred-FT is train_sft.py on the
-same file.
+Without options it trains out/sft on the comparisons that train_rm.py reads. Preferred-FT is train_sft.py on
+the same file.
 """
 
 from collections import Counter
@@ -55,8 +55,8 @@ class Config:
 
     # Lengths in tokens
     max_length: int = 0              # longest prompt + response; 0 = the model's context
-    max_prompt_length: int = 0       # an overlong row has its prompt cut to this first; 0 = half of max_length
-    keep: Literal["end", "start", "tldr"] = "end"  # which part of an overlong prompt to keep (tldr: Stiennon 2020)
+    max_prompt_length: int = 0       # cut the prompt of an overlong row to this; 0 = half of max_length
+    keep: Literal["end", "start", "tldr"] = "end"  # what an overlong prompt keeps (tldr: Stiennon's rule)
 
     # Optimisation
     epochs: float = 1.0              # passes over the data
@@ -71,8 +71,8 @@ class Config:
     max_grad_norm: float = 1.0       # clip the gradient's norm to this; 0 = off
 
     # Samples while training
-    eval_prompts: str = ""           # record file of prompts to sample on; '' = the test prompts, if on reviews
-    eval_reward: str = ""            # a reward to measure there: folder, gold or file.py:function; '' = gold on reviews
+    eval_prompts: str = ""           # record file of prompts to sample on; '' = test prompts on reviews
+    eval_reward: str = ""            # measured there: folder, gold or file.py:function; '' = gold on reviews
     num_eval_prompts: int = 128      # use at most this many of the prompts, one sample each
     response_length: int = 48        # longest sampled response in tokens
     temperature: float = 1.0         # of the samples
@@ -89,8 +89,9 @@ class Config:
     compile: bool = False            # torch.compile the layers
 
 
-def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=Config.beta, label_smoothing=Config.label_smoothing,
-             loss=Config.loss, alpha=Config.alpha, reference_free=Config.reference_free):
+def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=Config.beta,
+             label_smoothing=Config.label_smoothing, loss=Config.loss, alpha=Config.alpha,
+             reference_free=Config.reference_free):
     """Losses [B] from sequence log-probabilities [B] (sums over response tokens) of policy and reference."""
     h = (chosen - rejected) - (0.0 if reference_free else ref_chosen - ref_rejected)
     if loss == "dpo":                                                              # Eq. 7; cDPO
@@ -103,9 +104,10 @@ def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=Config.beta, label
 
 
 def to_groups(records, tokenizer, config, context):
-    """Comparisons -> Groups of two examples, the chosen one first. Their numbers are the reference's log-probabilities,
-    which train() fills in."""
-    return [make_group(tokenizer, r["prompt"], [r["chosen"], r["rejected"]], [], config, context) for r in records]
+    """Comparisons -> Groups of two examples, the chosen one first. Their numbers are the reference's
+    log-probabilities, which train() fills in."""
+    return [make_group(tokenizer, r["prompt"], [r["chosen"], r["rejected"]], [], config, context)
+            for r in records]
 
 
 class Forward(NamedTuple):
@@ -133,7 +135,7 @@ def losses_and_stats(out, groups, config):
     losses = dpo_loss(out.chosen, out.rejected, ref_chosen, ref_rejected, config.beta, config.label_smoothing,
                       config.loss, config.alpha, config.reference_free)
     with torch.no_grad():
-        rewards_chosen = config.beta * (out.chosen - ref_chosen)                   # Eq. 5: the implicit reward
+        rewards_chosen = config.beta * (out.chosen - ref_chosen)             # Eq. 5: the implicit reward
         rewards_rejected = config.beta * (out.rejected - ref_rejected)
         stats = {"rewards/chosen": rewards_chosen, "rewards/rejected": rewards_rejected,
                  "rewards/margins": rewards_chosen - rewards_rejected,
@@ -165,11 +167,12 @@ def train(config):
     tokenizer = load_tokenizer(init)
     check_same_ids("--reference", config.reference or init, tokenizer)
     model = run.prepare(Transformer.from_pretrained(init), tokenizer)
-    reference = run.prepare(Transformer.from_pretrained(config.reference or init), tokenizer).requires_grad_(False)
+    reference = run.prepare(Transformer.from_pretrained(config.reference or init), tokenizer)
+    reference.requires_grad_(False)
     check_same_vocabulary(f"--reference {config.reference}", reference, model)
 
-    limit = config.limit or None
-    records = load_records(config.data, "preference", limit=limit, skip_bad=config.skip_bad, tokenizer=tokenizer)
+    records = load_records(config.data, "preference", limit=config.limit or None, skip_bad=config.skip_bad,
+                           tokenizer=tokenizer)
     if config.eval_data:
         held_out = load_records(config.eval_data, "preference", skip_bad=config.skip_bad, tokenizer=tokenizer)
     else:
@@ -202,7 +205,8 @@ def train(config):
         lr = learning_rate(step, total, config.lr, config.warmup_steps, config.lr_schedule)
         norm = optimizer_step({optimizer: lr}, config.max_grad_norm, step + 1, rows, loss_sum)
 
-        metrics = {"loss": loss_sum, "lr": lr, "grad_norm": norm, **{k: v / len(rows) for k, v in sums.items()}}
+        means = {k: v / len(rows) for k, v in sums.items()}
+        metrics = {"loss": loss_sum, "lr": lr, "grad_norm": norm, **means}
         if run.due(config.eval_every, step + 1, total):
             metrics |= evaluate(model, eval_groups, tokenizer, run, config) | sample(step + 1)
         run.log(step + 1, total, metrics, tokens)

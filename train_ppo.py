@@ -1,29 +1,30 @@
-"""PPO from a reward: RLHF as a Markov decision process (Ziegler 2019; Stiennon 2020; Ouyang 2022; Chaudhari 2024).
+"""PPO from a reward: RLHF as a Markov decision process (Ziegler 2019; Stiennon 2020; Chaudhari 2024).
 
-State s_t = [x, y_<t], action a_t = y_t; transitions are deterministic, and the reward comes at the end. Each step:
+State s_t = [x, y_<t], action a_t = y_t. Transitions are deterministic; the reward comes at the end. A step:
 
     1 roll out     y ~ pi(. | x) at a temperature that all log-probabilities below share
     2 score        s = r(x, y); a response without EOS scores badly, whatever the reward model says
-    3 rewards      r_t = -beta k1_t, k1_t = log pi_old(y_t) - log pi_ref(y_t); s is added at the last token, EOS
-    4 advantages   delta_t = r_t + gamma V_{t+1} - V_t;  A_t = delta_t + gamma lam A_{t+1};  returns R_t = A_t + V_t
+    3 rewards      r_t = -beta k1_t, k1_t = log pi_old(y_t) - log pi_ref(y_t); s is added at the last token
+    4 advantages   delta_t = r_t + gamma V_{t+1} - V_t;  A_t = delta_t + gamma lam A_{t+1};  R_t = A_t + V_t
     5 update       several epochs over minibatches, with rho_t = pi(y_t) / pi_old(y_t):
                    L = mean max(-A rho, -A clip(rho, 1 +- cliprange))
                        + vf_coef/2 mean max((V - R)^2, (clip(V, V_old +- cliprange_value) - R)^2)
 
 Differences from some public implementations:
   - s is placed on EOS, not one slot behind it, and padding never enters a mean.
-  - There is no dropout and no entropy bonus. The rollout keeps only what the policy sampled; no EOS is forced.
-  - Policy and value are separate networks, each with its own Adam and its own clipping. vf_coef therefore only
-    scales the value's gradient before clipping.
+  - There is no dropout and no entropy bonus. A rollout holds only what the policy sampled; no EOS is forced.
+  - Policy and value are separate networks, each with its own Adam and its own clipping. vf_coef therefore
+    only scales the value's gradient before clipping.
 
-Without options it trains out/sft on the built-in reviews against out/rm. --reward gold is PPO-GT: PPO on the true
-reward.
+Without options it trains out/sft on the built-in reviews against out/rm. --reward gold is PPO-GT: PPO on the
+true reward.
 """
 
 from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -37,7 +38,8 @@ from nanorlhf.options import main
 from nanorlhf.rewards import load_reward, reads_text
 from nanorlhf.run import Run
 from nanorlhf.tokenizer import check_same_ids, load_tokenizer, tokenizer_of
-from nanorlhf.training import batch_indices, epoch_order, learning_rate, make_optimizer, optimizer_step, seed_for
+from nanorlhf.training import (batch_indices, epoch_order, learning_rate, make_optimizer, optimizer_step,
+                               seed_for)
 
 
 @dataclass
@@ -45,7 +47,7 @@ class Config:
     # PPO
     reward: str = "out/rm"           # reward model's folder or hub name, gold, or file.py:function
     kl_coef: float = 0.05            # beta, the price of KL
-    kl_estimator: Literal["k1", "k2", "k3"] = "k1"  # per token: k1 = logratio, k2 = logratio^2 / 2, k3 = e^-k1 - 1 + k1
+    kl_estimator: Literal["k1", "k2", "k3"] = "k1"  # k1 = logratio, k2 = k1^2 / 2, k3 = e^-k1 - 1 + k1
     kl_target: float = 0.0           # adapt beta until the sequence KL is this (Ziegler 2019); 0 = fixed beta
     kl_horizon: float = 10000.0      # episodes over which beta adapts
     gamma: float = 1.0               # discount
@@ -56,20 +58,20 @@ class Config:
     cliprange_value: float = 0.2     # of the value's change
     vf_coef: float = 0.1             # weight of the value loss
     whiten_rewards: bool = False     # scale the per-token rewards to variance 1, keeping their mean
-    missing_eos: Literal["replace", "subtract", "none"] = "replace"  # without EOS: score is -penalty, or minus it
-    missing_eos_penalty: float = 1.0  # the penalty
+    missing_eos: Literal["replace", "subtract", "none"] = "replace"  # the score of a response without EOS:
+    missing_eos_penalty: float = 1.0  # replaced by -penalty, lowered by the penalty, or left alone
 
     # Data
     init: str = "out/sft"            # starting checkpoint: folder or hub name
     reference: str = ""              # reference policy of the KL penalty: folder or hub name; '' = --init
-    value_init: str = ""             # value model's start; '' = --reward if it has --init's tokenizer, else --init
+    value_init: str = ""             # '' = --reward if its tokenizer is --init's, else --init
     data: str = "reviews"            # record file of prompts, or `reviews` (4000 prompts)
     limit: int = 0                   # use at most this many records; 0 = all
     skip_bad: bool = False           # skip bad rows and count them, instead of stopping at the first
 
     # Lengths in tokens
-    max_prompt_length: int = 0       # cut longer prompts to this; 0 = what the context leaves beside the response
-    keep: Literal["end", "start", "tldr"] = "end"  # which part of an overlong prompt to keep (tldr: Stiennon 2020)
+    max_prompt_length: int = 0       # cut longer prompts to this; 0 = what the response leaves room for
+    keep: Literal["end", "start", "tldr"] = "end"  # what an overlong prompt keeps (tldr: Stiennon's rule)
     response_length: int = 48        # longest sampled response
 
     # Optimisation
@@ -83,8 +85,8 @@ class Config:
     max_grad_norm: float = 1.0       # clip the norm of each network's gradient to this; 0 = off
 
     # Samples, as rollouts and to evaluate while training
-    eval_prompts: str = ""           # record file of prompts to sample on; '' = the test prompts, if on reviews
-    eval_reward: str = ""            # a reward to measure there: folder, gold or file.py:function; '' = gold on reviews
+    eval_prompts: str = ""           # record file of prompts to sample on; '' = test prompts on reviews
+    eval_reward: str = ""            # measured there: folder, gold or file.py:function; '' = gold on reviews
     num_eval_prompts: int = 128      # use at most this many of the prompts, one sample each
     temperature: float = 1.0         # of the samples, and so of all log-probabilities
 
@@ -103,8 +105,8 @@ class Config:
 
 
 def whiten(values, mask, shift_mean=True):
-    """(v - mean) / std over the mask, with the biased variance; shift_mean=False keeps the mean. values, mask [B, T] ->
-    [B, T], 0 outside the mask."""
+    """(v - mean) / std over the mask, with the biased variance; shift_mean=False keeps the mean. values and
+    mask [B, T] -> [B, T], 0 outside the mask."""
     n = mask.sum()
     mean = (values * mask).sum() / n
     var = (((values - mean) ** 2) * mask).sum() / n
@@ -113,21 +115,23 @@ def whiten(values, mask, shift_mean=True):
 
 
 def kl_penalty(logprobs, ref_logprobs, estimator=Config.kl_estimator):
-    """Per-token penalty from the sampled tokens. k1 is the paper's (Ziegler 2019, Eq. 2); k2 and k3 are what some public
-    code uses."""
+    """Per-token penalty from the sampled tokens. k1 is the paper's (Ziegler 2019, Eq. 2); k2 and k3 are what
+    some public code uses."""
     k1 = logprobs - ref_logprobs
     return {"k1": k1, "k2": k1 ** 2 / 2, "k3": torch.exp(-k1) - 1 + k1}[estimator]
 
 
 def token_rewards(scores, kl, mask, kl_coef):
     """r_t = -beta kl_t, plus the score at the last response token. scores [B]; kl, mask [B, T] -> [B, T]."""
-    last = mask * (mask.flip(1).cumsum(1) == 1).flip(1)                            # True at the last response token
+    last = mask * (mask.flip(1).cumsum(1) == 1).flip(1)                      # True at the last response token
     return -kl_coef * kl * mask + scores[:, None] * last
 
 
 def advantages(rewards, values, mask, gamma=Config.gamma, lam=Config.lam):
-    """Generalised advantage estimation (GAE). rewards, values, mask [B, T], where values[:, t] is V before token t; a row's
-    response is one run of the mask, and V after its last token is 0. Returns (advantages, returns = advantages + values).
+    """Generalised advantage estimation (Schulman 2016). Returns (advantages, returns = advantages + values).
+
+    rewards, values, mask [B, T], where values[:, t] is V before token t. A row's response is one run of the
+    mask, and V after its last token is 0.
     """
     values = values * mask
     result, last = torch.zeros_like(values), torch.zeros_like(values[:, 0])
@@ -141,10 +145,8 @@ def advantages(rewards, values, mask, gamma=Config.gamma, lam=Config.lam):
 
 def ppo_loss(logprobs, old_logprobs, advantages, values, old_values, returns, mask, count,
              cliprange=Config.cliprange, cliprange_value=Config.cliprange_value, vf_coef=Config.vf_coef):
-    """Clipped surrogate and clipped value loss, summed over the mask and divided by `count`, the minibatch's tokens.
-
-    All tensors [B, T]. Returns (policy loss + vf_coef * value loss, dict of detached sums / count for logging).
-    """
+    """Clipped surrogate and clipped value loss, summed over the mask and divided by `count`, the minibatch's
+    tokens. All tensors [B, T]. Returns (policy loss + vf_coef * value loss, dict of sums / count to log)."""
     logratio = (logprobs - old_logprobs) * mask
     ratio = logratio.exp()
     pg_loss1 = -advantages * ratio
@@ -163,7 +165,8 @@ def ppo_loss(logprobs, old_logprobs, advantages, values, old_values, returns, ma
 
 
 def adapt_kl_coef(kl_coef, kl, target, episodes, horizon):
-    """Raises beta if the sequence KL is above its target, by at most 20% per horizon (Ziegler 2019, section 2.2)."""
+    """Raises beta if the sequence KL is above its target, by at most 20% per horizon (Ziegler 2019, section
+    2.2), and lowers it likewise."""
     error = min(max(kl / target - 1, -0.2), 0.2)
     return kl_coef * (1 + error * episodes / horizon)
 
@@ -180,11 +183,12 @@ def scores_without_eos(scores, finished, config):
 def warn_if_ending_does_not_pay(scores, finished, config):
     """Two reasons why a policy would learn nothing, or never to end; said once, at the first step."""
     if not finished.any():
-        print(f"ppo: no response ended within --response_length {config.response_length}: raise it, or start from a "
-              f"model that has learned to stop", flush=True)
+        print(f"ppo: no response ended within --response_length {config.response_length}: raise it, or start "
+              f"from a model that has learned to stop", flush=True)
     elif config.missing_eos == "replace" and scores[finished].mean() < -config.missing_eos_penalty:
-        print(f"ppo: scores average {scores[finished].mean():.3g}, so a response that never ends would do better with "
-              f"its {-config.missing_eos_penalty:g}: raise --missing_eos_penalty, or center the reward", flush=True)
+        print(f"ppo: scores average {scores[finished].mean():.3g}, so a response that never ends would do "
+              f"better with its {-config.missing_eos_penalty:g}: raise --missing_eos_penalty, or center the "
+              f"reward", flush=True)
 
 
 def values_before(value_model, tokens):
@@ -216,11 +220,12 @@ def train(config):
     tokenizer = load_tokenizer(init)
     check_same_ids("--reference", config.reference or init, tokenizer)
     policy = run.prepare(Transformer.from_pretrained(init), tokenizer)
-    reference = run.prepare(Transformer.from_pretrained(config.reference or init), tokenizer).requires_grad_(False)
+    reference = run.prepare(Transformer.from_pretrained(config.reference or init), tokenizer)
+    reference.requires_grad_(False)
     check_same_vocabulary(f"--reference {config.reference}", reference, policy)
 
-    limit = config.limit or None
-    records = load_records(config.data, "prompt", limit=limit, skip_bad=config.skip_bad, tokenizer=tokenizer)
+    records = load_records(config.data, "prompt", limit=config.limit or None, skip_bad=config.skip_bad,
+                           tokenizer=tokenizer)
     room = config.max_prompt_length or prompt_room(policy, config.response_length)
     prompts = [encode_prompt(tokenizer, r["prompt"], room, config.keep) for r in records]
     reward = load_reward(config.reward, tokenizer, run.device, records)
@@ -249,8 +254,9 @@ def train(config):
                                seed=seed_for(config.seed, "rollout", step), tokenizer=tokenizer)
         responses = samples.responses()
         examples = [Example(q + r, len(q)) for q, r in zip(queries, responses)]
+        lengths = [e.length for e in examples]
         batch = collate(examples, tokenizer.pad_id, run.device)
-        tokens, mask = batch.tokens, batch.mask                                    # [B, T]
+        tokens, mask = batch.tokens, batch.mask                              # [B, T]
 
         # 2. Score: the reward of each whole response.
         scores = reward(queries, responses, [records[i] for i in rows]).to(run.device)   # [B]
@@ -258,11 +264,11 @@ def train(config):
             warn_if_ending_does_not_pay(scores, samples.finished, config)
         scores = scores_without_eos(scores, samples.finished, config)
 
-        # 3. Rewards: the KL penalty at every token, the score at the last. Log-probabilities of the rollout's policy
-        # and of the reference, and values, stay fixed during the inner epochs.
+        # 3. Rewards: the KL penalty at every token, the score at the last. The log-probabilities and values
+        # at rollout time stay fixed during the inner epochs.
         old_logprobs, ref_logprobs, entropy, old_values = rollout_logprobs_and_values(
             policy, reference, value_model, tokens, mask, config, run)
-        kl = kl_penalty(old_logprobs, ref_logprobs, config.kl_estimator) * mask    # [B, T]
+        kl = kl_penalty(old_logprobs, ref_logprobs, config.kl_estimator) * mask   # [B, T]
         rewards = token_rewards(scores, kl, mask, kl_coef)
         if config.whiten_rewards:
             rewards = whiten(rewards, mask, shift_mean=False)
@@ -272,15 +278,15 @@ def train(config):
         adv = whiten(adv, mask)
 
         # 5. Update.
-        stats, updates = Counter(), 0
+        stats, updates, size = Counter(), 0, len(rows)
         decay = learning_rate(step, config.max_steps, 1.0, config.warmup_steps, "linear")
         rates = {policy_optimizer: config.lr * decay, value_optimizer: config.value_lr * decay}
         for epoch in range(config.num_ppo_epochs):
-            order = epoch_order(len(rows), seed_for(config.seed, "minibatches", step), epoch)
-            for minibatch in torch.from_numpy(order.copy()).tensor_split(min(config.num_mini_batches, len(rows))):
-                count, loss_sum = mask[minibatch].sum(), 0.0
-                for part in micro_batches(minibatch.tolist(), run.micro_batch_size, lambda i: examples[i].length):
-                    T = max(examples[i].length for i in part)                      # this part needs no more padding
+            order = epoch_order(size, seed_for(config.seed, "minibatches", step), epoch)
+            for minibatch in np.array_split(order, min(config.num_mini_batches, size)):
+                count, loss_sum = mask[torch.from_numpy(minibatch.copy())].sum(), 0.0
+                for part in micro_batches(minibatch.tolist(), run.micro_batch_size, lengths.__getitem__):
+                    T = max(lengths[i] for i in part)                        # this part needs no more padding
                     with run.autocast():
                         logprobs = policy.logprobs(tokens[part, :T], mask[part, :T], config.temperature)
                         values = values_before(value_model, tokens[part, :T])
@@ -291,7 +297,7 @@ def train(config):
                     loss.backward()
                     loss_sum += loss.item()
                     stats.update(part_stats)
-                if config.dtype == "float32":                                      # before the first update rho is 1
+                if config.dtype == "float32":                               # before the first update rho is 1
                     assert updates > 0 or abs(stats["val/ratio"] - 1) < 1e-3, stats
                 optimizer_step(rates, config.max_grad_norm, step + 1, rows, loss_sum)
                 updates += 1
@@ -300,14 +306,16 @@ def train(config):
         sequence_kl = float(((old_logprobs - ref_logprobs) * mask).sum(1).mean())  # sum of k1 over a response
         metrics = {"objective/scores": scores.mean(), "objective/kl": sequence_kl,
                    "objective/rlhf_reward": scores.mean() - kl_coef * kl.sum(1).mean(),
-                   "objective/entropy": entropy.sum() / count, "objective/ended": samples.finished.float().mean(),
-                   "objective/length": count / len(rows), "objective/kl_coef": kl_coef, "lr": config.lr * decay,
-                   "val/mean": (old_values * mask).sum() / count, **{k: v / updates for k, v in stats.items()}}
+                   "objective/entropy": entropy.sum() / count,
+                   "objective/ended": samples.finished.float().mean(), "objective/length": count / len(rows),
+                   "objective/kl_coef": kl_coef, "lr": config.lr * decay,
+                   "val/mean": (old_values * mask).sum() / count}
+        metrics |= {k: v / updates for k, v in stats.items()}
         if config.kl_target > 0:
             kl_coef = adapt_kl_coef(kl_coef, sequence_kl, config.kl_target, len(rows), config.kl_horizon)
         if run.due(config.eval_every, step + 1, config.max_steps):
             metrics |= sample(step + 1)
-        run.log(step + 1, config.max_steps, metrics, tokens=sum(e.length for e in examples))
+        run.log(step + 1, config.max_steps, metrics, tokens=sum(lengths))
         if run.due(config.save_every, step + 1, config.max_steps):
             run.save_checkpoint(step + 1, modules, optimizers, {"kl_coef": kl_coef})
     run.finish(policy, tokenizer)

@@ -1,16 +1,17 @@
-"""Reward model: fit a scalar r(x, y) to comparisons of responses (Stiennon 2020; Ouyang 2022; Chaudhari 2024).
+"""Reward model: fit a scalar r(x, y) to comparisons (Stiennon 2020; Ouyang 2022; Chaudhari 2024).
 
-    P(y_w > y_l | x) = sigmoid(r(x, y_w) - r(x, y_l))          Bradley-Terry
-    L = - log sigmoid(r(x, y_w) - r(x, y_l))                   Stiennon 2020, section 3.4; Chaudhari 2024, section 2
+    P(y_w > y_l | x) = sigmoid(r(x, y_w) - r(x, y_l))   Bradley-Terry
+    L = - log sigmoid(r(x, y_w) - r(x, y_l))            Stiennon 2020, section 3.4; Chaudhari 2024, section 2
 
-A ranking of K responses gives all its pairs, in one batch and divided by C(K, 2); ties are dropped (Ouyang 2022,
-Eq. 1). The model is the SFT model with a scalar head, read at the last real token: EOS, unless the text was cut.
+A ranking of K responses gives all its pairs, in one batch and divided by C(K, 2); ties are dropped (Ouyang
+2022, Eq. 1). The model is the SFT model with a scalar head, read at the last real token: EOS, unless the
+text was truncated. Only differences of rewards are identified. After training, the mean and standard
+deviation over held-out responses are therefore stored as constants, and the score is (r - mean) / std
+(--normalize).
 
-Only differences of rewards are identified. After training, the mean and standard deviation over held-out responses
-are therefore stored as constants, and the score is (r - mean) / std (--normalize).
-
-Without options it reads the comparisons that this command makes from the SFT model and the task's noisy judge:
-    python sample_bon.py --split train --limit 8000 --n 2 --reward gold --label_temperature 0.2 --out out/comparisons
+Without options it reads the comparisons that this makes from the SFT model and the task's noisy judge:
+    python sample_bon.py --split train --limit 8000 --n 2 --reward gold --label_temperature 0.2 \\
+        --out out/comparisons
 """
 
 import math
@@ -33,7 +34,7 @@ from nanorlhf.training import batch_indices, learning_rate, make_optimizer, opti
 @dataclass
 class Config:
     # Reward model
-    normalize: Literal["standard", "mean", "none"] = "standard"  # mean 0, std 1 (Kirk 2023); mean 0 (Stiennon 2020)
+    normalize: Literal["standard", "mean", "none"] = "standard"  # Kirk 2023: standard; Stiennon 2020: mean
     normalize_data: str = ""         # record file of completions to normalize on; '' = the held-out responses
 
     # Data
@@ -46,8 +47,8 @@ class Config:
 
     # Lengths in tokens
     max_length: int = 0              # longest prompt + response; 0 = the model's context
-    max_prompt_length: int = 0       # an overlong row has its prompt cut to this first; 0 = half of max_length
-    keep: Literal["end", "start", "tldr"] = "end"  # which part of an overlong prompt to keep (tldr: Stiennon 2020)
+    max_prompt_length: int = 0       # cut the prompt of an overlong row to this; 0 = half of max_length
+    keep: Literal["end", "start", "tldr"] = "end"  # what an overlong prompt keeps (tldr: Stiennon's rule)
 
     # Optimisation
     epochs: float = 1.0              # passes over the data
@@ -85,8 +86,8 @@ def ranked_pairs(scores):
 
 
 def to_groups(records, tokenizer, config, context):
-    """Rankings -> Groups of K examples and their scores. A ranking in which all responses tie says nothing and is left
-    out."""
+    """Rankings -> Groups of K examples and their scores. A ranking in which all responses tie says nothing
+    and is left out."""
     return [make_group(tokenizer, r["prompt"], r["responses"], r["scores"], config, context)
             for r in records if len(set(r["scores"])) > 1]
 
@@ -103,21 +104,21 @@ def forward(model, groups, tokenizer, run):
     """One forward pass over all responses of these groups, with the pairs among them."""
     batch = collate([e for g in groups for e in g.examples], tokenizer.pad_id, run.device)
     with run.autocast():
-        rewards = model.score(batch.tokens, batch.lengths)                         # [sum of K]
+        rewards = model.score(batch.tokens, batch.lengths)                   # [sum of K]
     better, worse, weight, first = [], [], [], 0
     for _, scores in groups:
         i, j = ranked_pairs(scores)
         better += [first + k for k in i]
         worse += [first + k for k in j]
-        weight += [1 / math.comb(len(scores), 2) for _ in i]                       # Ouyang 2022, Eq. 1
+        weight += [1 / math.comb(len(scores), 2) for _ in i]                 # Ouyang 2022, Eq. 1
         first += len(scores)
     return Forward(rewards, better, worse, torch.tensor(weight, device=run.device), int(batch.lengths.sum()))
 
 
 @torch.no_grad()
 def evaluate(model, groups, tokenizer, run, name):
-    """Loss, accuracy = mean[r_w > r_l], and the accuracy in quarters of the pairs by confidence |r_w - r_l|, least sure
-    first. If confidence means anything, accuracy rises from quarter to quarter."""
+    """Loss, accuracy = mean[r_w > r_l], and the accuracy in quarters of the pairs by confidence |r_w - r_l|,
+    least sure first. If confidence means anything, accuracy rises from quarter to quarter."""
     if not groups:
         return {}
     margins = []
@@ -126,7 +127,8 @@ def evaluate(model, groups, tokenizer, run, name):
         margins.append((out.rewards[out.better] - out.rewards[out.worse]).float().cpu())
     margins = torch.cat(margins)
     metrics = {f"eval/{name}/loss": float(-F.logsigmoid(margins).mean()),
-               f"eval/{name}/accuracy": float((margins > 0).float().mean()), f"eval/{name}/pairs": len(margins)}
+               f"eval/{name}/accuracy": float((margins > 0).float().mean()),
+               f"eval/{name}/pairs": len(margins)}
     if len(margins) >= 40:
         by_confidence = margins[margins.abs().argsort()]
         for k, quarter in enumerate(by_confidence.chunk(4), 1):
@@ -136,12 +138,12 @@ def evaluate(model, groups, tokenizer, run, name):
 
 @torch.no_grad()
 def normalize(model, groups, tokenizer, run, how):
-    """Stores the mean of these groups' rewards, and with how = "standard" their standard deviation, as constants."""
+    """Stores the mean of these groups' rewards and, with how = "standard", their standard deviation."""
     rewards = torch.cat([forward(model, part, tokenizer, run).rewards
                          for part in micro_batches(groups, run.micro_batch_size)])
     model.reward_mean = float(rewards.mean())
     if how == "standard":
-        model.reward_std = float(rewards.std(correction=0)) or 1.0                 # 0: one response, or all alike
+        model.reward_std = float(rewards.std(correction=0)) or 1.0           # 0 if all responses score alike
 
 
 def train(config):
@@ -150,12 +152,13 @@ def train(config):
         return
     init = require_folder(config.init, "python train_sft.py")
     require_file(config.data, MAKE_COMPARISONS)
-    tokenizer, model = load_tokenizer(init), RewardModel.from_pretrained(init, fresh_head=True, seed=config.seed)
-    model.reward_mean, model.reward_std = 0.0, 1.0      # an --init that is a reward model gets new constants below
+    tokenizer = load_tokenizer(init)
+    model = RewardModel.from_pretrained(init, fresh_head=True, seed=config.seed)
+    model.reward_mean, model.reward_std = 0.0, 1.0  # if --init is a reward model: recomputed below
     run.prepare(model, tokenizer)
 
-    limit = config.limit or None
-    records = load_records(config.data, "ranked", limit=limit, skip_bad=config.skip_bad, tokenizer=tokenizer)
+    records = load_records(config.data, "ranked", limit=config.limit or None, skip_bad=config.skip_bad,
+                           tokenizer=tokenizer)
     records, held_out = split_records(records, config.eval_fraction, config.seed)
     groups = to_groups(records, tokenizer, config, model.config.context)
     eval_groups = {"held_out": to_groups(held_out, tokenizer, config, model.config.context)}
@@ -174,7 +177,7 @@ def train(config):
         loss_sum, tokens, correct, pairs = 0.0, 0, 0, 0
         for part in micro_batches([groups[i] for i in rows], run.micro_batch_size):
             out = forward(model, part, tokenizer, run)
-            chosen, rejected = out.rewards[out.better], out.rewards[out.worse]     # [number of pairs]
+            chosen, rejected = out.rewards[out.better], out.rewards[out.worse]   # [number of pairs]
             loss = (out.weight * preference_loss(chosen, rejected)).sum() / len(rows)
             loss.backward()
             loss_sum, tokens = loss_sum + loss.item(), tokens + out.tokens
@@ -194,7 +197,8 @@ def train(config):
         scored = eval_groups["held_out"] or groups
         if config.normalize_data:
             texts = load_records(config.normalize_data, "completion", limit=1000, tokenizer=tokenizer)
-            scored = [make_group(tokenizer, r["prompt"], [r["completion"]], [0.0], config, model.config.context)
+            context = model.config.context
+            scored = [make_group(tokenizer, r["prompt"], [r["completion"]], [0.0], config, context)
                       for r in texts]
         normalize(model, scored, tokenizer, run, config.normalize)
     run.finish(model, tokenizer)

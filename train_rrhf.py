@@ -1,21 +1,21 @@
 """RRHF: rank responses by the policy's own likelihood, as a reward ranks them (Yuan 2023).
 
-    p_i    = sum_t log pi(y_i,t | x, y_i,<t) / |y_i|                       Eq. 1; sum and length include EOS
-    L_rank = sum over r_i < r_j of max(0, p_i - p_j)                       Eq. 2; no margin, ties contribute nothing
-    best   = argmax_i r_i                                                  Eq. 3
-    L_ft   = - sum_t log pi(y_best,t | x, y_best,<t)                       Eq. 4
-    L      = L_rank + L_ft                                                 Eq. 5
+    p_i    = sum_t log pi(y_i,t | x, y_i,<t) / |y_i|               Eq. 1; sum and length include EOS
+    L_rank = sum over r_i < r_j of max(0, p_i - p_j)               Eq. 2; no margin, ties contribute nothing
+    best   = argmax_i r_i                                          Eq. 3
+    L_ft   = - sum_t log pi(y_best,t | x, y_best,<t)               Eq. 4
+    L      = L_rank + L_ft                                         Eq. 5
 
-p_i is a mean over tokens and L_ft a sum, so on long responses L_ft outweighs L_rank at --rrhf_weight 1, the paper's.
-There is no reference policy, no KL penalty and no value model.
+p_i is a mean over tokens and L_ft a sum, so on long responses L_ft outweighs L_rank at the paper's
+--rrhf_weight of 1. There is no reference policy, no KL penalty and no value model.
 
-Candidates come from the data (--from_data), from the policy (--sampling), or from both. In the paper's names: P is
---sampling none, BP is beam, DP is diverse_beam (at temperature 0.8), and D is diverse_beam with --from_data false.
+Candidates come from the data (--from_data), from the policy (--sampling), or from both. In the paper's
+names, P is --sampling none, BP is beam, DP is diverse_beam, and D is diverse_beam with --from_data false.
 They are drawn once, from the starting policy; --resample_every k draws them again every k steps (OP-k).
 
-The released code differs from the paper, and --released_code reproduces it: it divides by the padded width of the
-batch instead of |y_i|, in p_i and in L_ft (it edits the labels in place before it takes their length), so a result
-depends on what else is in the batch. Its weight on L_rank is --rrhf_weight.
+The released code differs from the paper, and --released_code reproduces it: p_i and L_ft are divided by the
+padded width of the batch instead of |y_i|, because it edits the labels in place before it takes their
+length. A result then depends on what else is in the batch. Its weight on L_rank is --rrhf_weight.
 
 Without options it trains out/sft on the built-in prompts: 4 samples and the demonstration, ranked by out/rm.
 """
@@ -45,7 +45,7 @@ class Config:
     rrhf_weight: float = 1.0         # weight of L_rank (10 and 100 were worse in the paper)
     length_penalty: float = 1.0      # p_i divides by |y_i| to this power
     released_code: bool = False      # use the released code's lengths (see above)
-    reward: str = "out/rm"           # ranks the candidates: folder, gold or file.py:function; or `given` scores
+    reward: str = "out/rm"           # ranks candidates: folder, gold, file.py:function, or `given` scores
     sampling: Literal["none", "sample", "beam", "diverse_beam"] = "sample"  # how the policy draws candidates
     num_samples: int = 4             # candidates drawn per prompt
     diversity_penalty: float = 1.0   # of diverse beams
@@ -55,14 +55,14 @@ class Config:
     # Data
     init: str = "out/sft"            # starting checkpoint: folder or hub name
     data: str = "reviews"            # record file of prompts, or `reviews` (4000 prompts)
-    kind: Literal["prompt", "ranked"] = "prompt"  # of --data: prompts (with or without completion), or rankings
+    kind: Literal["prompt", "ranked"] = "prompt"  # of --data: prompts (also with completions), or rankings
     limit: int = 0                   # use at most this many records; 0 = all
     skip_bad: bool = False           # skip bad rows and count them, instead of stopping at the first
 
     # Lengths in tokens
     max_length: int = 0              # longest prompt + response; 0 = the model's context
-    max_prompt_length: int = 0       # cut longer prompts to this; 0 = what the context leaves beside the response
-    keep: Literal["end", "start", "tldr"] = "end"  # which part of an overlong prompt to keep (tldr: Stiennon 2020)
+    max_prompt_length: int = 0       # cut longer prompts to this; 0 = what the response leaves room for
+    keep: Literal["end", "start", "tldr"] = "end"  # what an overlong prompt keeps (tldr: Stiennon's rule)
 
     # Optimisation
     epochs: float = 1.0              # passes over the data
@@ -77,8 +77,8 @@ class Config:
     max_grad_norm: float = 1.0       # clip the gradient's norm to this; 0 = off
 
     # Samples, as candidates and to evaluate while training
-    eval_prompts: str = ""           # record file of prompts to sample on; '' = the test prompts, if on reviews
-    eval_reward: str = ""            # a reward to measure there: folder, gold or file.py:function; '' = gold on reviews
+    eval_prompts: str = ""           # record file of prompts to sample on; '' = test prompts on reviews
+    eval_reward: str = ""            # measured there: folder, gold or file.py:function; '' = gold on reviews
     num_eval_prompts: int = 128      # use at most this many of the prompts, one sample each
     response_length: int = 48        # longest sampled response in tokens
     temperature: float = 1.0         # of the samples
@@ -101,19 +101,19 @@ def rrhf_loss(logps, lengths, scores, rrhf_weight=Config.rrhf_weight, length_pen
               released_width=None):
     """Losses [B] = rrhf_weight * L_rank + L_ft, and the two terms.
 
-    logps [B, K]: sums of response log-probabilities; lengths [B, K]: their numbers of tokens, 0 where a prompt has
-    fewer than K candidates; scores [B, K]. released_width: the width of the padded batch, which the released code
-    takes for every length, and by which it divides L_ft; None: the paper's loss.
+    logps [B, K]: sums of response log-probabilities; lengths [B, K]: their numbers of tokens, 0 where a
+    prompt has fewer than K candidates; scores [B, K]. released_width: the width of the padded batch, which
+    the released code takes for every length, and by which it divides L_ft; None: the paper's loss.
     """
     real = lengths > 0
     if released_width:
         lengths = torch.where(real, released_width, 0)
-    p = logps / lengths.clamp(min=1) ** length_penalty                             # Eq. 1
+    p = logps / lengths.clamp(min=1) ** length_penalty                       # Eq. 1
     worse = (scores[:, :, None] < scores[:, None, :]) & real[:, :, None] & real[:, None, :]
-    rank = ((p[:, :, None] - p[:, None, :]).clamp(min=0) * worse).sum((1, 2))      # Eq. 2: r_i < r_j, p_i > p_j
-    best = scores.masked_fill(~real, -torch.inf).argmax(1, keepdim=True)           # Eq. 3
-    ft = -logps.gather(1, best)[:, 0] / (released_width or 1)                      # Eq. 4
-    return rrhf_weight * rank + ft, rank, ft                                       # Eq. 5
+    rank = ((p[:, :, None] - p[:, None, :]).clamp(min=0) * worse).sum((1, 2))   # Eq. 2: r_i < r_j, p_i > p_j
+    best = scores.masked_fill(~real, -torch.inf).argmax(1, keepdim=True)     # Eq. 3
+    ft = -logps.gather(1, best)[:, 0] / (released_width or 1)                # Eq. 4
+    return rrhf_weight * rank + ft, rank, ft                                 # Eq. 5
 
 
 def to_groups(candidates):
@@ -123,7 +123,7 @@ def to_groups(candidates):
 
 
 class Forward(NamedTuple):
-    logps: torch.Tensor              # [B, K] log pi(y|x), sums over response tokens; 0 where there is no candidate
+    logps: torch.Tensor              # [B, K] log pi(y|x), sums over tokens; 0 where there is no candidate
     lengths: torch.Tensor            # [B, K] |y| in tokens, likewise
     scores: torch.Tensor             # [B, K] likewise
     width: int                       # of the padded batch
@@ -134,12 +134,13 @@ def forward(model, groups, tokenizer, run):
     """One forward pass over all candidates of these groups."""
     batch = collate([e for g in groups for e in g.examples], tokenizer.pad_id, run.device)
     with run.autocast():
-        logps = model.logprobs(batch.tokens, batch.mask).sum(1)                    # [sum of K]
+        logps = model.logprobs(batch.tokens, batch.mask).sum(1)              # [sum of K]
     scores = torch.tensor([s for g in groups for s in g.numbers], device=run.device)
-    counts = torch.tensor([len(g.examples) for g in groups], device=run.device)    # [B]
-    real = torch.arange(max(len(g.examples) for g in groups), device=run.device) < counts[:, None]     # [B, K]
+    counts = [len(g.examples) for g in groups]
+    real = [[k < count for k in range(max(counts))] for count in counts]
+    real = torch.tensor(real, device=run.device)                             # [B, K]
 
-    def by_group(flat):                                                            # [sum of K] -> [B, K]
+    def by_group(flat):                                                      # [sum of K] -> [B, K]
         return torch.zeros(real.shape, dtype=flat.dtype, device=run.device).masked_scatter(real, flat)
     return Forward(by_group(logps), by_group(batch.mask.sum(1)), by_group(scores), batch.tokens.shape[1],
                    int(batch.lengths.sum()))
@@ -147,8 +148,8 @@ def forward(model, groups, tokenizer, run):
 
 def losses_and_stats(out, groups, config):
     """Losses [B] of these groups after their forward pass, and sums over them of what is logged."""
-    losses, rank, ft = rrhf_loss(out.logps, out.lengths, out.scores, config.rrhf_weight, config.length_penalty,
-                                 out.width if config.released_code else None)
+    losses, rank, ft = rrhf_loss(out.logps, out.lengths, out.scores, config.rrhf_weight,
+                                 config.length_penalty, out.width if config.released_code else None)
     stats = {"loss/rank": rank.sum().item(), "loss/ft": ft.sum().item(),
              "scores/best": sum(max(g.numbers) for g in groups),
              "scores/mean": sum(sum(g.numbers) / len(g.numbers) for g in groups)}
@@ -159,21 +160,21 @@ def draw_candidates(model, records, tokenizer, reward, config, seed):
     """Candidates of each record: dicts of prompt (ids), responses (K lists of ids) and scores (K numbers)."""
     max_length = config.max_length or model.config.context
     room = prompt_room(model, 1 if config.sampling == "none" else config.response_length, max_length)
-    prompts = [encode_prompt(tokenizer, r["prompt"], config.max_prompt_length or room, config.keep) for r in records]
+    room = config.max_prompt_length or room
+    prompts = [encode_prompt(tokenizer, r["prompt"], room, config.keep) for r in records]
     if (longest := max(map(len, prompts))) >= max_length:
         raise UserError(f"a prompt of {longest} tokens leaves no room for a response in {max_length}: "
                         f"lower --max_prompt_length")
     n, length, temperature = config.num_samples, config.response_length, config.temperature
-    if config.sampling == "sample":
-        samples = generate(model, prompts, length, temperature, num_samples=n, seed=seed, tokenizer=tokenizer)
-        responses = samples.responses()
-        drawn = [responses[i:i + n] for i in range(0, len(responses), n)]
-    elif config.sampling == "beam":
-        drawn = beam_search(model, prompts, length, n, 1, 0.0, temperature, tokenizer=tokenizer)
-    elif config.sampling == "diverse_beam":
-        drawn = beam_search(model, prompts, length, n, n, config.diversity_penalty, temperature, tokenizer=tokenizer)
-    else:
+    if config.sampling == "none":
         drawn = [[] for _ in records]
+    elif config.sampling == "sample":
+        responses = generate(model, prompts, length, temperature, num_samples=n, seed=seed,
+                             tokenizer=tokenizer).responses()
+        drawn = [responses[i:i + n] for i in range(0, len(responses), n)]
+    else:
+        groups, penalty = (n, config.diversity_penalty) if config.sampling == "diverse_beam" else (1, 0.0)
+        drawn = beam_search(model, prompts, length, n, groups, penalty, temperature, tokenizer=tokenizer)
     candidates = []
     for record, prompt, responses in zip(records, prompts, drawn):
         if config.from_data:
@@ -181,8 +182,8 @@ def draw_candidates(model, records, tokenizer, reward, config, seed):
             room = max_length - len(prompt)
             responses = responses + [encode_response(tokenizer, y, record["prompt"])[:room] for y in texts]
         if not responses:
-            raise UserError(f"no candidate for the prompt {record['prompt'][-60:]!r}: --kind {config.kind} gives none "
-                            f"and --sampling is {config.sampling}")
+            raise UserError(f"no candidate for the prompt {record['prompt'][-60:]!r}: --kind {config.kind} "
+                            f"gives none and --sampling is {config.sampling}")
         candidates.append(dict(prompt=prompt, responses=responses, scores=record.get("scores")))
     if config.reward != "given":
         counts = [len(c["responses"]) for c in candidates]
@@ -201,15 +202,17 @@ def train(config):
     init = require_folder(config.init, "python train_sft.py")
     if config.reward == "out/rm":
         require_folder(config.reward, "python train_rm.py")
-    if config.reward == "given" and (config.kind != "ranked" or config.sampling != "none" or not config.from_data):
-        raise UserError("--reward given ranks the data's own responses by their scores: it needs --kind ranked "
-                        "--sampling none")
+    own_responses_only = config.kind == "ranked" and config.sampling == "none" and config.from_data
+    if config.reward == "given" and not own_responses_only:
+        raise UserError("--reward given ranks the data's own responses by their scores: it needs --kind "
+                        "ranked --sampling none")
     tokenizer = load_tokenizer(init)
     model = run.prepare(Transformer.from_pretrained(init), tokenizer)
-    reference = run.prepare(Transformer.from_pretrained(init), tokenizer).requires_grad_(False)  # only to measure KL
+    reference = run.prepare(Transformer.from_pretrained(init), tokenizer)    # only to measure KL
+    reference.requires_grad_(False)
 
-    limit = config.limit or None
-    records = load_records(config.data, config.kind, limit=limit, skip_bad=config.skip_bad, tokenizer=tokenizer)
+    records = load_records(config.data, config.kind, limit=config.limit or None, skip_bad=config.skip_bad,
+                           tokenizer=tokenizer)
     reward = load_reward(config.reward, tokenizer, run.device, records) if config.reward != "given" else None
     rewards = {"reward": reward} if reward else {}
     sample = eval_sampler(config, records, tokenizer, model, reference, rewards, run)
@@ -220,18 +223,18 @@ def train(config):
     total = config.max_steps or steps_of(config.epochs, len(records), config.batch_size)
     every, groups = config.resample_every or total, None
     for step in range(state["step"], total):
-        # Candidates for the prompts of the next `every` steps. They are saved to a file, because on --resume the
-        # policy that sampled them no longer exists.
+        # Candidates for the prompts of the next `every` steps. They are saved to a file, because on --resume
+        # the policy that sampled them no longer exists.
         if groups is None or step % every == 0:
             first = step - step % every
             needed = sorted({i for s in range(first, min(first + every, total))
                              for i in batch_indices(len(records), config.batch_size, s, config.seed)})
             file = run.out / f"candidates-{first:06d}.jsonl"
             if not file.exists():
-                seed = seed_for(config.seed, "candidates", first)
+                asked, seed = [records[i] for i in needed], seed_for(config.seed, "candidates", first)
                 with run.autocast():
-                    drawn = draw_candidates(model, [records[i] for i in needed], tokenizer, reward, config, seed)
-                write_records(file, drawn)
+                    candidates = draw_candidates(model, asked, tokenizer, reward, config, seed)
+                write_records(file, candidates)
             groups = dict(zip(needed, to_groups(read_jsonl(file))))
 
         rows = batch_indices(len(records), config.batch_size, step, config.seed)
@@ -246,7 +249,8 @@ def train(config):
         lr = learning_rate(step, total, config.lr, config.warmup_steps, config.lr_schedule)
         norm = optimizer_step({optimizer: lr}, config.max_grad_norm, step + 1, rows, loss_sum)
 
-        metrics = {"loss": loss_sum, "lr": lr, "grad_norm": norm, **{k: v / len(rows) for k, v in sums.items()}}
+        means = {k: v / len(rows) for k, v in sums.items()}
+        metrics = {"loss": loss_sum, "lr": lr, "grad_norm": norm, **means}
         if run.due(config.eval_every, step + 1, total):
             metrics |= sample(step + 1)
         run.log(step + 1, total, metrics, tokens)

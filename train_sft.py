@@ -5,10 +5,9 @@
 The same script pretrains (--kind text: every token counts) and does Preferred-FT (--data with chosen and
 rejected: SFT on the chosen response; Rafailov 2023, section 6).
 
-Choices that public implementations make differently:
-  - The prompt is masked, as in Kirk 2023; --train_on_prompt counts its tokens too, as in Huang 2024.
-  - The loss is a mean over the tokens of the whole batch, so a long response weighs more than a short one, and
-    the result does not depend on the micro-batches.
+The prompt is masked, as in Kirk 2023; --train_on_prompt counts its tokens too, as in Huang 2024. The loss is
+a mean over the tokens of the whole batch, so a long response weighs more than a short one, and the result
+does not depend on the micro-batches.
 
 Without options it fine-tunes out/base on the built-in reviews. To pretrain that base model first:
     python train_sft.py --init scratch --kind text --lr 5e-3 --batch_size 16 --out out/base
@@ -35,7 +34,7 @@ class Config:
     # SFT
     kind: Literal["completion", "text"] = "completion"  # completion: prompt and response; text: pretraining
     train_on_prompt: bool = False    # count the prompt's tokens too
-    all_turns: bool = False          # train on every turn of the assistant in a conversation, not only the last
+    all_turns: bool = False          # train on all turns of the assistant, not only the last
 
     # Data
     init: str = "out/base"           # starting checkpoint: folder or hub name; `scratch` = new weights
@@ -56,8 +55,8 @@ class Config:
 
     # Lengths in tokens
     max_length: int = 0              # longest prompt + response; 0 = the model's context
-    max_prompt_length: int = 0       # an overlong row has its prompt cut to this first; 0 = half of max_length
-    keep: Literal["end", "start", "tldr"] = "end"  # which part of an overlong prompt to keep (tldr: Stiennon 2020)
+    max_prompt_length: int = 0       # cut the prompt of an overlong row to this; 0 = half of max_length
+    keep: Literal["end", "start", "tldr"] = "end"  # what an overlong prompt keeps (tldr: Stiennon's rule)
 
     # Optimisation
     epochs: float = 1.0              # passes over the data
@@ -84,7 +83,7 @@ class Config:
 
 
 def sft_loss(logprobs, mask, count):
-    """- sum of m_t log pi(y_t | x, y_<t), divided by `count`, the number of response tokens in the whole batch. Scalar.
+    """- sum of m_t log pi(y_t | x, y_<t), divided by `count`, the response tokens of the whole batch. Scalar.
 
     logprobs [B, T] float, mask [B, T] bool. Micro-batches of one batch share `count`, so their losses add up.
     """
@@ -116,7 +115,7 @@ def forward(model, groups, tokenizer, run):
     """One forward pass over all examples of these groups."""
     batch = collate([e for g in groups for e in g.examples], tokenizer.pad_id, run.device)
     with run.autocast():
-        logprobs = model.logprobs(batch.tokens, batch.mask)                        # [B, T]
+        logprobs = model.logprobs(batch.tokens, batch.mask)                  # [B, T]
     return Forward(logprobs, batch.mask, int(batch.lengths.sum()))
 
 
@@ -134,19 +133,21 @@ def evaluate(model, groups, tokenizer, run):
 def new_model(config):
     """--init scratch: (tokenizer, a model with random weights)."""
     tokenizer = load_tokenizer(config.tokenizer)
-    width, layers, heads, kv_heads = config.width, config.layers, config.heads, config.kv_heads or config.heads
+    width, layers, heads = config.width, config.layers, config.heads
+    kv_heads = config.kv_heads or heads
     if min(width, layers, heads, kv_heads) < 1 or width % heads or heads % kv_heads:
         raise UserError(f"--width {width} --layers {layers} --heads {heads} --kv_heads {kv_heads}: "
                         f"the heads must divide the width, and the kv_heads the heads")
-    shape = dict(width=width, layers=layers, heads=heads, kv_heads=kv_heads, head_dim=width // heads)
-    ids = dict(bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
-    return tokenizer, Transformer(ModelConfig.for_family(
-        family=config.family, vocab_size=tokenizer.vocab_size, context=config.context, **shape, **ids), config.seed)
+    shape = ModelConfig.for_family(
+        family=config.family, vocab_size=tokenizer.vocab_size, context=config.context, width=width,
+        layers=layers, heads=heads, kv_heads=kv_heads, head_dim=width // heads, bos_id=tokenizer.bos_id,
+        eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
+    return tokenizer, Transformer(shape, config.seed)
 
 
 def pretrained_model(config):
-    init = require_folder(config.init, "python train_sft.py --init scratch --kind text --lr 5e-3 --batch_size 16 "
-                                       "--out out/base")
+    init = require_folder(config.init, "python train_sft.py --init scratch --kind text --lr 5e-3 "
+                                       "--batch_size 16 --out out/base")
     return load_tokenizer(init), Transformer.from_pretrained(init)
 
 
@@ -160,7 +161,8 @@ def train(config):
     limit = config.limit or None
     if config.data == "reviews" and not limit:
         limit = {"text": 40000, "completion": 8000}[config.kind]
-    records = load_records(config.data, config.kind, limit=limit, skip_bad=config.skip_bad, tokenizer=tokenizer)
+    records = load_records(config.data, config.kind, limit=limit, skip_bad=config.skip_bad,
+                           tokenizer=tokenizer)
     if config.eval_data:
         held_out = load_records(config.eval_data, config.kind, skip_bad=config.skip_bad, tokenizer=tokenizer)
     else:
@@ -174,7 +176,7 @@ def train(config):
     total = config.max_steps or steps_of(config.epochs, len(groups), config.batch_size)
     for step in range(state["step"], total):
         rows = batch_indices(len(groups), config.batch_size, step, config.seed)
-        count = sum(e.count for i in rows for e in groups[i].examples)             # response tokens of the batch
+        count = sum(e.count for i in rows for e in groups[i].examples)       # response tokens of the batch
         loss_sum, tokens = 0.0, 0
         for part in micro_batches([groups[i] for i in rows], run.micro_batch_size):
             out = forward(model, part, tokenizer, run)

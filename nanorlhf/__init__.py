@@ -1,3 +1,3 @@
-"""nanorlhf: RLHF from scratch, one short script a method, on one model file and one data file."""
+"""nanorlhf: RLHF from scratch, one short script per method, on one model file and one data file."""
 
 __version__ = "0.1.0"

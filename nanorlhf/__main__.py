@@ -1,9 +1,10 @@
-"""The whole story in one command: `python -m nanorlhf` trains every method on the built-in task and compares them.
+"""The whole pipeline in one command: `python -m nanorlhf` trains every method on the built-in task and compares them.
 
-    base model -> SFT -> comparisons of its samples, labelled by a noisy judge -> reward model -> PPO, PPO on the true reward,
-    DPO, Unlikelihood, Preferred-FT, RRHF, best-of-16 -> one table, one plot, a page of samples
+    base model -> SFT -> comparisons of its samples, labelled by a noisy judge -> reward model -> PPO, PPO on the true
+    reward, DPO, Unlikelihood, Preferred-FT, RRHF, best-of-16 -> one table, one plot, a page of samples
 
-It calls the scripts' own train(Config(...)) and nothing else. Stopped at any moment, the same command goes on where it was.
+Every stage is a call of its script's own train(Config(...)) or sample(Config(...)), and nothing else. If the command is
+stopped at any moment, running it again resumes.
 """
 
 import dataclasses
@@ -30,8 +31,8 @@ from nanorlhf.run import git_commit
 class Options:
     out: str = "out"                 # folder for everything
     seed: int = 0                    # of everything random; with --seeds, of the first run
-    seeds: int = 1                   # repeat the whole story so many times, in out/seed-N, and average the table
-    scale: float = 1.0               # multiplies the steps of every stage and the sizes of evaluation: 0.02 is a quick look
+    seeds: int = 1                   # run the whole pipeline this many times, in out/seed-N, and average the table
+    scale: float = 1.0               # multiplies the steps of every stage and the sizes of evaluation; 0.02 is a quick look
 
 
 LABEL_TEMPERATURE = 0.2
@@ -39,14 +40,14 @@ N = 16
 
 
 def stages(out, seed, scale):
-    """(name, script module, Config) of every run, in order: the recipe of the reference table."""
+    """Yields (name, script module, options of its Config) of every run, in order: the recipe of the reference table."""
     def steps(n):
         return max(2, round(n * scale))
 
     sft, rm, pairs = f"{out}/sft", f"{out}/rm", f"{out}/comparisons/comparisons.jsonl"
     splits = ("test", "ood_near", "ood_far")
     labels = dict(init=sft, n=2, reward="gold", label_temperature=LABEL_TEMPERATURE, seed=seed, batch_size=128,
-                  keep_unfinished=scale < 0.1)                                         # a model barely trained never ends
+                  keep_unfinished=scale < 0.1)                                         # a barely trained model never ends
     yield "base", train_sft, dict(init="scratch", kind="text", limit=40000, max_steps=steps(1000), batch_size=16, lr=5e-3,
                                   eval_every=steps(250), seed=seed)
     yield "sft", train_sft, dict(init=f"{out}/base", limit=8000, max_steps=steps(300), batch_size=32, lr=1e-3, seed=seed)
@@ -67,15 +68,16 @@ def stages(out, seed, scale):
     yield "bon", sample_bon, dict(init=sft, reward=rm, n=N, limit=steps(250), seed=seed, batch_size=16)
 
 
-POLICIES = {"SFT": "sft", "Preferred-FT": "preferred_ft", "Unlikelihood 0.5": "unlikelihood", "Unlikelihood 1": "unlikelihood_1",
-            "DPO": "dpo", "RRHF": "rrhf", "PPO": "ppo", "PPO-GT": "ppo_gold"}          # Unlikelihood's number is its alpha
+POLICIES = {"SFT": "sft", "Preferred-FT": "preferred_ft", "Unlikelihood 0.5": "unlikelihood",
+            "Unlikelihood 1": "unlikelihood_1", "DPO": "dpo", "RRHF": "rrhf", "PPO": "ppo",
+            "PPO-GT": "ppo_gold"}                                                      # Unlikelihood's number is its alpha
 
 
 def train_all(out, seed, scale):
-    """Runs every stage below `out`; those already finished are passed over. Returns {stage: seconds of training}."""
+    """Runs every stage below `out`, except those already finished. Returns {stage: seconds of training}."""
     recipe = out / "recipe.json"
     if recipe.exists() and read_json(recipe) != dict(seed=seed, scale=scale):
-        raise UserError(f"{out} holds a story of another --seed or --scale ({recipe}): name another --out")
+        raise UserError(f"{out} was made with another --seed or --scale ({recipe}): name another --out")
     write_json(recipe, dict(seed=seed, scale=scale))
     seconds, todo = {}, list(stages(out, seed, scale))
     for i, (name, script, options) in enumerate(todo, 1):
@@ -92,8 +94,8 @@ def train_all(out, seed, scale):
 
 
 def reward_model_rows(out):
-    """Of the reward model, split by split: its accuracy on noisy labels, in all and in quarters by its own confidence, and
-    the accuracy that one who knows the gold reward would have."""
+    """Returns one table row per split about the reward model: its accuracy on noisy labels, overall and in quarters by its
+    own confidence, and as a ceiling the accuracy of an oracle that knows the gold reward."""
     last = [r for r in read_jsonl(out / "rm" / "metrics.jsonl") if "eval/test/accuracy" in r][-1]
     rows = []
     for split in ("test", "ood_near", "ood_far"):
@@ -113,7 +115,7 @@ JUDGE_COLUMNS = {"accuracy": ("accuracy", ".0%"), "ceiling": ("ceiling", ".0%"),
 
 
 def run_seed(out, seed, scale):
-    """Trains and evaluates everything below `out`. Returns the table's rows and the sampled texts."""
+    """Trains and evaluates every method below `out`. Returns the table's rows and the sampled texts."""
     seconds = train_all(out, seed, scale)
     print(f"\nevaluation of seed {seed}", flush=True)
     rows, samples = evaluate_policies({name: f"{out}/{folder}" for name, folder in POLICIES.items()}, EvaluateOptions(
@@ -125,7 +127,7 @@ def run_seed(out, seed, scale):
 
 
 def over_seeds(tables):
-    """Rows of several seeds -> rows of means over the seeds, with 95% intervals (Student's t) over the seeds."""
+    """Averages rows over the seeds, with 95% intervals (Student's t) over the seeds. A single seed's rows do not change."""
     S = len(tables)
     if S == 1:
         return tables[0]
@@ -143,7 +145,7 @@ def over_seeds(tables):
 
 
 def frontier(folders):
-    """{method: [[(KL, gold reward) of each evaluation while training], one list a seed]}; best-of-n: n = 1, 2, 4, ..."""
+    """Returns {method: one list per seed of (KL, gold reward) at each evaluation in training, or at each n of best-of-n}."""
     lines = {}
     for folder in folders:
         for method, stage in POLICIES.items():
@@ -155,7 +157,7 @@ def frontier(folders):
 
 
 def plot_frontier(lines, sft_gold, file):
-    """Gold reward against KL to SFT (Rafailov 2023, Figure 2), a point an evaluation, a colour a method."""
+    """Plots gold reward against KL to SFT (Rafailov 2023, Figure 2): one point per evaluation, one colour per method."""
     try:
         import matplotlib
     except ImportError:
@@ -176,13 +178,13 @@ def plot_frontier(lines, sft_gold, file):
 
 
 def samples_page(samples, prompts_a_split=2):
-    """Markdown: what every method wrote for the same few prompts of each split."""
+    """Returns Markdown with what every method wrote for the same few prompts of each split."""
     lines = ["# Samples\n\nThe first prompts of each split, one sample of each method; in brackets the gold reward."]
     for split in ("test", "ood_near", "ood_far"):
-        ours = [s for s in samples if s["split"] == split]
-        for prompt in list(dict.fromkeys(s["prompt"] for s in ours))[:prompts_a_split]:
+        rows = [s for s in samples if s["split"] == split]
+        for prompt in list(dict.fromkeys(s["prompt"] for s in rows))[:prompts_a_split]:
             lines.append(f"\n## {prompt} ({split})\n")
-            first = {s["method"]: s for s in reversed(ours) if s["prompt"] == prompt}
+            first = {s["method"]: s for s in reversed(rows) if s["prompt"] == prompt}
             lines += [f"- **{s['method']}** [{s['gold']:.2f}]{s['completion']}" for s in reversed(first.values())]
     return "\n".join(lines) + "\n"
 
@@ -192,12 +194,12 @@ def main():
     root = Path(options.out)
     folders = [root / f"seed-{options.seed + k}" for k in range(options.seeds)] if options.seeds > 1 else [root]
     try:
-        found = [run_seed(folder, options.seed + k, options.scale) for k, folder in enumerate(folders)]
+        results = [run_seed(folder, options.seed + k, options.scale) for k, folder in enumerate(folders)]
     except UserError as error:
         raise SystemExit(f"error: {error}")
     except KeyboardInterrupt:
-        raise SystemExit("interrupted; the same command goes on from here")
-    tables, samples = zip(*found)
+        raise SystemExit("interrupted; the same command resumes from here")
+    tables, samples = zip(*results)
     rows, lines = over_seeds(tables), frontier(folders)
     intervals = "Student's t over the seeds" if options.seeds > 1 else "normal, over the prompts"
     judge = over_seeds([reward_model_rows(folder) for folder in folders])
@@ -207,7 +209,7 @@ def main():
     write_text(root / "table.md", table)
     write_json(root / "table.json", dict(rows=rows, judge=judge, seeds=tables, commit=git_commit(), frontier=lines,
                                          options=dataclasses.asdict(options), seconds=round(time.monotonic() - started)))
-    write_records(root / "samples.jsonl", [s for ours in samples for s in ours])
+    write_records(root / "samples.jsonl", [s for one_seed in samples for s in one_seed])
     write_text(root / "samples.md", samples_page(samples[0]))
     plot_frontier(lines, rows[0]["gold/test"][0], root / "frontier.png")
     print(f"\n{table}\n{root}/table.md, table.json, frontier.png, samples.md; {time.monotonic() - started:.0f} seconds")

@@ -3,10 +3,10 @@
     logprob   token_logprobs against log_softmax + gather: forward + backward, and the memory each needs beyond its inputs
     generate  tokens/s against transformers' generate with the same weights, on ragged prompts and on best-of-n of one prompt
     step      one SFT step against transformers + AdamW, and one DPO step against TRL's trainer, on the same tokens
-    tokenize  tokens/s of --text against the `tokenizers` library on one thread, and the texts whose ids differ
+    tokenize  tokens/s of --text against the `tokenizers` library on one thread, and how many texts get different ids
 
-Machines drift, so the two sides take turns within one process and the ratio is that of their medians. Each figure comes
-with its share of the hardware's limit, which is measured in the same run: matrix products and reading memory.
+Machines drift, so the two sides take turns within one process, and the ratio is that of their medians. Each figure but those
+of tokenize comes with its share of the hardware's limit (matrix products and reading memory), measured in the same run.
 """
 
 import os
@@ -39,7 +39,7 @@ from nanorlhf.tokenizer import load_tokenizer
 
 
 def seconds(run, device):
-    """Of one call, the device's work included."""
+    """Returns the seconds that one call takes, the device's work included."""
     if device.type == "cuda":
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
@@ -53,7 +53,7 @@ def seconds(run, device):
 
 
 def medians(sides, repeats, device):
-    """{name: median seconds} of functions that take turns, after one unmeasured call of each."""
+    """Returns {name: median seconds} of functions that take turns, after one unmeasured call of each."""
     times = {name: [] for name in sides}
     for repeat in range(repeats + 1):
         for name, run in sides.items():
@@ -64,7 +64,7 @@ def medians(sides, repeats, device):
 
 
 def hardware_limits(device):
-    """What this machine gives at best, float32: product FLOP/s and bytes/s read."""
+    """Measures the best that this machine can do in float32: FLOP/s of a matrix product and bytes/s read."""
     a, b = torch.randn(2, 2048, 2048, device=device)
     long = torch.ones(2**27, device=device)         # 512 MiB, beyond any cache
     best = {name: min(seconds(run, device) for _ in range(5))
@@ -73,7 +73,7 @@ def hardware_limits(device):
 
 
 def report(name, ours, peer, limit, **more):
-    """One printed line and its JSON row; all three in seconds."""
+    """Prints one line and returns its JSON row. ours, peer and limit are in seconds."""
     row = dict(name=name, ours_seconds=ours, peer_seconds=peer, speedup=peer / ours, share_of_limit=limit / ours, **more)
     shown = "  ".join(f"{k} {v:.4g}" for k, v in more.items() if v is not None)
     print(f"{name}: ours {ours:.4g} s, peer {peer:.4g} s: {peer / ours:.2f} times as fast, {100 * limit / ours:.0f}% of the "
@@ -81,14 +81,14 @@ def report(name, ours, peer, limit, **more):
     return row
 
 
-# ---------------------------------------------------------------------------------------------------------- logprob
+# ---- logprob --------------------------------------------------------------------------------------------------------
 
 def plain_logprobs(hidden, weight, targets):
     return F.linear(hidden, weight).log_softmax(-1).gather(-1, targets[:, None])[:, 0]
 
 
 def logprob_call(side, N, D, V, device):
-    """A function that runs forward and backward once on inputs made here."""
+    """Returns a function that runs forward and backward once, on inputs made here."""
     generator = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randn(n, D, generator=generator).to(device).requires_grad_() for n in (N, V))
     targets = torch.randint(V, (N,), generator=generator).to(device)
@@ -101,7 +101,7 @@ def logprob_call(side, N, D, V, device):
 
 
 def extra_memory(side, N, D, V, device):
-    """Peak MiB beyond the inputs, the gradients included. On a CPU, of a process of its own, from Linux's /proc."""
+    """Returns the peak MiB beyond the inputs, gradients included. On a CPU: of a separate process, from Linux's /proc."""
     if device.type == "cuda":
         run = logprob_call(side, N, D, V, device)
         before = torch.cuda.memory_allocated()
@@ -118,7 +118,7 @@ def peak_of_this_process(side, N, D, V, threads):
     def mib(field):
         return next(int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith(field))
     torch.set_num_threads(threads)
-    logprob_call(side, 16, D, 64, torch.device("cpu"))()                               # libraries load and make their buffers
+    logprob_call(side, 16, D, 64, torch.device("cpu"))()                               # libraries load, with their buffers
     run = logprob_call(side, N, D, V, torch.device("cpu"))
     before = mib("VmRSS")
     run()
@@ -129,11 +129,11 @@ def bench_logprob(o, device, limits):
     N, D, V = o.tokens, o.width or 256, o.vocab or 50257
     t = medians({side: logprob_call(side, N, D, V, device) for side in ("ours", "peer")}, o.repeats, device)
     ours_mib, peer_mib = (extra_memory(side, N, D, V, device) for side in ("ours", "peer"))
-    return [report(f"logprob {N},{D},{V}", t["ours"], t["peer"], 8 * N * D * V / limits["flops"],  # 6NDV and a recomputed 2
+    return [report(f"logprob {N},{D},{V}", t["ours"], t["peer"], 8 * N * D * V / limits["flops"],  # 6NDV + 2NDV recomputed
                    ours_mib=ours_mib, peer_mib=peer_mib, memory_share=ours_mib and ours_mib / peer_mib)]
 
 
-# --------------------------------------------------------------------------------------------------------- generate
+# ---- generate -------------------------------------------------------------------------------------------------------
 
 def require_package(module):
     try:
@@ -143,7 +143,7 @@ def require_package(module):
 
 
 def both_models(o, device, context):
-    """The same random GPT-2 here and in transformers."""
+    """Returns the same random GPT-2 twice, as ours and as transformers'."""
     transformers = require_package("transformers")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -171,17 +171,19 @@ def bench_generate(o, device, limits):
     rows = []
     for name, prompts, n in cases:
         longest = max(map(len, prompts))
-        ids, attend = (torch.tensor([[0] * (longest - len(p)) + (p if real is None else [1] * len(p)) for p in prompts],
-                                    device=device) for real in (None, 1))              # transformers pads on the left
+        padding = [[0] * (longest - len(p)) for p in prompts]                          # transformers pads on the left
+        ids = torch.tensor([pad + p for pad, p in zip(padding, prompts)], device=device)
+        attend = torch.tensor([pad + [1] * len(p) for pad, p in zip(padding, prompts)], device=device)
 
         def transformers_generate():
             with torch.no_grad():
                 out = theirs.generate(ids, attention_mask=attend, max_new_tokens=T, do_sample=True, temperature=1.0, top_k=0,
                                       top_p=1.0, num_return_sequences=n, pad_token_id=0)
             assert out.shape[1] == longest + T
-        t = medians({"ours": lambda: generate(ours, prompts, T, num_samples=n), "peer": transformers_generate}, o.repeats, device)
+        t = medians({"ours": lambda: generate(ours, prompts, T, num_samples=n), "peer": transformers_generate},
+                    o.repeats, device)
         R = len(prompts) * n
-        # A new token costs 2 FLOPs a weight and row; a step reads every weight once. Prompts cost 2 FLOPs a weight and token.
+        # A decoding step costs 2 FLOPs per weight and row and reads every weight once; prompts, 2 per weight and token.
         limit = (T * max(2 * weights * R / limits["flops"], 4 * weights / limits["bytes_per_second"])
                  + 2 * weights * sum(map(len, prompts)) / limits["flops"])
         size = f"{o.layers or 6}/{ours.config.width}/{ours.config.heads}/{V}"
@@ -190,7 +192,7 @@ def bench_generate(o, device, limits):
     return rows
 
 
-# ------------------------------------------------------------------------------------------------------------- step
+# ---- step -----------------------------------------------------------------------------------------------------------
 
 def bench_step(o, device, limits):
     from train_dpo import dpo_loss
@@ -223,7 +225,7 @@ def bench_step(o, device, limits):
         print("DPO step: skipped, TRL is not installed (the extra `parity`)")
         return rows
 
-    def our_dpo():      # the first half of the rows is chosen, the second rejected; the reference is part of the step in both
+    def our_dpo():      # the first half of the rows is chosen, the second rejected; both sides run the reference in the step
         chosen, rejected = ours.logprobs(tokens, mask).sum(1).chunk(2)
         with torch.no_grad():
             ref_chosen, ref_rejected = reference.logprobs(tokens, mask).sum(1).chunk(2)
@@ -236,7 +238,7 @@ def bench_step(o, device, limits):
 
 
 def trl_dpo(model, tokens, mask):
-    """TRL's DPO loss of a batch, as a function; its trainer insists on a data set and a tokenizer, which go unused."""
+    """Returns a function for TRL's DPO loss of a batch. TRL's trainer needs a data set and a tokenizer, which go unused."""
     import copy
     from datasets import Dataset, disable_progress_bars
     from tokenizers import Tokenizer, models
@@ -255,10 +257,10 @@ def trl_dpo(model, tokens, mask):
     return lambda: trainer.compute_loss(model, inputs)
 
 
-# --------------------------------------------------------------------------------------------------------- tokenize
+# ---- tokenize -------------------------------------------------------------------------------------------------------
 
 def texts_of(path):
-    """Every string field of a .jsonl or .jsonl.gz, or the paragraphs of a text."""
+    """Returns every string field of a .jsonl or .jsonl.gz file, or the paragraphs of a text file."""
     try:
         content = Path(path).read_bytes()
         content = gzip.decompress(content) if path.endswith(".gz") else content
@@ -271,12 +273,12 @@ def texts_of(path):
 
 
 def varied_strings(n, added=(), seed=0):
-    """n strings that provoke tokenizers: scripts, emoji, marks, controls, runs of spaces, any code points, and words; some
-    with `added` tokens in them."""
+    """Returns n strings that are hard for tokenizers: words, scripts, emoji, combining marks, control characters, runs of
+    spaces, arbitrary code points; some with `added` tokens in them."""
     rng = random.Random(seed)
     parts = ["the", "don't", "WE'VE", "I\u2019ll", "naïve", "12,345.67", "x=1;", "def f(a):", "https://a.b/c?d=1", "e\u0301",
-             "\u212b", "\u1112\u1161\u11ab", "한국어", "中文", "日本語", "\u0627\u0644\u0639\u0631\u0628", "\u05e9\u05dc\u05d5", "ไทย",
-             "\u0939\u093f\u0928", "Привет", "😀", "👨\u200d👩\u200d👧", "🇩🇪", "👍🏽", "\u00a0", "\u2003", "\u2028",
+             "\u212b", "\u1112\u1161\u11ab", "한국어", "中文", "日本語", "\u0627\u0644\u0639\u0631\u0628", "\u05e9\u05dc\u05d5",
+             "ไทย", "\u0939\u093f\u0928", "Привет", "😀", "👨\u200d👩\u200d👧", "🇩🇪", "👍🏽", "\u00a0", "\u2003", "\u2028",
              "\u0085", "\ufeff", "\u200b", "▁", "\0", "\x1b[0m",
              "\t", "\r\n", "\n", "\n\n\n", " ", " ", " ", "  ", " " * 17, "!!!", "...", "<|", "|>",
              "½\u0660\uff11", "0000", "aaaa", "\u0130\u017f", "</s>", *added]
@@ -291,7 +293,7 @@ def varied_strings(n, added=(), seed=0):
 
 
 def bench_tokenize(o, device, limits):
-    """Each text in a call of its own; for the library, its encode_batch_fast if that takes less than a call a text."""
+    """Times one call per text; for the library also one encode_batch_fast, and the faster of the two counts."""
     os.environ |= {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     library, rows = require_package("tokenizers"), []
     if not o.tokenizer or not o.text:
@@ -310,7 +312,8 @@ def bench_tokenize(o, device, limits):
         plain = varied_strings(10_000)
         marked = varied_strings(10_000, sorted(ours.special)[:20] * 2, seed=1)
         counts = dict(texts=len(texts), texts_differ=differ(texts, ours.encode, False),
-                      strings_differ=differ(plain, ours.encode, False), marked_differ=differ(marked, ours.encode_marked, True),
+                      strings_differ=differ(plain, ours.encode, False),
+                      marked_differ=differ(marked, ours.encode_marked, True),
                       ids_differ=sum(ours.decode([i]) != theirs.decode([i]) for i in range(ours.vocab_size)))
         theirs.encode_special_tokens = True
         t = medians({"ours": lambda: [ours.encode(s) for s in texts],
@@ -318,8 +321,8 @@ def bench_tokenize(o, device, limits):
                      "batch": lambda: [e.ids for e in theirs.encode_batch_fast(texts, add_special_tokens=False)]},
                     o.repeats, device)
         peer, n = min(t["peer"], t["batch"]), sum(len(ours.encode(s)) for s in texts)
-        rows.append(dict(name=f"tokenize {path}", ours_seconds=t["ours"], peer_seconds=peer, speedup=peer / t["ours"], tokens=n,
-                         ours_tokens_per_second=n / t["ours"], peer_tokens_per_second=n / peer, **counts))
+        rows.append(dict(name=f"tokenize {path}", ours_seconds=t["ours"], peer_seconds=peer, speedup=peer / t["ours"],
+                         tokens=n, ours_tokens_per_second=n / t["ours"], peer_tokens_per_second=n / peer, **counts))
         print(f"{path}: ours {n / t['ours'] / 1e6:.2f}, tokenizers {n / peer / 1e6:.2f} million tokens/s: "
               f"{peer / t['ours']:.2f} times as fast; ids differ in {counts['texts_differ']} of {len(texts)} texts, "
               f"{counts['strings_differ']} of 10000 strings, {counts['marked_differ']} of 10000 with added tokens; "
@@ -337,12 +340,12 @@ def main():
     parser.add_argument("--vocab", type=int, default=0, help="default 8192; logprob 50257")
     parser.add_argument("--batch", type=int, nargs="+", default=[], help="default 1 16 64 (each in turn); step 16")
     parser.add_argument("--tokens", type=int, default=4096, help="logprob: number of tokens")
-    parser.add_argument("--new_tokens", type=int, default=128, help="generate: tokens a sample, EOS ignored")
+    parser.add_argument("--new_tokens", type=int, default=128, help="generate: tokens per sample; EOS is ignored")
     parser.add_argument("--best_of", type=int, default=16, help="generate: samples of one long prompt; 0 skips it")
-    parser.add_argument("--length", type=int, default=256, help="step: tokens a row")
-    parser.add_argument("--prompt", type=int, default=64, help="step: of which prompt")
-    parser.add_argument("--tokenizer", nargs="+", help="tokenize: what load_tokenizer takes")
-    parser.add_argument("--text", nargs="+", help="tokenize: .jsonl, .jsonl.gz (every string field) or text (its paragraphs)")
+    parser.add_argument("--length", type=int, default=256, help="step: tokens per row")
+    parser.add_argument("--prompt", type=int, default=64, help="step: how many of them are the prompt")
+    parser.add_argument("--tokenizer", nargs="+", help="tokenize: anything that load_tokenizer takes")
+    parser.add_argument("--text", nargs="+", help="tokenize: .jsonl, .jsonl.gz (every string field) or text (paragraphs)")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=0, help="0 = torch's default")
     parser.add_argument("--device", default="auto")
@@ -362,7 +365,8 @@ def main():
     except UserError as error:
         raise SystemExit(f"error: {error}")
     if o.out:
-        versions = {m: sys.modules[m].__version__ for m in ("torch", "transformers", "trl", "tokenizers") if m in sys.modules}
+        modules = ("torch", "transformers", "trl", "tokenizers")
+        versions = {m: sys.modules[m].__version__ for m in modules if m in sys.modules}
         write_json(o.out, dict(benchmark=o.benchmark, device=name, threads=torch.get_num_threads(), commit=git_commit(),
                                python=platform.python_version(), **versions, limits=limits, options=vars(o), results=rows))
 

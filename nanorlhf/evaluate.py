@@ -249,7 +249,7 @@ def columns_of(rows):
 
 
 def main():
-    folders = [a for a in itertools.takewhile(lambda a: not a.startswith("--"), sys.argv[1:])]
+    folders = list(itertools.takewhile(lambda a: not a.startswith("--"), sys.argv[1:]))
     options = parse_options(Options, "python -m nanorlhf.evaluate RUN [RUN...] [options]: a table over checkpoint folders.",
                             sys.argv[1 + len(folders):])
     try:

@@ -1,6 +1,6 @@
-"""KV-cached sampling: generate() draws samples, beam_search() the most likely (or most diverse) continuations.
+"""Decoding with a KV cache: generate() draws samples; beam_search() finds likely (or diverse) continuations.
 
-`python -m nanorlhf.generate RUN [RUN...] --prompt "..."` prints samples of any checkpoint folders, side by side.
+`python -m nanorlhf.generate RUN [RUN...] --prompt "..."` prints samples from any checkpoint folders, for comparison.
 """
 
 import dataclasses
@@ -15,32 +15,32 @@ from nanorlhf.model import Cache, Transformer
 
 @dataclasses.dataclass
 class Samples:
-    """Responses only, right padded: row p*num_samples + i is sample i of prompt p. A response holds its EOS."""
+    """Responses without their prompts, right padded. Row p*num_samples + i is sample i of prompt p; EOS is included."""
     tokens: torch.Tensor      # [R, T] int64
-    logprobs: torch.Tensor    # [R, T] float32, in the distribution sampled from; 0 outside the mask
+    logprobs: torch.Tensor    # [R, T] float32, under the distribution sampled from; 0 outside the mask
     mask: torch.Tensor        # [R, T] bool: response tokens up to and including EOS
     finished: torch.Tensor    # [R] bool: ended by EOS or a stop string, not by max_new_tokens
 
     def responses(self):
-        """The rows as lists of ids, without padding."""
+        """Returns the rows as lists of ids, without padding."""
         return [row[:n].tolist() for row, n in zip(self.tokens.cpu(), self.mask.sum(1).tolist())]
 
 
 @torch.no_grad()
 def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, num_samples=1, seed=0, stop=(),
              tokenizer=None, batch_size=256):
-    """Samples num_samples responses of at most max_new_tokens to each prompt (lists of ids, none empty).
+    """Samples num_samples responses of at most max_new_tokens tokens to each prompt. prompts: lists of ids, none empty.
 
-    temperature 0 is greedy; top_k 0 and top_p 1 are off. stop: strings which end a response once they stand in its text
-    (needs the tokenizer; the text up to and including the string is kept). With a tokenizer, its EOS ends a response (else
-    config.json's does), and ids beyond its vocabulary are never drawn. Row r uses the random stream (seed, r) and nothing else,
-    so neither its neighbours nor batch_size, the number of rows decoded at once, changes what is drawn. Raises UserError where
-    a prompt leaves no room in the context.
+    temperature 0 is greedy; top_k 0 and top_p 1 are off. stop: strings that end a response when its text contains one (needs
+    the tokenizer; the text up to and including the string is kept). With a tokenizer, its EOS ends a response (else
+    config.json's does), and ids beyond its vocabulary are never drawn. Row r uses only the random stream (seed, r), so its
+    draws depend neither on its neighbours nor on batch_size, the number of rows decoded at once. Raises UserError if a
+    prompt leaves no room in the context.
     """
     if stop and tokenizer is None:
         raise ValueError("stop strings need a tokenizer")
     if num_samples < 1 or temperature < 0 or not 0 <= top_p <= 1 or "" in stop:
-        raise UserError(f"num_samples {num_samples}, temperature {temperature}, top_p {top_p}, stop {list(stop)}: want at "
+        raise UserError(f"num_samples {num_samples}, temperature {temperature}, top_p {top_p}, stop {list(stop)}: need at "
                         f"least 1 sample, a temperature of at least 0, a top_p in [0, 1] and no empty stop string")
     check_prompts(model, prompts, max_new_tokens)
     device = model.embed.weight.device
@@ -53,7 +53,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
     out = Samples(torch.full((R, max_new_tokens), pad, device=device), torch.zeros(R, max_new_tokens, device=device),
                   torch.zeros(R, max_new_tokens, dtype=torch.bool, device=device),
                   torch.zeros(R, dtype=torch.bool, device=device))
-    by_length = sorted(range(len(prompts)), key=lambda p: len(prompts[p]))             # little padding within a chunk
+    by_length = sorted(range(len(prompts)), key=lambda p: len(prompts[p]))             # so that a chunk has little padding
     size = max(1, batch_size // num_samples)
     options = dict(temperature=temperature, top_k=top_k, top_p=top_p)
     for first in range(0, len(prompts), size):
@@ -65,12 +65,12 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
 
 
 def repeated(items, num_samples):
-    """[a, b] -> [a, a, ..., b, b, ...], num_samples of each: what belongs to the prompts, in the order of the samples."""
+    """Repeats each item num_samples times, [a, b] -> [a, a, ..., b, b, ...]: from one per prompt to one per sample."""
     return [item for item in items for _ in range(num_samples)]
 
 
 def prompt_room(model, response_length, context=None):
-    """How many tokens of prompt the context leaves beside a response."""
+    """Returns how many prompt tokens fit into the context beside a response."""
     context = context or model.config.context
     if response_length >= context:
         raise UserError(f"--response_length {response_length} leaves no room for a prompt in a context of {context}")
@@ -79,7 +79,7 @@ def prompt_room(model, response_length, context=None):
 
 def check_prompts(model, prompts, max_new_tokens):
     if max_new_tokens < 1:
-        raise UserError(f"{max_new_tokens} new tokens: at least 1")
+        raise UserError(f"{max_new_tokens} new tokens: must be at least 1")
     for i, prompt in enumerate(prompts):
         if not prompt:
             raise UserError(f"prompt {i} is empty: begin it with a token (encode_prompt gives one)")
@@ -101,20 +101,20 @@ def prefill(model, prompts, num_samples, max_new_tokens):
 
 
 def _vocabulary(model, tokenizer):
-    """(EOS, number of ids that may be drawn)."""
+    """Returns (EOS id, number of ids that may be drawn)."""
     c = model.config
     return (tokenizer.eos_id, min(c.vocab_size, tokenizer.vocab_size)) if tokenizer else (c.eos_id, c.vocab_size)
 
 
 def _decode(model, prompts, rows, uniform, n, out, options, stop, tokenizer):
-    """Decodes one batch into rows `rows` of `out`. Finished rows leave the batch: the cache is compacted as they do."""
+    """Decodes one batch into rows `rows` of `out`. When enough rows have finished, they leave the batch and the cache."""
     eos, V = _vocabulary(model, tokenizer)
     T = uniform.shape[1]
     cache, logits = prefill(model, prompts, n, T)
     logits = logits.repeat_interleave(n, 0)                                            # [R, V]
     alive = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
-    check_every = 1 if rows.device.type == "cpu" else 16                               # asking a GPU makes it wait
-    steps = []                                                                         # drawn since the rows last changed
+    check_every = 1 if rows.device.type == "cpu" else 16                               # each check makes a GPU wait
+    steps = []                                                                         # drawn, but not yet written to out
     for t in range(T):
         token, logprob = sample(logits[:, :V], uniform[:, t], **options)
         steps.append((token, logprob, alive))
@@ -133,7 +133,7 @@ def _decode(model, prompts, rows, uniform, n, out, options, stop, tokenizer):
             if len(prompts_left) * most <= 0.75 * len(rows):                           # worth copying the cache
                 steps = _write(out, rows, t + 1, steps)
                 out.finished[rows[~alive]] = True
-                first = (~grid).to(torch.uint8).argsort(dim=1, stable=True)[prompts_left, :most]   # the living first
+                first = (~grid).to(torch.uint8).argsort(dim=1, stable=True)[prompts_left, :most]   # alive ones first
                 kept = (prompts_left[:, None] * n + first).flatten()
                 cache.keep(prompts_left, kept, most)
                 n, rows, alive, token, uniform = most, rows[kept], alive[kept], token[kept], uniform[kept]
@@ -143,7 +143,7 @@ def _decode(model, prompts, rows, uniform, n, out, options, stop, tokenizer):
 
 
 def _write(out, rows, end, steps):
-    """Writes the last steps, up to position `end`, into `out`; what a finished row drew is not a response."""
+    """Writes the last steps, up to position `end`, into `out`, except draws of finished rows; returns [], the new steps."""
     if steps:
         token, logprob, alive = (torch.stack(column, 1) for column in zip(*steps))
         span = slice(end - len(steps), end)
@@ -154,7 +154,7 @@ def _write(out, rows, end, steps):
 
 
 def _stopped(out, rows, t, stop, tokenizer):
-    """Whether each row's text holds a stop string that ends in token t. Decodes no more of the row than could matter."""
+    """Returns [R] bool: the row's text has a stop string that ends in token t. Decodes only the tail that can matter."""
     back = max(len(s.encode()) for s in stop) + 4                                      # a token is at least one byte
     tails = out.tokens[rows, max(0, t - back):t + 1].tolist()
     return torch.tensor([any(s in tokenizer.decode(tail, start=False) for s in stop) for tail in tails], device=rows.device)
@@ -163,14 +163,15 @@ def _stopped(out, rows, t, stop, tokenizer):
 @torch.no_grad()
 def beam_search(model, prompts, max_new_tokens, num_beams=4, num_groups=1, diversity_penalty=0.0, temperature=1.0,
                 length_penalty=1.0, tokenizer=None, batch_size=64):
-    """The num_beams best finished hypotheses of each prompt, best first: list (prompts) of lists of ids, EOS included.
+    """Returns the num_beams best hypotheses of each prompt, best first: per prompt a list of lists of ids, EOS included.
 
-    Beam search over sums of log softmax(logits / temperature); a finished hypothesis scores sum / length^length_penalty.
-    With num_groups > 1, diverse beam search (Vijayakumar 2016, arXiv 1610.02424): the groups advance in turn, and a group's
-    scores lose diversity_penalty for every earlier group's beam that took the same token at this step. RRHF's BP is
-    num_groups=1; its DP is num_groups=num_beams=4, penalty 1.0, temperature 0.8. A group stops once it holds as many
-    hypotheses as beams, none worse than its best living beam at its present length; with length_penalty > 0 a longer one
-    might still have been better (transformers stops there too). With a tokenizer, ids beyond its vocabulary are never taken.
+    Beam search over sums of log softmax(logits / temperature). A finished hypothesis scores sum / length^length_penalty, and
+    so does a beam that reaches max_new_tokens. With num_groups > 1 it is diverse beam search (Vijayakumar 2016, arXiv
+    1610.02424): the groups advance in turn, and a group's scores lose diversity_penalty for every beam of an earlier group
+    that took the same token at this step. RRHF's BP is num_groups=1; its DP is num_groups=num_beams=4, penalty 1.0,
+    temperature 0.8. A group stops when it has as many hypotheses as beams and none is worse than its best living beam at the
+    current length. With length_penalty > 0 a longer one might still have been better; transformers stops there too. With a
+    tokenizer, ids beyond its vocabulary are never taken.
     """
     check_prompts(model, prompts, max_new_tokens)
     if num_beams % num_groups:
@@ -193,17 +194,18 @@ def _beams(model, prompts, T, n, groups, penalty, temperature, length_penalty, t
     device = logits.device
     logits = logits.repeat_interleave(n, 0)
     scores = torch.zeros(P, groups, b, device=device)
-    scores[:, :, 1:] = -torch.inf                                                      # all beams of a group start alike
+    scores[:, :, 1:] = -torch.inf                                                      # a group's beams start alike
     tokens = torch.zeros(P, n, 0, dtype=torch.long, device=device)
     finished = [[[] for _ in range(groups)] for _ in range(P)]                         # (score, ids) per prompt and group
     everyone = torch.arange(P, device=device)
     for t in range(T):
         logp = filter_logits(logits[:, :V], temperature).log_softmax(-1).view(P, groups, b, V)
         taken = torch.zeros(P, V, device=device)
-        parents, chosen = torch.zeros(P, n, dtype=torch.long, device=device), torch.zeros(P, n, dtype=torch.long, device=device)
+        parents = torch.zeros(P, n, dtype=torch.long, device=device)
+        chosen = torch.zeros(P, n, dtype=torch.long, device=device)
         for g in range(groups):
-            candidate = scores[:, g, :, None] + logp[:, g]                             # [P, b, V], what a beam is worth
-            ranked = candidate - penalty * taken[:, None]                              # what it is chosen by
+            candidate = scores[:, g, :, None] + logp[:, g]                             # [P, b, V], the score of each beam
+            ranked = candidate - penalty * taken[:, None]                              # what beams are chosen by
             top = ranked.view(P, -1).topk(min(2 * b, b * V), dim=1).indices            # 2b: at most b of them can be EOS
             worth = candidate.view(P, -1).gather(1, top)
             for p in range(P):
@@ -222,7 +224,7 @@ def _beams(model, prompts, T, n, groups, penalty, temperature, length_penalty, t
                     k += 1
                 scores[p, g, k:] = -torch.inf
         tokens = torch.cat([tokens.gather(1, parents[..., None].expand_as(tokens)), chosen[..., None]], -1)
-        for p in range(P):      # a group that is done leaves, whatever the others do: a prompt's result is its own
+        for p in range(P):      # a group that is done leaves at once, so that no prompt's result depends on the others
             for g, f in enumerate(finished[p]):
                 if len(f) >= b and sorted(s for s, _ in f)[-b] >= float(scores[p, g].max()) / (t + 1) ** length_penalty:
                     scores[p, g] = -torch.inf
@@ -251,7 +253,7 @@ def main():
     parser = argparse.ArgumentParser(prog="python -m nanorlhf.generate", description="Prints samples of checkpoint folders.")
     parser.add_argument("runs", nargs="+", help="checkpoint folders")
     parser.add_argument("--prompt", action="append", required=True, help="text to continue (several may be given)")
-    parser.add_argument("--chat", action="store_true", help="the prompt is what a user says in a conversation")
+    parser.add_argument("--chat", action="store_true", help="send each prompt as a user's message in a conversation")
     parser.add_argument("--max_new_tokens", type=int, default=64)
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--top_k", type=int, default=0)

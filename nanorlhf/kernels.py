@@ -1,20 +1,20 @@
-"""The kernels the scripts stand on: log-probabilities of given tokens, sampling, matrix products and attention while decoding.
+"""The kernels: log-probabilities of given tokens, sampling, and the matrix products and attention of decoding.
 
-Each is written here once in plain torch, to be read, and runs on any device. token_logprobs never holds an [N, V] tensor,
-sample never waits for the device, decode_attention never copies a prompt's keys for each of its samples.
+Each is written once, in plain torch, to be read, and runs on any device. token_logprobs never holds an [N, V] tensor, sample
+never waits for the device, and decode_attention never copies a prompt's keys for each of its samples.
 
-Letters: N tokens, D width, V vocabulary, R rows, P prompts, n samples a prompt (R = P*n), H heads, K key-value heads,
+Letters: N tokens, D width, V vocabulary, R rows, P prompts, n samples per prompt (R = P*n), H heads, K key-value heads,
 G = H/K query heads per key-value head, S prompt positions, T new positions, E head width.
 """
 
 import torch
 import torch.nn.functional as F
 
-TILE = 2**22  # logits held at once: 16 MiB in float32, which stays near the cache and is 2% of a [4096, 50257] matrix
+TILE = 2**22  # logits held at once: 16 MiB in float32, small enough to stay near the cache; 2% of a [4096, 50257] matrix
 
 
 def _matmul32(a, b):
-    """a @ b accumulated and returned in float32 (float64 stays float64): bf16 logits would lose the small differences."""
+    """Returns a @ b, accumulated in float32 (float64 stays float64), because bf16 logits would lose small differences."""
     if a.dtype in (torch.float32, torch.float64):
         return a @ b
     if a.is_cuda:
@@ -23,7 +23,7 @@ def _matmul32(a, b):
 
 
 class _TokenLogprobs(torch.autograd.Function):
-    """Streams over tiles of the vocabulary: forward keeps the log-sum-exp of each token, backward recomputes the tiles."""
+    """Streams over tiles of the vocabulary: forward keeps each token's log-sum-exp, and backward recomputes the tiles."""
 
     @staticmethod
     def tiles(hidden, weight, bias, temperature):
@@ -87,12 +87,12 @@ class _TokenLogprobs(torch.autograd.Function):
 
 
 def token_logprobs(hidden, weight, targets, bias=None, temperature=1.0, entropy=False):
-    """log p(target) under softmax((hidden @ weight.T + bias) / temperature), without an [N, V] tensor.
+    """Returns log p(target) under softmax((hidden @ weight.T + bias) / temperature), without holding an [N, V] tensor.
 
-    hidden [..., D]; weight [V, D]; targets [...] int64 in [0, V); bias [V] or None. Returns float32 [...] in nats (float64
-    for float64 input), differentiable in hidden, weight and bias. With entropy=True returns (log p, entropy [...]); the
-    entropy carries no gradient, it is for logging. Under autocast the products are taken in the autocast type and
-    accumulated in float32.
+    hidden [..., D]; weight [V, D]; targets [...] int64 in [0, V); bias [V] or None. The result is float32 [...] in nats
+    (float64 for float64 input), differentiable in hidden, weight and bias. With entropy=True it is (log p, entropy [...]);
+    the entropy is for logging and carries no gradient. Under autocast the products use the autocast type and accumulate in
+    float32.
     """
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
@@ -104,8 +104,8 @@ def token_logprobs(hidden, weight, targets, bias=None, temperature=1.0, entropy=
 
 
 def filter_logits(logits, temperature=1.0, top_k=0, top_p=1.0):
-    """logits / temperature, then -inf outside the top_k most likely tokens and outside the smallest set whose probability
-    reaches top_p (the token that crosses it stays in). logits [R, V]; top_k 0 and top_p 1 are off."""
+    """Returns logits / temperature, with -inf outside the top_k most likely tokens and then outside the smallest set whose
+    probability reaches top_p (the token that crosses it stays in). logits [R, V]; top_k 0 and top_p 1 are off."""
     if temperature != 1.0:
         logits = logits / temperature
     if 0 < top_k < logits.shape[-1]:
@@ -114,18 +114,18 @@ def filter_logits(logits, temperature=1.0, top_k=0, top_p=1.0):
     if top_p < 1.0:
         ordered, index = logits.sort(dim=-1, descending=True)
         p = ordered.softmax(-1)
-        outside = p.cumsum(-1) - p >= top_p                                            # mass before the token
-        outside[:, 0] = False                                                          # even at top_p 0
+        outside = p.cumsum(-1) - p >= top_p                                            # probability before the token
+        outside[:, 0] = False                                                          # keep one even at top_p 0
         logits = logits.masked_fill(torch.zeros_like(outside).scatter(-1, index, outside), -torch.inf)
     return logits
 
 
 def sample(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
-    """Draws one token a row by inverting the cumulative distribution at `uniform`; greedy at temperature 0.
+    """Draws one token per row by inverting the cumulative distribution at `uniform`; greedy at temperature 0.
 
-    logits [R, V]; uniform [R] float32 in [0, 1), one number a row, so that a row's draw does not depend on its neighbours
-    (torch.multinomial would also draw V exponentials a row). Returns tokens [R] int64 and their log-probabilities [R]
-    float32 in the distribution sampled from: filtered and renormalised, 0 when greedy.
+    logits [R, V]; uniform [R] float32 in [0, 1). There is one number per row, so that a row's draw does not depend on its
+    neighbours (torch.multinomial would also draw V exponentials per row). Returns tokens [R] int64 and their
+    log-probabilities [R] float32 under the distribution sampled from: filtered and renormalised, 0 when greedy.
     """
     logits = logits.float()
     if temperature == 0:
@@ -133,18 +133,18 @@ def sample(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
     logp = filter_logits(logits, temperature, top_k, top_p).log_softmax(-1)
     cdf = logp.exp().cumsum(-1)
     total = cdf[:, -1:]
-    # Strictly below the total, or rounding could pick a token of probability zero at the end of the vocabulary.
+    # The point stays below the total, because rounding could pick a token of probability zero at the vocabulary's end.
     point = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
     tokens = torch.searchsorted(cdf, point, right=True)                                # [R, 1]
     return tokens[:, 0], logp.gather(1, tokens)[:, 0]
 
 
 def thin_linear(x, weight, bias=None):
-    """F.linear of at most 16 rows, as while decoding: x [R, in], weight [out, in] -> [R, out].
+    """Computes F.linear, faster for at most 16 rows, as in decoding: x [R, in], weight [out, in] -> [R, out].
 
-    The same product, but a CPU's BLAS reads large weights up to three times as fast in W @ x.T with 4 to 16 columns as in
-    x @ W.T (768 x 3072, float32: 697 -> 201 us for 4 rows, 488 -> 201 us for one row padded to 4). More rows, small weights
-    and other devices gain nothing.
+    The product is the same, but a CPU's BLAS reads large weights up to three times as fast in W @ x.T with 4 to 16 columns
+    as in x @ W.T (768 x 3072, float32: 697 -> 201 us for 4 rows, 488 -> 201 us for one row padded to 4). More rows, small
+    weights and other devices gain nothing, so they use F.linear itself.
     """
     R = len(x)
     if R > 16 or weight.numel() < 2**17 or not x.is_cpu or x.dtype != weight.dtype:
@@ -154,11 +154,11 @@ def thin_linear(x, weight, bias=None):
 
 
 def decode_attention(q, k, v, bias=None, prefix=None):
-    """Attention of one new position a row over what the row's cache holds: q [R, H, E]; k, v [R, K, T, E] -> [R, H*E].
+    """Computes attention of one new position per row over the row's cache: q [R, H, E]; k, v [R, K, T, E] -> [R, H*E].
 
     bias [R or 1, 1, 1, T] is 0 at real positions and -inf at padding (None: all are real). prefix = (keys [P, K, S, E],
-    values, bias [P, 1, 1, 1, S]) holds prompts that n = R/P rows share. One softmax spans both parts; only the products are
-    split, so that a prompt's keys are stored and read once for all its samples.
+    values, bias [P, 1, 1, 1, S]) holds prompts, each shared by n = R/P rows. One softmax spans both parts; only the products
+    are split, so that a prompt's keys are stored and read once for all its samples.
     """
     R, H, E = q.shape
     K, T = k.shape[1:3]

@@ -18,9 +18,9 @@ from nanorlhf.errors import UserError
 
 @torch.no_grad()
 def sequence_kl(policy, reference, tokens, mask, temperature=1.0, chunk=1024):
-    """Sum over response tokens of the exact KL(policy || reference) of the next-token distributions, [B] nats.
+    """Returns the exact KL(policy || reference) of the next-token distributions, summed over response tokens, [B] nats.
 
-    On the policy's own samples its mean estimates the sequence KL (DPO section 6.1); summing over the whole vocabulary has
+    On the policy's own samples, its mean estimates the sequence KL (DPO section 6.1). Summing over the whole vocabulary has
     a lower variance than summing log-ratios of the sampled tokens. tokens, mask [B, T] as in Transformer.logprobs.
     """
     where = mask[:, 1:]
@@ -35,15 +35,15 @@ def sequence_kl(policy, reference, tokens, mask, temperature=1.0, chunk=1024):
 
 
 def bon_kl(n):
-    """KL(best-of-n || base) = log n - (n-1)/n nats (Stiennon 2020): exact without ties, an upper bound with them."""
+    """Returns KL(best-of-n || base) = log n - (n-1)/n nats (Stiennon 2020): exact without ties, an upper bound with them."""
     return math.log(n) - (n - 1) / n
 
 
 def best_of_n_estimate(scores, n, values=None):
-    """Unbiased estimate of E[value of the best of n], best by score, from a pool of len(scores) >= n samples.
+    """Returns an unbiased estimate of E[value of the best of n], best by score, from a pool of N = len(scores) >= n samples.
 
-    The i-th smallest of N scores is the best of C(i-1, n-1) of the C(N, n) subsets. `values` (default: the scores) is what
-    is averaged: pass the true reward to see what best-of-n under a proxy really gains. Equal scores share their weight.
+    The i-th smallest of N scores is the best in C(i-1, n-1) of the C(N, n) subsets. `values` (default: the scores) are
+    averaged: pass the true reward to see what best-of-n under a proxy really gains. Equal scores share their weight.
     """
     scores = np.asarray(scores, dtype=np.float64)
     values = scores if values is None else np.asarray(values, dtype=np.float64)
@@ -64,9 +64,9 @@ def best_of_n_estimate(scores, n, values=None):
 
 
 def expectation_adjusted_distinct(texts, vocab_size=50257):
-    """EAD of a set of texts (Liu 2022, as Kirk 2023 uses it): the number of distinct n-grams over the number expected of
-    as many uniformly drawn tokens, averaged over n = 1..5. Words are split at spaces after removing '.' and newlines;
-    vocab_size is the same for every n (Kirk's code). 0 for texts without words."""
+    """Returns the EAD of a set of texts (Liu 2022, as used by Kirk 2023): the number of distinct n-grams over the number
+    expected from as many uniformly drawn tokens, averaged over n = 1..5. Words are split at spaces after removing '.' and
+    newlines; vocab_size is the same for every n, as in Kirk's code. Texts without words give 0."""
     words = [[w for w in t.replace(".", "").replace("\n", "").split(" ") if w] for t in texts]
     scores = []
     for n in range(1, 6):
@@ -77,18 +77,18 @@ def expectation_adjusted_distinct(texts, vocab_size=50257):
 
 
 def per_input_diversity(outputs, metric):
-    """Mean over inputs of the metric over the K outputs of one input. outputs: list of lists of texts."""
+    """Returns the mean over inputs of the metric of one input's K outputs. outputs: list of lists of texts."""
     return sum(metric(texts) for texts in outputs) / len(outputs)
 
 
 def across_input_diversity(outputs, metric):
-    """The metric over the first output of every input."""
+    """Returns the metric of the first outputs of all inputs."""
     return metric([texts[0] for texts in outputs])
 
 
 @functools.lru_cache
 def sbert_encoder(name):
-    """The function texts -> array [N, d] of a sentence-transformers model; loaded once. Extra: eval."""
+    """Loads a sentence-transformers model once; returns its function texts -> array [N, d]. Needs the extra `eval`."""
     try:
         from sentence_transformers import SentenceTransformer
     except ImportError:
@@ -97,8 +97,8 @@ def sbert_encoder(name):
 
 
 def sbert_diversity(texts, model="sentence-transformers/bert-large-nli-stsb-mean-tokens"):
-    """1 - mean cosine similarity over unordered pairs of sentence embeddings (Kirk 2023). Extra: eval. `model` may be a
-    name, or a function texts -> array [N, d]."""
+    """Returns 1 - mean cosine similarity over unordered pairs of sentence embeddings (Kirk 2023). `model` is a name, which
+    needs the extra `eval`, or a function texts -> array [N, d]."""
     encode = model if callable(model) else sbert_encoder(model)
     e = np.asarray(encode(texts), dtype=np.float64)
     e /= np.linalg.norm(e, axis=1, keepdims=True)
@@ -106,26 +106,26 @@ def sbert_diversity(texts, model="sentence-transformers/bert-large-nli-stsb-mean
 
 
 def nli_diversity(texts, relation=reviews.relation):
-    """Mean over unordered pairs of the two directions' sum of +1 for contradiction, 0 for neutral, -1 for entailment
-    (Stasaski & Hearst 2022; Kirk 2023): range [-2, 2], higher is more diverse.
+    """Returns the mean over unordered pairs of the two directions' sum of +1 for contradiction, 0 for neutral and -1 for
+    entailment (Stasaski & Hearst 2022; Kirk 2023). The range is [-2, 2]; higher is more diverse.
 
     relation(premise, hypothesis) returns one of these words, or (word, confidence). The default is exact on the built-in
-    task; mnli_relation() is the papers' roberta-large-mnli. Kirk's released code wraps the value in 1 - mean, which flips
-    its sign; the published numbers match the unflipped mean, as here.
+    task; mnli_relation() is the papers' roberta-large-mnli. Kirk's released code returns 1 - mean, which flips the sign;
+    the published numbers match the unflipped mean, as here.
     """
-    worth = {"contradiction": 1.0, "neutral": 0.0, "entailment": -1.0}
+    values = {"contradiction": 1.0, "neutral": 0.0, "entailment": -1.0}
 
-    def one(a, b):
-        found = relation(a, b)
-        word, confidence = found if isinstance(found, tuple) else (found, 1.0)
-        return worth[word] * confidence
+    def value(premise, hypothesis):
+        answer = relation(premise, hypothesis)
+        word, confidence = answer if isinstance(answer, tuple) else (answer, 1.0)
+        return values[word] * confidence
     pairs = list(itertools.combinations(texts, 2))
-    return sum(one(a, b) + one(b, a) for a, b in pairs) / len(pairs)
+    return sum(value(a, b) + value(b, a) for a, b in pairs) / len(pairs)
 
 
 @functools.lru_cache
 def mnli_relation(name="roberta-large-mnli"):
-    """relation(premise, hypothesis) -> (word, confidence) by a Hugging Face NLI model; loaded once. Extra: eval."""
+    """Loads a Hugging Face NLI model once: relation(premise, hypothesis) -> (word, confidence). Needs the extra `eval`."""
     try:
         from transformers import pipeline
     except ImportError:
@@ -133,22 +133,22 @@ def mnli_relation(name="roberta-large-mnli"):
     classify = pipeline("text-classification", model=name)
 
     def relation(premise, hypothesis):
-        found = classify({"text": premise, "text_pair": hypothesis})
-        found = found[0] if isinstance(found, list) else found
-        return found["label"].lower(), found["score"]
+        answer = classify({"text": premise, "text_pair": hypothesis})
+        answer = answer[0] if isinstance(answer, list) else answer
+        return answer["label"].lower(), answer["score"]
     return relation
 
 
-# ---- Means, intervals, win rates --------------------------------------------------------------------------------------
+# ---- Means, intervals, win rates ------------------------------------------------------------------------------------
 
 
 def mean_and_interval(values):
-    """(mean, half width of the 95% normal interval) of independent values."""
+    """Returns (mean, half width of the 95% normal interval) of independent values."""
     v = np.asarray(values, dtype=np.float64)
     return float(v.mean()), float(1.96 * v.std(ddof=1) / math.sqrt(len(v))) if len(v) > 1 else 0.0
 
 
 def win_rate(ours, theirs):
-    """Share of prompts where our score beats theirs, a tie counting half: (mean, half width of the 95% interval)."""
+    """Returns (mean, half width of the 95% interval) of the share of prompts where our score beats theirs; a tie is half."""
     a, b = np.asarray(ours), np.asarray(theirs)
     return mean_and_interval((a > b) + 0.5 * (a == b))

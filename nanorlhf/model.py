@@ -1,7 +1,8 @@
-"""THE model file: one decoder transformer, its scalar-headed twins, the KV cache, checkpoints in and out.
+"""THE model file: one decoder transformer, its twins with a scalar head, the KV cache, loading and saving.
 
-The decoder is configured, never subclassed: checkpoints.py says how a family's config.json maps to ModelConfig and what its
-files call our parameters. Weights are float32 in memory; lower precision is autocast.
+Every model family is this one decoder with another ModelConfig; there are no subclasses. formats/checkpoints.py maps a
+family's config.json to ModelConfig, and the names in its files to our parameters. Weights are float32 in memory; lower
+precision is autocast.
 
 Letters: B batch, T time, D width, V vocabulary, H heads, K key-value heads, E head width.
 """
@@ -21,30 +22,30 @@ from nanorlhf.kernels import decode_attention, thin_linear, token_logprobs
 @dataclasses.dataclass
 class ModelConfig:
     vocab_size: int
-    family: str = "gpt2"            # how folders are written: a key of checkpoints.FAMILIES
+    family: str = "gpt2"            # a key of checkpoints.FAMILIES: the format in which checkpoints are written
     context: int = 1024             # longest sequence, in tokens
     width: int = 768                # D
     layers: int = 12
     heads: int = 12                 # H
-    kv_heads: int = 12              # K; fewer than H is grouped-query attention
+    kv_heads: int = 12              # K; grouped-query attention if fewer than H
     head_dim: int = 64              # E
     ffn: int = 3072                 # inner width of the MLP
     norm: str = "layernorm"         # or rmsnorm
     norm_eps: float = 1e-5
-    residual: str = "sequential"    # or parallel: attention and MLP read the same x, through two norms; or `parallel, one norm`
+    residual: str = "sequential"    # "parallel": attention and MLP read the same x, through two norms; "parallel, one norm"
     positions: str = "learned"      # or rotary
-    position_offset: int = 0        # OPT's table of learned positions begins two rows late
-    rotary_dim: int = 0             # how much of each head is turned, from its start; 0 = all
+    position_offset: int = 0        # learned positions: the row that position 0 has in the table (2 in OPT)
+    rotary_dim: int = 0             # number of leading dimensions of each head that are rotated; 0 = all
     rope_theta: float = 10000.0
-    rope_scaling: dict | None = None  # Llama 3's: factor, low_freq_factor, high_freq_factor, original_max_position_embeddings
+    rope_scaling: dict | None = None  # Llama 3: factor, low_freq_factor, high_freq_factor, original_max_position_embeddings
     activation: str = "gelu_tanh"   # a key of ACTIVATIONS
-    gated: bool = False             # act(gate(x)) * up(x), as SwiGLU
+    gated: bool = False             # the MLP computes act(gate(x)) * up(x), as in SwiGLU
     qkv_bias: bool = True
     out_bias: bool = True
     mlp_bias: bool = True
-    qk_norm: bool = False           # an RMSNorm of width E on queries and keys, before they are turned
-    tied: bool = True               # the output head is the embedding
-    head_bias: bool = False         # the output head, untied, has a bias
+    qk_norm: bool = False           # RMSNorm of width E on queries and keys, before they are rotated
+    tied: bool = True               # the output head uses the embedding's weight
+    head_bias: bool = False         # an untied output head has a bias
     bos_id: int | None = None
     eos_id: int | None = None
     pad_id: int | None = None
@@ -52,7 +53,7 @@ class ModelConfig:
 
     @classmethod
     def for_family(cls, family, width, **fields):
-        """A new model's config in the style of a family; its MLP is four times as wide, or gated and of that size."""
+        """Returns a new model's config in a family's style. The MLP is 4 D wide, or gated with about as many parameters."""
         if family not in FAMILIES:
             raise UserError(f"--family {family}: not one of {', '.join(FAMILIES)}")
         style = FAMILIES[family].style
@@ -68,7 +69,7 @@ def make_norm(c):
 
 
 class Linear(nn.Linear):
-    def reset_parameters(self):                   # nothing: Transformer draws all weights, once, from its own generator
+    def reset_parameters(self):                   # does nothing: Transformer draws all weights once, from its own generator
         pass
 
     def forward(self, x):
@@ -78,7 +79,7 @@ class Linear(nn.Linear):
 
 
 class Embedding(nn.Embedding):
-    def reset_parameters(self):                   # likewise
+    def reset_parameters(self):                   # does nothing, as in Linear
         pass
 
 
@@ -88,7 +89,8 @@ class Attention(nn.Module):
         self.heads, self.kv_heads, self.head_dim = c.heads, c.kv_heads, c.head_dim
         self.qkv = Linear(c.width, (c.heads + 2 * c.kv_heads) * c.head_dim, bias=c.qkv_bias)
         self.out = Linear(c.heads * c.head_dim, c.width, bias=c.out_bias)
-        self.q_norm, self.k_norm = (nn.RMSNorm(c.head_dim, eps=c.norm_eps) if c.qk_norm else None for _ in "qk")
+        self.q_norm = nn.RMSNorm(c.head_dim, eps=c.norm_eps) if c.qk_norm else None
+        self.k_norm = nn.RMSNorm(c.head_dim, eps=c.norm_eps) if c.qk_norm else None
 
     def forward(self, x, rope, cache, layer):
         B, T, _ = x.shape
@@ -98,12 +100,12 @@ class Attention(nn.Module):
             q, k = self.q_norm(q.float()).to(v.dtype), self.k_norm(k.float()).to(v.dtype)
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
-        if cache is not None and cache.filled:                                         # one new token a row
+        if cache is not None and cache.filled:                                         # one new token per row
             y = cache.attend(layer, q[:, :, 0], k[:, :, 0], v[:, :, 0])[:, None]       # [B, 1, H*E]
         else:
             if cache is not None:
                 cache.store_prompt(layer, k, v)
-            # Right padding: a real position never sees what comes after it, so causality is all the mask there is.
+            # Padding is on the right, where no real position can see it, so the causal mask is the only one needed.
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.kv_heads != self.heads)
             y = y.transpose(1, 2).reshape(B, T, -1)
         return self.out(y)
@@ -140,37 +142,39 @@ class Block(nn.Module):
 
 
 def rope_frequencies(c):
-    """How far a step turns each pair of the R turned dimensions of a head, [R/2] float32, in radians; Llama 3's scaling stretches
-    the long wavelengths."""
+    """Returns the rotation angle per position for each pair of the R rotary dimensions of a head, [R/2] float32 in radians.
+    Llama 3's scaling stretches the long wavelengths."""
     R = c.rotary_dim or c.head_dim
     frequency = c.rope_theta ** -(torch.arange(0, R, 2, dtype=torch.int64).float() / R)
     if s := c.rope_scaling:
         original = s["original_max_position_embeddings"]
         wavelength = 2 * math.pi / frequency
         low, high = s["low_freq_factor"], s["high_freq_factor"]
-        smooth = ((original / wavelength - low) / (high - low)).clamp(0, 1)            # 1 keeps a frequency, 0 divides it
+        smooth = ((original / wavelength - low) / (high - low)).clamp(0, 1)            # 1 keeps the frequency, 0 divides it
         frequency = smooth * frequency + (1 - smooth) * frequency / s["factor"]
     return frequency
 
 
 def rotate(x, cos, sin):
-    """Rotary position embedding, rotate-half layout, of the first R dimensions: x [B, H, T, E]; cos, sin [B or 1, 1, T, R/2]."""
+    """Applies rotary position embedding, in the rotate-half layout, to the first R dimensions of each head.
+    x [B, H, T, E]; cos, sin [B or 1, 1, T, R/2]."""
     half = cos.shape[-1]
     a, b, rest = x.float().split([half, half, x.shape[-1] - 2 * half], dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1).to(x.dtype)
 
 
 class Cache:
-    """Keys and values of R = P*n rows: a prompt's once for its n samples (n = 1: with the row's own), and each row's own.
+    """Keys and values of R = P*n rows: n samples for each of P prompts.
 
-    All rows of a batch have decoded the same number of tokens, so a new one goes to the same slot in all of them whatever
-    their prompts' lengths; positions were put into the keys when they were made, so where a key is stored does not matter.
+    If n > 1, a prompt's are stored once for its n samples, and each row's own tokens apart; if n = 1, both share a buffer.
+    All rows of a batch have decoded the same number of tokens, so a new token goes into the same slot in every row, however
+    long its prompt is. Where a key is stored does not matter, because its position is already encoded in it.
     """
 
     def __init__(self, lengths, num_samples, max_new_tokens):
         self.lengths, self.n, self.capacity = lengths, num_samples, max_new_tokens     # prompt lengths [P]
-        self.shared = num_samples > 1                                                  # prompts apart from the rows' own
-        self.prefix, self.own, self.t, self.start, self.filled = [], [], 0, 0, False   # own: slot start + t is the next
+        self.shared = num_samples > 1                                                  # prompts are stored apart
+        self.prefix, self.own, self.t, self.start, self.filled = [], [], 0, 0, False   # own: start + t is the next slot
 
     def store_prompt(self, layer, k, v):
         P, K, S, E = k.shape
@@ -182,13 +186,13 @@ class Cache:
                          v.new_empty(P * self.n, K, self.start + self.capacity, E)))
         if not self.shared:
             self.own[layer][0][:, :, :S], self.own[layer][1][:, :, :S] = k, v
-        if layer == 0:                                                                 # the same in all of them
+        if layer == 0:                                                                 # the same in every layer
             slots = torch.arange(S if self.shared else S + self.capacity, device=k.device)
             padding = (slots >= self.lengths[:, None]) & (slots < S)
             self.padding_bias = torch.zeros(padding.shape, device=k.device).masked_fill_(padding, -torch.inf)[:, None, None]
 
     def positions(self):
-        """[R, 1] position of the token being decoded."""
+        """Returns the position of the token being decoded, [R, 1]."""
         return (self.lengths + self.t).repeat_interleave(self.n)[:, None]
 
     def attend(self, layer, q, k, v):
@@ -201,7 +205,7 @@ class Cache:
         return decode_attention(q, keys[:, :, :end], values[:, :, :end], self.padding_bias[..., :end])
 
     def keep(self, prompts, rows, n):
-        """Keeps these prompts [P'] and rows [P'*n] (indices into the present ones), n a prompt, in this order."""
+        """Keeps only these prompts [P'] and rows [P'*n], n per prompt, in this order. Both are indices of current ones."""
         if len(prompts) != len(self.lengths):
             self.prefix = [(k[prompts], v[prompts]) for k, v in self.prefix]
             self.lengths, self.padding_bias = self.lengths[prompts], self.padding_bias[prompts]
@@ -224,12 +228,12 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.layers))
         self.norm = make_norm(c)
         self.head = Linear(c.width, c.vocab_size, bias=c.head_bias) if head and not c.tied else None
-        if self.embed.weight.is_meta:             # about to be loaded: see load_weights
+        if self.embed.weight.is_meta:             # load_weights will fill the model
             return
         self.make_rope()
         generator = torch.Generator().manual_seed(seed)
         for name, p in self.named_parameters():
-            if p.dim() > 1:                       # GPT-2's: residual projections are scaled down by the number of residuals
+            if p.dim() > 1:                       # as in GPT-2: divided by sqrt(number of residuals) in residual projections
                 scale = math.sqrt(2 * c.layers) if name.endswith(("attn.out.weight", "mlp.down.weight")) else 1
                 nn.init.normal_(p, std=c.init_std / scale, generator=generator)
             else:
@@ -254,7 +258,7 @@ class Transformer(nn.Module):
         x = self.stack(x, rope) if cache is None else self.cached_stack(x, rope, cache)
         return self.norm(x)
 
-    def stack(self, x, rope):                     # on its own so that --compile can replace it
+    def stack(self, x, rope):                     # a separate method, so that --compile can replace it
         for block in self.blocks:
             x = block(x, rope, None, None)
         return x
@@ -263,8 +267,8 @@ class Transformer(nn.Module):
         for layer, block in enumerate(self.blocks):
             x = block(x, rope, cache, layer)
         if cache.filled:
-            cache.t += 1                          # a new token of each row
-        cache.filled = True                       # the prompts are in
+            cache.t += 1                          # each row has one token more
+        cache.filled = True                       # the prompts are stored
         return x
 
     @property
@@ -279,22 +283,23 @@ class Transformer(nn.Module):
         return (thin_linear if hidden.dim() == 2 else F.linear)(hidden, self.head_weight, self.head_bias)
 
     def logprobs(self, tokens, mask, temperature=1.0, entropy=False):
-        """log p(token t | tokens before t) / softmax at the temperature, at the masked positions; 0 elsewhere.
+        """Returns log p(token t | tokens before t) under softmax(logits / temperature) where the mask is True, 0 elsewhere.
 
-        tokens [B, T]; mask [B, T] bool, False at t = 0. Returns float32 [B, T] aligned with tokens (and the entropies with
-        entropy=True). Every log-probability that a loss or a KL is made of comes from here: reference, old and new policy.
-        Only masked positions reach the output head.
+        tokens [B, T]; mask [B, T] bool, False at t = 0. The result is float32 [B, T], aligned with tokens; with entropy=True
+        the entropies come as a second tensor. Every token's log-probability in a loss or a KL penalty comes from here,
+        for the reference, old and new policy alike. Only masked positions reach the output head.
         """
         hidden = self(tokens)[:, :-1]
         where = mask[:, 1:]
-        found = token_logprobs(hidden[where], self.head_weight, tokens[:, 1:][where], self.head_bias, temperature, entropy)
-        out = [torch.zeros(tokens.shape, dtype=f.dtype, device=f.device).masked_scatter(F.pad(where, (1, 0)), f)
-               for f in (found if entropy else (found,))]
+        values = token_logprobs(hidden[where], self.head_weight, tokens[:, 1:][where], self.head_bias, temperature,
+                                entropy)
+        out = [torch.zeros(tokens.shape, dtype=v.dtype, device=v.device).masked_scatter(F.pad(where, (1, 0)), v)
+               for v in (values if entropy else (values,))]
         return tuple(out) if entropy else out[0]
 
     @classmethod
     def from_pretrained(cls, folder):
-        """Loads a checkpoint folder, or the hub's by that name, strictly: every missing, extra or misshaped tensor is named."""
+        """Loads a checkpoint folder or Hub name. UserError names the tensors that are missing, extra or misshaped."""
         fields, _ = read_config(folder)
         with torch.device("meta"):
             model = cls(ModelConfig(**fields))
@@ -309,8 +314,8 @@ class Transformer(nn.Module):
 class RewardModel(nn.Module):
     """The same trunk with a scalar head: model(tokens [B, T]) -> a scalar at every position [B, T], float32.
 
-    A fresh head is drawn with std 1/sqrt(D+1) (Stiennon 2020's code); it has no bias, which pairwise data cannot identify.
-    score() reads the last real token, EOS unless truncated, and applies the stored constants: (r - mean) / std.
+    A new head is drawn with std 1/sqrt(D+1), as in Stiennon 2020's code. It has no bias: pairwise data cannot identify one.
+    score() reads the last real token (EOS, unless truncated) and applies the stored constants: (r - mean) / std.
     """
 
     def __init__(self, config, seed=0):
@@ -328,17 +333,17 @@ class RewardModel(nn.Module):
 
     def forward(self, tokens):
         hidden = self.trunk(tokens)
-        with torch.autocast(tokens.device.type, enabled=False):                        # rewards differ in small digits
+        with torch.autocast(tokens.device.type, enabled=False):                        # rewards may differ only slightly
             return self.head(hidden.float())[..., 0]
 
     def score(self, tokens, lengths):
-        """Reward of each row [B], read at position lengths-1. tokens [B, T], lengths [B]."""
+        """Returns the reward of each row, [B], read at position lengths-1. tokens [B, T], lengths [B]."""
         raw = self(tokens).gather(1, (lengths - 1)[:, None])[:, 0]
         return (raw - self.reward_mean) / self.reward_std
 
     @classmethod
     def from_pretrained(cls, folder, fresh_head=False, seed=0):
-        """A reward model's folder; or, with fresh_head, any language model's, whose output head is replaced."""
+        """Loads a reward model; with fresh_head also any language model, whose output head a new scalar head replaces."""
         fields, raw = read_config(folder)
         with torch.device("meta"):
             model = cls(ModelConfig(**fields))
@@ -354,15 +359,15 @@ class RewardModel(nn.Module):
         return model
 
     def save_pretrained(self, folder):
-        """As Transformer's, as a sequence classifier with one label. The stored constants are config.json's reward_mean and
-        reward_std, which other software ignores: there the score is the raw one."""
+        """Writes the folder in the family's own layout, as a sequence classifier with one label. config.json holds the
+        stored constants as reward_mean and reward_std; other software ignores them and gives the raw score."""
         save_weights(self, folder, classifier=True, extra=dict(
             id2label={"0": "LABEL_0"}, label2id={"LABEL_0": 0}, problem_type="regression",
             reward_mean=self.reward_mean, reward_std=self.reward_std))
 
 
 class ValueModel(nn.Module):
-    """V(s_t) at every position [B, T]: a trunk with a scalar head that has a bias."""
+    """The value V(s_t) at every position, [B, T]: a trunk and a scalar head with a bias."""
 
     def __init__(self, trunk, weight, bias=0.0):
         super().__init__()
@@ -379,8 +384,8 @@ class ValueModel(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder):
-        """From a reward model, whose normalisation goes into the head, so that V starts as the (normalised) reward of the
-        text so far (Stiennon 2020); from a language model, with a head of zeros (Ziegler 2019)."""
+        """Loads a reward model or a language model. A reward model's normalisation goes into the head, so that V starts as
+        the (normalised) reward of the text so far (Stiennon 2020). A language model gets a head of zeros (Ziegler 2019)."""
         if "score.weight" in tensor_index(folder):
             rm = RewardModel.from_pretrained(folder)
             return cls(rm.trunk, rm.head.weight.detach() / rm.reward_std, -rm.reward_mean / rm.reward_std)
@@ -388,7 +393,7 @@ class ValueModel(nn.Module):
         return cls(rm.trunk, torch.zeros(1, rm.config.width))
 
 
-# ---- Fitting models, tokenizers and devices together ------------------------------------------------------------------
+# ---- Models, tokenizers and devices that fit together ---------------------------------------------------------------
 
 
 def check_fit(model, tokenizer):
@@ -402,7 +407,8 @@ def check_fit(model, tokenizer):
 
 def check_same_vocabulary(what, model, policy):
     if model.config.vocab_size != policy.config.vocab_size:
-        raise UserError(f"{what}: its vocabulary ({model.config.vocab_size}) is not the policy's ({policy.config.vocab_size})")
+        raise UserError(f"{what}: its vocabulary ({model.config.vocab_size}) is not the policy's "
+                        f"({policy.config.vocab_size})")
 
 
 def pick_device(name):

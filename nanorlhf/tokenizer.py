@@ -1,8 +1,8 @@
-"""Text <-> token ids: one tiktoken.Encoding for every BPE tokenizer file there is. data.py hands on what others call.
+"""Text <-> token ids: one tiktoken.Encoding for every BPE tokenizer file.
 
     load_tokenizer(name_or_path) -> Tokenizer     checkpoint folders, tokenizer.json, GPT-2's files, tiktoken ranks,
                                                   SentencePiece models, names (tokenizer_files.py reads the files)
-    train_bpe(texts, vocab_size) -> Tokenizer     a new one; the built-in task's is made so
+    train_bpe(texts, vocab_size) -> Tokenizer     a new one, such as the built-in task's
 """
 
 import base64
@@ -31,14 +31,14 @@ VOCAB_AND_MERGES = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))
 
 
 class Tokenizer:
-    """Text <-> ids around one tiktoken.Encoding, plus what an Encoding does not know of: eos, pad, bos, normaliser.
+    """Text <-> ids: a tiktoken.Encoding, plus what an Encoding lacks (eos, pad, bos, normaliser).
 
     eos_id      ends every response.
     pad_id      fills rows on the right; never eos (a model trained with pad = eos never learns to stop).
-    bos_id      the id this family puts before a text, or None when it puts none (GPT-2, Qwen, Pythia).
+    bos_id      the id that this family puts before a text, or None if it puts none (GPT-2, Qwen, Pythia).
     vocab_size  highest id + 1, special tokens included; a checkpoint's embedding may be larger, never smaller.
-    special     {token: id} of all added tokens; plain: of those that are matched inside any text (`special: false`).
-    chat_template, special_text    Jinja source or None; its variables bos_token, eos_token, ... as far as they are named.
+    special     {token: id} of all added tokens; plain: only those that are matched in any text (`special: false`).
+    chat_template, special_text    Jinja source or None; those of its variables bos_token, eos_token, ... that are known.
     """
 
     def __init__(self, encoding, eos, pad=None, bos=None, *, added=None, ids=None, texts=None, normal_form=None, spaces=None,
@@ -47,16 +47,16 @@ class Tokenizer:
 
         added    Hugging Face's entries {id, content, special, normalized, ...}; None: the encoding's special tokens
         ids      rank -> id, or the list of ids that a rank stands for; None: ranks are ids
-        texts    {id: bytes} of what `decode` writes; None: as the encoding has it
-        spaces   when SentencePiece puts a space before a text: "prepend" (always), "always" or "first" (if there is none yet:
-                 after every added token, or before the whole text alone), "never"; None: not SentencePiece
-        strip    whether decoding a text takes that space away
-        files    {name: bytes} that `save` writes; normal_form: "NFC" and such
+        texts    {id: bytes} that `decode` writes; None: the encoding's
+        spaces   when SentencePiece puts a space before a text: "prepend" (always), "always" or "first" (if there is none
+                 yet: also after every added token, or only before the whole text), "never"; None: not SentencePiece
+        strip    whether decoding a text removes that space
+        files    {name: bytes} that `save` writes; normal_form: "NFC", "NFD", "NFKC", "NFKD" or None
         """
         if added is None:
             added = [{**FLAGS, "content": t, "id": i, "special": True} for t, i in encoding._special_tokens.items()]
-        self.encoding, self.ranks, self.ids, self.normal_form, self.spaces, self.strip = (
-            encoding, encoding._mergeable_ranks, ids, normal_form, spaces, strip)
+        self.encoding, self.ranks, self.ids = encoding, encoding._mergeable_ranks, ids
+        self.normal_form, self.spaces, self.strip = normal_form, spaces, strip
         self.files, self.chat_template = files or {}, chat_template
         self.special = special = {t["content"]: t["id"] for t in added}
         self.plain = {t["content"]: t["id"] for t in added if not t["special"]}
@@ -81,8 +81,8 @@ class Tokenizer:
         self._bytes = {i: t.encode() for t, i in self.plain.items()} | texts
         for token in special.keys() - self.plain.keys():
             self._bytes.pop(special[token], None)
-        # tiktoken matches overlapping special tokens in hash order, so the cuts are ours: the longest first. As in
-        # `tokenizers`, a token marked `normalized` is looked for in the normalised text; without a normaliser it is all one.
+        # tiktoken matches overlapping special tokens in hash order, so we match them ourselves, the longest first. As in
+        # `tokenizers`, a `normalized` token is searched for in the normalised text; without a normaliser that is the text.
         late = {t["content"] for t in added if t["normalized"] and (normal_form or spaces == "prepend")}
         self._early, self._late = (
             (tokens, _any_of(tokens)) for tokens in ({t: i for t, i in special.items() if t and t not in late},
@@ -90,23 +90,24 @@ class Tokenizer:
         self._strips = {t["id"] for t in added if t["lstrip"] or t["rstrip"] or t["single_word"]}
 
     def encode(self, text, start=True):
-        """str -> list of ids. Ordinary text throughout: special-token strings in it are spelt out; no BOS, no EOS.
+        """Returns the ids of a text. Strings of special tokens in it are treated as ordinary text; no BOS, no EOS.
 
-        start=False: the text goes on where another one ended, so a SentencePiece family puts no space before it."""
+        start=False: the text continues another one, so a SentencePiece family puts no space before it."""
         return self._encode(text, start, self._plain_ids)
 
     def encode_marked(self, text, start=True, mark=""):
-        """The same, but the strings of special tokens become their ids: for text from a chat template. Occurrences of
-        `mark` are dropped once they have been found, so that one put into such a string keeps it ordinary text."""
+        """Does the same, but strings of special tokens become their ids: for text from a chat template. `mark` is removed
+        from the text after these strings have been found, so a `mark` inside such a string keeps it ordinary text."""
         return self._encode(text, start, None, mark)
 
     def _encode(self, text, start, known, mark=""):
         try:
-            text.encode()  # tiktoken would quietly encode U+FFFD in place of an unpaired surrogate
+            text.encode()  # tiktoken would silently encode U+FFFD in place of an unpaired surrogate
         except UnicodeEncodeError as e:
             raise DataError(f"text with an unpaired surrogate (position {e.start}) is not Unicode") from None
         if not self.spaces and len(text) > 100_000 and re.search(r"\s{100000}", text):
-            raise DataError("text with more than 100,000 whitespace characters in a row")  # too deep for tiktoken's regex engine
+            # too deep for tiktoken's regex engine
+            raise DataError("text with more than 100,000 whitespace characters in a row")
         ids, where = [], "text" if start else "rest"
         for part, i in self._cut(text, self._early, known):
             if i is None:
@@ -118,27 +119,28 @@ class Tokenizer:
         return ids
 
     def _cut(self, text, finder, known):
-        """Yields (stretch of text, None) and (token, id) in turn; only tokens with `known` ids count (None: all)."""
+        """Yields (piece of text, None) and (token, id) in text order; only tokens with `known` ids count (None: all)."""
         (tokens, regex), done = finder, 0
         if tokens and known != set():
-            for found in regex.finditer(text):
-                token, i = found[0], tokens[found[0]]
+            for match in regex.finditer(text):
+                token, i = match[0], tokens[match[0]]
                 if known is None or i in known:
                     if i in self._strips:
-                        raise DataError(f"{token!r} strips the space around it or needs a whole word, which is not supported")
-                    if found.start() > done:
-                        yield text[done:found.start()], None
+                        raise DataError(f"{token!r} strips the space around it or needs a whole word, "
+                                        "which is not supported")
+                    if match.start() > done:
+                        yield text[done:match.start()], None
                     yield token, i
-                    done = found.end()
+                    done = match.end()
         if done < len(text):
             yield text[done:] if done else text, None
 
     def _normal(self, text, where):
-        """The normalised text. where: "text" begins here, or a piece "later" after an added token, or the "rest" of a text."""
+        """Returns the normalised text. where: at its start ("text"), after an added token ("later"), continued ("rest")."""
         if self.normal_form:
             return unicodedata.normalize(self.normal_form, text)
         if self.spaces:
-            text = text.replace("▁", " ")  # spaces stand for "▁" in the ranks
+            text = text.replace("▁", " ")  # the ranks have a space for each "▁"
             if text and where != "rest" and (self.spaces == "prepend" or text[0] != " " and (
                     self.spaces == "always" or self.spaces == "first" and where == "text")):
                 return " " + text
@@ -149,38 +151,39 @@ class Tokenizer:
         if self.ids is None:
             return ranks
         ids = [self._id[r] for r in ranks]
-        if None in ids:  # a character that is not in the vocabulary, or not all of one: several bytes
+        if None in ids:  # a character outside the vocabulary, or a part of one: several byte ids
             return [i for r in ranks for i in self._several.get(r) or [self._id[r]]]
         return ids
 
     def decode(self, ids, start=True):
-        """ids (list or 1-D tensor) -> str. Special tokens and ids beyond the vocabulary vanish; bytes that are not UTF-8
-        become U+FFFD: one for each maximal part, where `tokenizers` writes one for each byte of SentencePiece's.
+        """Returns the text of ids (list or 1-D tensor). Special tokens and ids beyond the vocabulary vanish. Bytes that are
+        not UTF-8 become U+FFFD: one per maximal part, while `tokenizers` writes one per byte for SentencePiece.
 
-        start=False: what the ids go on from has been decoded, so the space that a SentencePiece family puts first stays."""
+        start=False: the ids continue others that are decoded already, so a SentencePiece family's first space stays."""
         text = b"".join(self._bytes.get(int(i), b"") for i in ids).decode("utf-8", errors="replace")
         return text[1:] if start and self.strip and text[:1] == " " else text
 
     def same_ids(self, other):
-        """Whether two tokenizers give every token the same id."""
+        """Returns whether two tokenizers give every token the same id."""
         mine, theirs = (t.ranks if t.ids is None else {b: t.ids[r] for b, r in t.ranks.items()} for t in (self, other))
         return mine == theirs and self.eos_id == other.eos_id and self.special == other.special
 
     def save(self, folder):
-        """Writes the tokenizer files of a Hugging Face checkpoint: the very bytes it was loaded from, but for another pad token
-        than EOS, or new ones."""
+        """Writes the tokenizer files of a Hugging Face checkpoint: new ones, or the exact bytes that were loaded, except for
+        a pad token that is not ours (such as EOS)."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         names = {i: t for t, i in self.special.items()}
         config, new = self.files.get("tokenizer_config.json"), {}
         if config is None:
-            config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **self.special_text}
+            config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
+                      **self.special_text}
             for token, i in (("eos_token", self.eos_id), ("pad_token", self.pad_id), ("bos_token", self.bos_id)):
                 if i in names:
                     config[token] = names[i]
             new["tokenizer_config.json"] = json.dumps(config, indent=2).encode()
         elif self.special_text.get("pad_token") != names.get(self.pad_id):
-            # transformers fills rows with this pad, and reads a reward before config.json's: they have to be one.
+            # transformers pads with this token, and reads a reward before config.json's pad: both must be the same.
             config = json.loads(config)
             config.pop("pad_token", None)
             config |= {"pad_token": names[self.pad_id]} if self.pad_id in names else {}
@@ -193,15 +196,15 @@ class Tokenizer:
 
 
 def _any_of(tokens):
-    """A regex for the longest of them, by first characters: Python tries one alternative after the other."""
-    rest = collections.defaultdict(list)
+    """Returns a regex for the longest of these tokens, grouped by first character: Python tries alternatives one by one."""
+    endings = collections.defaultdict(list)
     for token in sorted(tokens, key=len, reverse=True):
-        rest[token[0]].append(re.escape(token[1:]))
-    return re.compile("|".join(f"{re.escape(first)}(?:{'|'.join(others)})" for first, others in rest.items()))
+        endings[token[0]].append(re.escape(token[1:]))
+    return re.compile("|".join(f"{re.escape(first)}(?:{'|'.join(others)})" for first, others in endings.items()))
 
 
 def tokenizer_of(folder, known):
-    """The tokenizer of a checkpoint folder; where its files are those of `known`, that one, since some take seconds to read."""
+    """Returns the tokenizer of a checkpoint folder, or `known` if the files are identical: reading some takes seconds."""
     folder = local_folder(folder)
     files = {n: (folder / n).read_bytes() for n in TOKENIZER_FILES if (folder / n).is_file()}
     return known if "tokenizer_config.json" in files and files == known.files else load_tokenizer(folder)
@@ -213,9 +216,9 @@ def check_same_ids(option, folder, tokenizer):
 
 
 def load_tokenizer(name_or_path):
-    """Tokenizer from `reviews` (the built-in task), a checkpoint folder, one of its tokenizer files (tokenizer.json,
-    encoder.json + vocab.bpe, vocab.json + merges.txt, tiktoken ranks, a SentencePiece model), or a tiktoken name such as
-    "gpt2", or one of the hub's. Raises DataError for anything else."""
+    """Returns the Tokenizer of `reviews` (the built-in task), a checkpoint folder, one of its tokenizer files
+    (tokenizer.json, encoder.json + vocab.bpe, vocab.json + merges.txt, tiktoken ranks, a SentencePiece model), a tiktoken
+    name such as "gpt2", or a hub name. Raises DataError for anything else."""
     if name_or_path == "reviews":  # a folder of that name is ./reviews
         return _reviews_tokenizer()
     path = Path(name_or_path)
@@ -226,7 +229,7 @@ def load_tokenizer(name_or_path):
     if exists:
         return Tokenizer(**_read(path))
     if str(name_or_path) not in tiktoken.list_encoding_names():
-        if (folder := local_folder(name_or_path)).is_dir():                            # the hub's
+        if (folder := local_folder(name_or_path)).is_dir():                            # downloaded from the hub
             return Tokenizer(**_read(folder))
         if isinstance(name_or_path, Path) or "/" in name_or_path:
             raise DataError(f"{name_or_path}: no such folder or file")
@@ -241,15 +244,15 @@ def load_tokenizer(name_or_path):
 
 
 def _read(path):
-    """A checkpoint folder, or one of its tokenizer files, as the arguments of Tokenizer; DataError for any other."""
+    """Reads Tokenizer's arguments from a checkpoint folder or one of its tokenizer files; DataError for any other."""
     try:
         if path.is_dir():
             pairs = [path / vocab for vocab, merges in VOCAB_AND_MERGES if (path / merges).exists()]
             candidates = [path / "tokenizer.json", *pairs, *sorted([*path.glob("*.model"), *path.glob("*.tiktoken")])]
-            found = [c for c in candidates if c.exists()]
-            if not found:
+            existing = [c for c in candidates if c.exists()]
+            if not existing:
                 raise DataError(f"{path}: no tokenizer.json, encoder.json + vocab.bpe, *.model or *.tiktoken in it")
-            path = found[0]
+            path = existing[0]
         for vocab, merges in VOCAB_AND_MERGES:
             if path.name.endswith(vocab):
                 return from_vocab_and_merges(path, vocab, merges)
@@ -264,8 +267,8 @@ def _read(path):
 
 
 def _from_rank_file(path, content):
-    """tiktoken's rank file: `base64(token) rank` a line. Parsed here because tiktoken's loader may return an older
-    content of the same path. All such files get Llama-3's pattern; Llama-3's own gets its special tokens too."""
+    """Reads tiktoken's rank file: `base64(token) rank` per line. We parse it because tiktoken's loader may return older
+    content of the same path. All such files get Llama-3's pattern; Llama-3's own file also gets its special tokens."""
     ranks = {}
     for number, line in enumerate(content.split(b"\n"), 1):
         if line.strip():
@@ -285,13 +288,13 @@ def _from_rank_file(path, content):
 
 
 def _to_tokenizer_json(encoding, bos, special):
-    """The tokenizer.json of an encoding whose ranks are its ids; merges recovered from the ranks. bos: a name or None;
-    special: {token: id}."""
+    """Returns the tokenizer.json of an encoding whose ranks are its ids, with merges recovered from the ranks. bos: a name
+    or None; special: {token: id}."""
     ranks, symbol = encoding._mergeable_ranks, {b: s for s, b in byte_symbols().items()}
     merges, never = [], max(ranks.values()) + 1
     for token in sorted(ranks, key=ranks.get):
         parts = [bytes([b]) for b in token]
-        while len(parts) > 2:  # byte-pair encode the token: if it is ever made, then out of the last two parts
+        while len(parts) > 2:  # BPE of the token itself: if a merge makes it, then of the last two parts
             best = min((ranks.get(a + b, never), k) for k, (a, b) in enumerate(zip(parts, parts[1:])))
             if best[0] == never:
                 break
@@ -301,7 +304,7 @@ def _to_tokenizer_json(encoding, bos, special):
     # Tokens that no merge reaches (Llama-3 has some) occur only as a whole pre-token, which tiktoken looks up first.
     unreachable = len(merges) < sum(len(t) > 1 for t in ranks)
     vocab = {"".join(symbol[b] for b in token): rank for token, rank in ranks.items()} | special
-    # tiktoken's own patterns have possessive quantifiers and `$`, which mean other things in Hugging Face's engine.
+    # tiktoken's own patterns have possessive quantifiers and `$`, which mean something else in Hugging Face's engine.
     pattern = re.sub(r"([+*?]|\{[\d,]+\})\+", r"\1", encoding._pat_str).replace("+$", r"+\z")
     added = [{"id": i, "content": t, **FLAGS, "special": True} for t, i in sorted(special.items(), key=lambda item: item[1])]
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
@@ -311,17 +314,17 @@ def _to_tokenizer_json(encoding, bos, special):
 
 
 def train_bpe(texts, vocab_size, pattern=GPT2_PATTERN, name="bpe"):
-    """Byte-pair encoding (Sennrich et al. 2016) learnt from texts: 256 bytes, merges, then <|endoftext|> and <|pad|>.
+    """Learns byte-pair encoding (Sennrich et al. 2016) from texts: 256 bytes, merges, then <|endoftext|> and <|pad|>.
 
-    The most frequent pair is merged first, ties going to the larger pair of ids, so that the result depends on nothing
-    but the counts. Fewer than vocab_size tokens come out when no pair occurs twice."""
+    The most frequent pair is merged first. Ties go to the larger pair of ids, so the result depends only on the counts. If
+    no pair occurs twice any more, fewer than vocab_size tokens come out."""
     import regex  # tiktoken's own dependency; Python's re does not know \p{L}
     if vocab_size < 258:
         raise DataError(f"vocab_size {vocab_size} is too small: 256 bytes and 2 special tokens are always there")
     counts = collections.Counter(word for text in texts for word in regex.findall(pattern, text))
     words = [(list(word.encode()), n) for word, n in counts.items()]
     tokens = [bytes([b]) for b in range(256)]
-    pairs, where = collections.Counter(), collections.defaultdict(set)  # pair -> count, pair -> words that have had it
+    pairs, where = collections.Counter(), collections.defaultdict(set)  # pair -> count, pair -> words that have or had it
     for k, (ids, n) in enumerate(words):
         for pair in itertools.pairwise(ids):
             pairs[pair] += n

@@ -10,7 +10,7 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 # Every script of the top level, so that a copy of one with another loss is tested as soon as it is written.
-SCRIPTS = {p.stem: importlib.import_module(p.stem) for p in sorted(ROOT.glob("*.py"))}
+SCRIPTS = {p.stem: importlib.import_module(p.stem) for p in sorted([*ROOT.glob("train_*.py"), *ROOT.glob("sample_*.py")])}
 TRAINERS = {name: module for name, module in SCRIPTS.items() if hasattr(module, "train")}
 
 

@@ -1,4 +1,4 @@
-"""data.py: every kind of row and of bad row, truncation and masks by hand."""
+"""Tests of data.py: every layout of row, every kind of bad row, and truncation and masks worked out by hand."""
 
 import gzip
 import json
@@ -18,7 +18,9 @@ DATA = Path(__file__).parents[2] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"the public data files are not at {DATA}")
 
 
-# ------------------------------------------------------------------------------------------------------------ records
+# ---- Records --------------------------------------------------------------------------------------------------------
+
+
 def file_of(tmp_path, *rows, name="rows.jsonl"):
     path = tmp_path / name
     path.write_bytes(b"".join((r if isinstance(r, bytes) else json.dumps(r).encode()) + b"\n" for r in rows))
@@ -45,7 +47,7 @@ NO = {"role": "assistant", "content": "no"}
         "prompt": "\n\nSystem: s\n\nHuman: hi\n\nAssistant: yes\n\nHuman: hi\n\nAssistant:"}),
     ({"prompt": [USER], "chosen": [BOT], "rejected": [NO]}, "preference",
      {"prompt": "\n\nHuman: hi\n\nAssistant:", "chosen": " yes", "rejected": " no"}),
-    ({"prompt": "hi", "chosen": [USER, BOT], "rejected": [USER, NO]}, "preference",  # string, whole conversations
+    ({"prompt": "hi", "chosen": [USER, BOT], "rejected": [USER, NO]}, "preference",  # a string and whole conversations
      {"prompt": "\n\nHuman: hi\n\nAssistant:", "chosen": " yes", "rejected": " no"}),
     ({"chosen": [USER, BOT], "rejected": [USER, NO]}, "preference",
      {"prompt": "\n\nHuman: hi\n\nAssistant:", "chosen": " yes", "rejected": " no"}),
@@ -64,11 +66,11 @@ NO = {"role": "assistant", "content": "no"}
                                             {"sampled_string": " b", "pm_scores": [{"pm_score": 1}]}]}, "ranked",
      {"prompt": "p", "responses": [" a", " b"], "scores": [2.0, 1.0]}),
 ])
-def test_every_kind_of_row(row, kind, record, tmp_path):
+def test_every_row_layout_gives_its_record(row, kind, record, tmp_path):
     assert load_records(file_of(tmp_path, row), kind) == [record]
 
 
-def test_alpaca_rows(tmp_path):
+def test_alpaca_rows_get_the_alpaca_prompt(tmp_path):
     rows = [{"instruction": "Add {input}.", "input": "1 + {instruction}", "output": "3"},
             {"instruction": "Sing.", "input": "", "chosen": "la", "rejected": "no", "output": "la"}]
     first = load_records(file_of(tmp_path, rows[0]), "completion")[0]
@@ -81,7 +83,7 @@ def test_alpaca_rows(tmp_path):
     assert load_records(file_of(tmp_path, rows[1]), "prompt")[0]["completion"] == "la"
 
 
-def test_conversions(tmp_path):
+def test_records_convert_to_other_kinds(tmp_path):
     pair, ranked = file_of(tmp_path, {**PAIR, "group": "g"}, name="p"), file_of(tmp_path, RANKED, name="r")
     assert load_records(pair, "completion") == [{"prompt": "p", "completion": " a", "group": "g"}]
     assert load_records(pair, "prompt") == [{"prompt": "p", "completion": " a", "group": "g"}]
@@ -91,10 +93,10 @@ def test_conversions(tmp_path):
     assert load_records(ranked, "completion") == [{"prompt": "p", "completion": " b"}]
     assert load_records(ranked, "prompt") == [{"prompt": "p"}]
     found = {(r["chosen"], r["rejected"]) for r in load_records(ranked, "preference")}
-    assert found == {(" b", " a"), (" b", " c"), (" b", " d"), (" d", " a"), (" d", " c")}  # the tie a, c is dropped
+    assert found == {(" b", " a"), (" b", " c"), (" b", " d"), (" d", " a"), (" d", " c")}  # the tie of a and c is dropped
     same_text = file_of(tmp_path, {"prompt": "p", "responses": ["a", "a"], "scores": [1, 2]}, RANKED, name="s")
     assert len(load_records(same_text, "preference")) == 5 and len(load_records(same_text, "preference", limit=3)) == 3
-    both = file_of(tmp_path, {"text": "t", "prompt": "p"}, name="b")  # a row that is two kinds is read as the one asked
+    both = file_of(tmp_path, {"text": "t", "prompt": "p"}, name="b")  # a row of two kinds is read as the requested one
     assert load_records(both, "text") == [{"text": "t"}] and load_records(both, "prompt") == [{"prompt": "p"}]
 
 
@@ -102,13 +104,13 @@ def test_conversions(tmp_path):
     ({"text": "a"}, "prompt"), ({"text": "a"}, "preference"), ({"prompt": "a"}, "completion"),
     ({"prompt": "a"}, "text"),
     ({"prompt": "a", "completion": "b"}, "preference"), ({"prompt": "a", "completion": "b"}, "ranked")])
-def test_impossible_conversions_name_the_fields_found(row, kind, tmp_path):
+def test_an_impossible_conversion_gives_an_error_that_names_the_fields(row, kind, tmp_path):
     for skip_bad in (False, True):
         with pytest.raises(DataError, match=f"no {kind} record.* fields {', '.join(row)}"):
             load_records(file_of(tmp_path, row), kind, skip_bad=skip_bad)
 
 
-BAD = [  # row, kind, what the message says
+BAD = [  # row, kind, error message
     (b'{"text": "\xff"}', "text", "bad UTF-8"), (b'{"text": ', "text", "bad JSON"),
     (b"3", "text", "row is not a JSON object"),
     (b"[" * 100_000, "text", "bad JSON"),
@@ -157,7 +159,7 @@ GOOD = {"text": {"text": "t"}, "prompt": {"prompt": "p"}, "completion": {"prompt
 
 
 @pytest.mark.parametrize("row, kind, message", BAD, ids=range(len(BAD)))
-def test_bad_rows_stop_with_file_and_line_or_are_counted(row, kind, message, tmp_path, capsys):
+def test_bad_rows_raise_with_file_and_line_or_are_skipped_and_counted(row, kind, message, tmp_path, capsys):
     path = file_of(tmp_path, GOOD[kind], b"", row, GOOD[kind])
     with pytest.raises(DataError) as e:
         load_records(path, kind)
@@ -166,7 +168,7 @@ def test_bad_rows_stop_with_file_and_line_or_are_counted(row, kind, message, tmp
     assert capsys.readouterr().err == f"{path}: skipped 1 of 3 rows (1 {message})\n"
 
 
-def test_lines_end_at_newline_only_and_files_may_be_gzip_or_an_array_or_begin_with_a_bom(tmp_path):
+def test_only_a_newline_ends_a_line_and_gzip_arrays_and_boms_are_read(tmp_path):
     rows = [{"text": "one\u0085two\u2028three"}, {"text": "tab\x0bformfeed\x0c"}, {"text": "\u00e9"}]
     lines = b"\r\n".join(json.dumps(r, ensure_ascii=False).encode() for r in rows)
     for name, content in (("a.jsonl", lines), ("b.jsonl.gz", gzip.compress(lines)), ("c", b"\xef\xbb\xbf" + lines),
@@ -179,7 +181,7 @@ def test_lines_end_at_newline_only_and_files_may_be_gzip_or_an_array_or_begin_wi
         load_records(tmp_path / "f.json", "text")
 
 
-def test_files_that_cannot_be_read(tmp_path):
+def test_an_unreadable_file_gives_a_one_line_error(tmp_path):
     (tmp_path / "cut.gz").write_bytes(gzip.compress(b'{"text": "a"}' * 999)[:-20])
     (tmp_path / "cut.json").write_bytes(b'[{"text": "a"}')
     (tmp_path / "empty").write_bytes(b"\n")
@@ -196,8 +198,8 @@ def test_files_that_cannot_be_read(tmp_path):
 @needs_data
 @pytest.mark.parametrize("name, rows, differ, empty, equal", [
     ("helpful-base", 2354, 9, 4, 2), ("harmless-base", 2312, 5, 4, 0), ("helpful-online", 1137, 0, 3, 2)])
-def test_hh_files(name, rows, differ, empty, equal, capsys):
-    """The data's README counts 9 / 5 / 0 rows whose number of turns differs; other prefixes are among them."""
+def test_hh_files_have_the_documented_bad_rows(name, rows, differ, empty, equal, capsys):
+    """The data's README counts 9 / 5 / 0 rows whose number of turns differs. Rows with different prefixes are among them."""
     path = DATA / "preferences" / f"hh_{name}_test.jsonl.gz"
     records = load_records(path, "preference", skip_bad=True)
     report = capsys.readouterr().err
@@ -211,7 +213,7 @@ def test_hh_files(name, rows, differ, empty, equal, capsys):
 
 
 @needs_data
-def test_summary_and_scored_files():
+def test_summary_and_ranked_files_give_the_expected_records():
     tldr = load_records(DATA / "preferences" / "tldr_comparisons_batch13.jsonl", "preference", skip_bad=True)
     assert len(tldr) == 1097 and all(r["prompt"].startswith("SUBREDDIT: r/") for r in tldr)
     assert all(r["prompt"].endswith("\n\nTL;DR:") and r["chosen"].startswith(" ") for r in tldr)
@@ -231,21 +233,21 @@ def test_summary_and_scored_files():
 
 
 @pytest.mark.parametrize("split", ["train", "test", "ood_near", "ood_far"])
-def test_reviews(split):
+def test_the_built_in_task_has_records_in_every_split(split):
     rows = load_records("reviews", "completion", split, limit=20)
     assert len(rows) == 20 and all(set(r) >= {"prompt", "completion"} and r["completion"][0] == " " for r in rows)
     assert load_records("reviews", "completion", split, limit=20) == rows
     assert all(len(load_records("reviews", kind, split, limit=5)) == 5 for kind in ("text", "prompt"))
 
 
-def test_reviews_errors():
+def test_the_built_in_task_rejects_unknown_splits_and_kinds():
     with pytest.raises(DataError, match="no split 'dev'"):
         load_records("reviews", "prompt", "dev")
     with pytest.raises(DataError, match="no preference records"):
         load_records("reviews", "preference")
 
 
-def test_split_keeps_a_group_on_one_side_and_does_not_depend_on_the_rest():
+def test_split_keeps_a_group_together_whatever_the_other_records():
     records = [{"prompt": f"p{i % 300}", "completion": str(i)} for i in range(900)]
     train, held_out = data.split_records(records, 0.1, seed=3)
     assert len(train) + len(held_out) == 900 and 30 <= len(held_out) <= 180
@@ -258,9 +260,11 @@ def test_split_keeps_a_group_on_one_side_and_does_not_depend_on_the_rest():
         data.split_records(grouped, 0.5)
 
 
-# ----------------------------------------------------------------------------------------------- examples and batches
+# ---- Examples and batches -------------------------------------------------------------------------------------------
+
+
 class Letters:
-    """A tokenizer whose token is a character: numbers in these tests can be counted on fingers."""
+    """A tokenizer with one token per character, so that the lengths in these tests can be counted by hand."""
     eos_id, pad_id, bos_id, chat_template = 1, 0, None, None
 
     def encode(self, text, start=True):
@@ -275,7 +279,7 @@ def ids(text):
     return [ord(c) for c in text]
 
 
-def test_prompts():
+def test_encode_prompt_truncates_and_adds_bos():
     assert data.encode_prompt(Letters(), "abcdef") == ids("abcdef")
     assert data.encode_prompt(Letters(), "abcdef", 4) == ids("cdef")
     assert data.encode_prompt(Letters(), "abcdef", 4, keep="start") == ids("abcd")
@@ -291,17 +295,17 @@ def test_prompts():
         data.encode_prompt(Letters(), "ab", keep="middle")
 
 
-def test_tldr_truncation():
+def test_tldr_truncation_drops_lines_from_the_end_of_the_post():
     prompt = TLDR_PROMPT.format(subreddit="s", title="t", post="one\ntwo\nthree")
     frame = len(prompt) - len("one\ntwo\nthree")
 
     def post(max_tokens, text=prompt):
         return data.truncate_tldr(Letters(), text, max_tokens).partition("POST: ")[2].removesuffix("\n\nTL;DR:")
     assert post(frame + 13) == "one\ntwo\nthree"
-    assert post(frame + 12) == "one\ntwo"          # from the last newline on
+    assert post(frame + 12) == "one\ntwo"          # cut at the last newline
     assert post(frame + 6) == "one"
     assert post(frame + 2) == "on"                 # no newline left: single characters
-    assert post(frame) == post(frame - 5) == ""    # nothing left of the post: a harder cut is encode_prompt's
+    assert post(frame) == post(frame - 5) == ""    # nothing of the post is left: encode_prompt cuts the rest
     assert len(data.encode_prompt(Letters(), prompt, frame - 5, keep="tldr")) == frame - 5
     assert data.encode_prompt(Letters(), prompt, frame + 12, keep="tldr") == ids(prompt.replace("\nthree", ""))
     article = CNNDM_PROMPT.format(article="one\ntwo")
@@ -309,7 +313,7 @@ def test_tldr_truncation():
     assert data.truncate_tldr(Letters(), "x" * 99, 9) == "x" * 99
 
 
-def test_tldr_truncation_by_leaps_equals_single_characters(tiny):
+def test_tldr_truncation_in_large_steps_equals_one_character_at_a_time(tiny):
     rng = random.Random(0)
     post = "".join(rng.choices("the cat sat on é中 ", k=900))
     prompt, shorter = TLDR_PROMPT.format(subreddit="s", title="t", post=post), post
@@ -318,33 +322,33 @@ def test_tldr_truncation_by_leaps_equals_single_characters(tiny):
     assert data.truncate_tldr(tiny, prompt, 300) == TLDR_PROMPT.format(subreddit="s", title="t", post=shorter)
 
 
-def test_trap_14_prompt_and_response_are_tokenised_apart_and_cut_by_the_papers_rule(tiny):
+def test_trap_14_prompt_and_response_are_tokenised_separately_and_cut_as_in_dpo(tiny):
     assert data.make_example(Letters(), "abcd", "xy", 7) == Example([*ids("abcdxy"), 1], 4)       # fits: 4 + 3
     assert data.make_example(Letters(), "abcd", "xy", 7, 1) == Example([*ids("abcdxy"), 1], 4)    # so the prompt stays
-    assert data.make_example(Letters(), "abcd", "xy", 6, 2) == Example([*ids("cdxy"), 1], 2)      # prompt first
-    assert data.make_example(Letters(), "abcd", "xyz", 4, 2) == Example(ids("cdxy"), 2)           # then the response
+    assert data.make_example(Letters(), "abcd", "xy", 6, 2) == Example([*ids("cdxy"), 1], 2)      # first cut the prompt
+    assert data.make_example(Letters(), "abcd", "xyz", 4, 2) == Example(ids("cdxy"), 2)           # then cut the response
     assert data.make_example(Letters(), "abcd", "xyz", 4, 2, keep="start") == Example(ids("abxy"), 2)
-    assert data.make_example(Letters(), "ab", "xyz", 4, 3) == Example(ids("abxy"), 2)             # all that is left
+    assert data.make_example(Letters(), "ab", "xyz", 4, 3) == Example(ids("abxy"), 2)             # the room that is left
     for limits in ((4, None), (4, 4), (2, 3)):
         with pytest.raises(DataError, match="no room for a response"):
             data.make_example(Letters(), "abcd", "x", *limits)
-    a, b = data.make_examples(Letters(), "abcd", ["x", "xyz"], 7, 2)  # the longest response decides for all
+    a, b = data.make_examples(Letters(), "abcd", ["x", "xyz"], 7, 2)  # the longest response decides for both
     assert a == Example([*ids("cdx"), 1], 2) and b == Example([*ids("cdxyz"), 1], 2)
-    joined = data.make_example(tiny, "the c", "at")  # " cat" is one token: no token may straddle the border
+    joined = data.make_example(tiny, "the c", "at")  # " cat" is one token, but none may straddle the border
     assert joined.tokens == tiny.encode("the c") + tiny.encode("at") + [tiny.eos_id]
     assert tiny.encode("the cat") != joined.tokens[:-1]
 
 
-def test_packing():
+def test_pack_texts_joins_documents_and_cuts_blocks():
     blocks = data.pack_texts(Letters(), ["abc", "de"], 3)
     assert blocks == [Example([1, *ids("ab")], 1), Example([*ids("c"), 1, *ids("d")], 1), Example([*ids("e"), 1], 1)]
-    lone = data.pack_texts(Letters(), ["abc", "d"], 3)  # a last block of one token has nothing to predict
+    lone = data.pack_texts(Letters(), ["abc", "d"], 3)  # a last block of one token is dropped: nothing to predict
     assert lone[-1] == Example([*ids("c"), 1, *ids("d")], 1)
     assert data.pack_texts(LettersWithBos(), ["a", "b"], 9) == [Example([2, *ids("a"), 1, 2, *ids("b"), 1], 1)]
 
 
-def test_traps_1_and_10_mask_holds_eos_and_never_padding():
-    """Even where pad is the id of a token in the row, as with GPT-2: masks come from lengths."""
+def test_traps_1_and_10_the_mask_includes_eos_and_excludes_padding():
+    """This holds even if the pad id occurs in a row, as with GPT-2, because masks come from lengths."""
     examples = [Example([5, 6, 7, 1], 2), Example([5, 9, 9, 9, 9, 1], 1), Example([9, 1], 1)]
     for pad_id in (0, 9, 1):
         batch = data.collate(examples, pad_id)
@@ -360,7 +364,7 @@ def test_trap_1_every_response_ends_with_one_eos(tiny):
     assert example.tokens[-1] == tiny.eos_id and example.tokens.count(tiny.eos_id) == 1
 
 
-def test_epoch_order_is_a_function_of_its_arguments():
+def test_epoch_order_depends_on_its_arguments_only():
     before = np.random.get_state()[1].copy()
     orders = [training.epoch_order(50, seed, epoch) for seed in (0, 1, -1) for epoch in (0, 1, 2)]
     assert all(sorted(o) == list(range(50)) for o in orders)
@@ -374,13 +378,13 @@ def test_batches_cover_an_epoch_and_do_not_depend_on_history():
     steps = [training.batch_indices(10, 3, step, seed=5) for step in range(9)]
     for epoch in range(3):
         rows = [i for batch in steps[3 * epoch:3 * epoch + 3] for i in batch]
-        assert len(rows) == len(set(rows)) == 9  # the tenth row waits for another epoch
+        assert len(rows) == len(set(rows)) == 9  # the tenth row is left out of this epoch
     training.epoch_order.cache_clear()
     assert training.batch_indices(10, 3, 8, seed=5) == steps[8] and all(type(i) is int for i in steps[8])
     assert [sorted(training.batch_indices(2, 8, step, seed=5)) for step in range(3)] == [[0, 1]] * 3
 
 
-def test_micro_batches_lose_nothing_and_waste_little():
+def test_micro_batches_keep_every_row_with_little_padding():
     rng = random.Random(0)
     examples = [Example([1] * rng.randrange(2, 60), 1) for _ in range(50)]
     parts = data.micro_batches(examples, 8)

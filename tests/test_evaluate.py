@@ -1,4 +1,4 @@
-"""evaluate.py: every measure against a direct computation, and what load_reward makes of good and bad rewards."""
+"""Tests of metrics.py, evaluate.py and rewards.py: measures against direct computations, and good and bad rewards."""
 
 import itertools
 import json
@@ -11,19 +11,21 @@ import torch
 
 from nanorlhf import evaluate, reviews
 from nanorlhf.data import Example, collate, encode_prompt, encode_response
-from nanorlhf.tokenizer import load_tokenizer
+from nanorlhf.errors import UserError
 from nanorlhf.evaluate import measure
+from nanorlhf.generate import generate
 from nanorlhf.metrics import (across_input_diversity, best_of_n_estimate, bon_kl, expectation_adjusted_distinct,
                               mean_and_interval, nli_diversity, per_input_diversity, sbert_diversity, sequence_kl, win_rate)
-from nanorlhf.generate import generate
 from nanorlhf.model import ModelConfig, RewardModel, Transformer
 from nanorlhf.rewards import load_reward
-from nanorlhf.errors import UserError
+from nanorlhf.tokenizer import load_tokenizer
 
 CPU = torch.device("cpu")
 
 
-# ------------------------------------------------------------------------------------------------------------- best of n
+# ---- Best of n ------------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("n, kl", [(1, 0.0), (4, 0.64), (8, 1.20), (16, 1.84), (64, 3.17), (128, 3.86)])
 def test_bon_kl_has_the_published_values(n, kl):
     assert bon_kl(n) == pytest.approx(kl, abs=0.006)
@@ -31,14 +33,14 @@ def test_bon_kl_has_the_published_values(n, kl):
 
 
 def test_bon_kl_is_the_kl_of_the_maximum_of_n_uniform_draws():
-    """Without ties the winner's density relative to the base is n u^(n-1): integrate p log p."""
+    """Without ties, the winner's density relative to the base is p = n u^(n-1); the test integrates p log p."""
     u = (np.arange(200_000) + 0.5) / 200_000
     for n in (2, 5):
         assert np.mean(n * u ** (n - 1) * np.log(n * u ** (n - 1))) == pytest.approx(bon_kl(n), abs=1e-4)
 
 
 def by_enumeration(scores, n, values):
-    """Over all subsets of n and, within one, over all samples that share its best score."""
+    """Returns the mean over all subsets of n and, within each, over all samples that share its best score."""
     means = []
     for subset in itertools.combinations(range(len(scores)), n):
         best = max(scores[i] for i in subset)
@@ -50,7 +52,7 @@ def by_enumeration(scores, n, values):
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize("N", [1, 2, 5, 8])
 def test_best_of_n_estimate_is_the_mean_over_all_subsets(N, ties):
-    """Trap 19: not one maximum of the pool; and the true reward of the proxy's choice, not the proxy's own."""
+    """Trap 19: not one maximum of the pool; and it takes the true reward of the proxy's choice, not the proxy's score."""
     rng = random.Random(N)
     scores = [rng.randrange(3) if ties else rng.random() for _ in range(N)]
     values = [rng.gauss(0, 1) for _ in range(N)]
@@ -59,7 +61,7 @@ def test_best_of_n_estimate_is_the_mean_over_all_subsets(N, ties):
         assert best_of_n_estimate(scores, n, values) == pytest.approx(by_enumeration(scores, n, values), abs=1e-12)
 
 
-def test_best_of_n_estimate_closed_forms_and_large_pools():
+def test_best_of_n_estimate_has_its_closed_forms_in_large_pools():
     scores = list(np.random.default_rng(0).normal(size=2000))
     assert best_of_n_estimate(scores, 1) == pytest.approx(np.mean(scores), abs=1e-9)
     assert best_of_n_estimate(scores, 2000) == pytest.approx(max(scores), abs=1e-9)
@@ -68,18 +70,20 @@ def test_best_of_n_estimate_closed_forms_and_large_pools():
 
 
 @pytest.mark.parametrize("scores, n, values", [([1, 2], 3, None), ([1, 2], 0, None), ([1, 2], 1, [1])])
-def test_best_of_n_estimate_refuses_what_has_no_answer(scores, n, values):
+def test_best_of_n_estimate_rejects_impossible_arguments(scores, n, values):
     with pytest.raises(ValueError):
         best_of_n_estimate(scores, n, values)
 
 
-# -------------------------------------------------------------------------------------------------------------- diversity
+# ---- Diversity ------------------------------------------------------------------------------------------------------
+
+
 def test_ead_of_16_identical_texts_of_6_words_is_a_sixteenth():
-    assert expectation_adjusted_distinct(["the cat sat on the mat."] * 16) != pytest.approx(0.0625, abs=1e-3)  # "the" twice
+    assert expectation_adjusted_distinct(["the cat sat on the mat."] * 16) != pytest.approx(0.0625, abs=1e-3)  # two "the"
     assert expectation_adjusted_distinct(["a cat sat on the mat."] * 16) == pytest.approx(0.0625, abs=1e-3)
 
 
-def test_ead_against_the_formula_with_exact_fractions():
+def test_ead_equals_its_formula():
     texts, V = ["a b c.", "a b\nd e f g", "", "x"], 50
     words = [["a", "b", "c"], ["a", "bd", "e", "f", "g"], [], ["x"]]
     expected = []
@@ -90,14 +94,14 @@ def test_ead_against_the_formula_with_exact_fractions():
     assert expectation_adjusted_distinct([]) == expectation_adjusted_distinct([""]) == 0.0
 
 
-def test_ead_of_all_distinct_words_is_about_1_and_more_repetition_is_less():
+def test_ead_of_distinct_words_is_about_1_and_repetition_lowers_it():
     texts = [" ".join(f"w{i}" for i in range(50 * k, 50 * k + 50)) for k in range(4)]
     assert expectation_adjusted_distinct(texts) == pytest.approx(1.0, abs=0.01)
     assert expectation_adjusted_distinct(texts[:1] * 4) < expectation_adjusted_distinct(texts[:2] * 2) < 0.6
 
 
-def test_per_input_and_across_input_diversity_take_the_right_sets():
-    """Across inputs: the set of first outputs, not the pooled set."""
+def test_diversity_is_measured_per_input_and_across_first_outputs():
+    """Across inputs, the set is that of the first outputs, not of all outputs pooled."""
     outputs = [["a", "b", "c"], ["a", "a", "a"]]
     assert per_input_diversity(outputs, lambda texts: len(set(texts))) == 2.0
     assert across_input_diversity(outputs, lambda texts: tuple(texts)) == ("a", "a")
@@ -115,8 +119,8 @@ def test_sbert_diversity_is_1_minus_the_mean_cosine_of_unordered_pairs():
     assert sbert_diversity(["x", "y", "xy"], encode) == pytest.approx(1 - (0 + 2 * math.sqrt(0.5)) / 3)
 
 
-def test_nli_diversity_sign_and_range():
-    """Higher is more diverse: contradiction +1, entailment -1, both directions summed, mean over unordered pairs."""
+def test_nli_diversity_is_higher_for_contradictions():
+    """Higher is more diverse: contradiction +1, entailment -1, the two directions added, unordered pairs averaged."""
     good, bad, other = " The plot is good.", " The plot is bad.", " The ending is good."
     assert nli_diversity([good, bad]) == 2.0
     assert nli_diversity([good, good]) == -2.0
@@ -127,8 +131,10 @@ def test_nli_diversity_sign_and_range():
     assert nli_diversity(["a", "b"], lambda p, h: answers[p, h]) == pytest.approx(0.5)
 
 
-# -------------------------------------------------------------------------------------------------------- rates, intervals
-def test_win_rate_counts_ties_half():
+# ---- Rates and intervals --------------------------------------------------------------------------------------------
+
+
+def test_win_rate_counts_a_tie_as_half():
     rate, half = win_rate([1, 2, 3, 4], [0, 2, 4, 3])
     assert rate == 0.625
     assert half == pytest.approx(1.96 * np.std([1, 0.5, 0, 1], ddof=1) / 2)
@@ -137,7 +143,7 @@ def test_win_rate_counts_ties_half():
     assert win_rate(ours, theirs)[0] + win_rate(theirs, ours)[0] == pytest.approx(1)
 
 
-def test_mean_and_interval_covers_the_mean_95_times_in_100():
+def test_the_interval_covers_the_mean_in_about_95_percent_of_trials():
     rng = np.random.default_rng(1)
     inside = []
     for _ in range(1000):
@@ -146,7 +152,9 @@ def test_mean_and_interval_covers_the_mean_95_times_in_100():
     assert 0.92 < np.mean(inside) < 0.97
 
 
-# --------------------------------------------------------------------------------------------------------------------- KL
+# ---- KL -------------------------------------------------------------------------------------------------------------
+
+
 def tiny(seed, vocab=12, std=0.5):
     return Transformer(
         ModelConfig(
@@ -198,8 +206,8 @@ def test_sequence_kl_is_0_at_the_reference_and_ignores_padding():
 
 
 @torch.no_grad()
-def test_mean_sequence_kl_on_own_samples_agrees_with_the_mean_of_summed_log_ratios():
-    """Two estimates of one number; k1's is noisier, and neither may have the sign or the direction wrong."""
+def test_mean_sequence_kl_on_samples_agrees_with_the_k1_estimate():
+    """Both estimate the same number, k1 with more noise. Neither may have the wrong sign or direction."""
     policy, reference = tiny(0, std=0.3), tiny(1, std=0.3)
     prompt = [1, 2, 3]
     samples = generate(policy, [prompt], 8, num_samples=1500, seed=0)
@@ -211,7 +219,9 @@ def test_mean_sequence_kl_on_own_samples_agrees_with_the_mean_of_summed_log_rati
     assert exact.mean() > 8 * error and exact.std() < k1.std()
 
 
-# ----------------------------------------------------------------------------------------------------------------- rewards
+# ---- Rewards --------------------------------------------------------------------------------------------------------
+
+
 @pytest.fixture(scope="module")
 def tokenizer():
     return load_tokenizer("reviews")
@@ -219,7 +229,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def texts(tokenizer):
-    """(prompts, completions, ids of both); the last completion was cut before its EOS."""
+    """Returns (prompts, completions, prompt ids, completion ids). The last completion is truncated before its EOS."""
     rows = reviews.records("train", 6)
     prompts, completions = [r["prompt"] for r in rows], [r["completion"] for r in rows]
     responses = [encode_response(tokenizer, c) for c in completions]
@@ -235,7 +245,7 @@ def test_gold_reward_of_ids_is_the_gold_reward_of_their_text(tokenizer, texts):
     assert found.tolist() == pytest.approx([reviews.gold_reward(p, c) for p, c in zip(prompts, completions)], abs=1e-6)
 
 
-def test_a_users_function_gets_texts_without_eos(tokenizer, texts, tmp_path):
+def test_a_user_function_gets_texts_without_eos(tokenizer, texts, tmp_path):
     file = tmp_path / "mine.py"
     file.write_text(
         "seen = []\ndef score(prompts, completions):\n    seen.append((prompts, completions))\n"
@@ -267,7 +277,7 @@ def test_a_users_function_gets_texts_without_eos(tokenizer, texts, tmp_path):
         ("import no_such_module_anywhere", "ModuleNotFoundError"),
     ],
 )
-def test_a_users_function_that_fails_is_one_line_that_names_it(tokenizer, texts, tmp_path, code, says):
+def test_a_failing_user_function_gives_a_one_line_error_that_names_it(tokenizer, texts, tmp_path, code, says):
     file = tmp_path / "mine.py"
     file.write_text(code)
     with pytest.raises(UserError) as error:
@@ -276,7 +286,7 @@ def test_a_users_function_that_fails_is_one_line_that_names_it(tokenizer, texts,
 
 
 @pytest.mark.parametrize("spec, says", [("./nowhere/rm", "not a reward-model folder"), ("nowhere.py:score", "no file nowhere.py")])
-def test_a_reward_that_is_not_there_is_one_line(tokenizer, spec, says):
+def test_a_missing_reward_gives_a_one_line_error(tokenizer, spec, says):
     with pytest.raises(UserError, match=says):
         load_reward(spec, tokenizer, CPU)
 
@@ -305,8 +315,8 @@ def reward_folder(folder, tokenizer, seed=0):
 
 
 @torch.no_grad()
-def test_a_reward_model_with_the_same_tokenizer_reads_the_policys_very_ids(tokenizer, texts, tmp_path):
-    """Trap 4: also ids that no encoder would choose (a word spelt in bytes), with EOS or without, at any batch size."""
+def test_a_reward_model_with_the_policys_tokenizer_reads_its_ids_unchanged(tokenizer, texts, tmp_path):
+    """Trap 4: even ids that no encoder would choose (a word spelt in bytes), with or without EOS, at any batch size."""
     model = reward_folder(tmp_path, tokenizer)
     _, _, prompt_ids, responses = texts
     spelt = [i for byte in b" The plot" for i in tokenizer.encode(chr(byte))] + [tokenizer.eos_id]
@@ -328,18 +338,20 @@ def test_a_reward_model_with_another_tokenizer_reads_the_text_in_its_own_tokens(
     prompts, completions, prompt_ids, responses = texts
     found = load_reward(str(tmp_path), tokenizer, CPU)(prompt_ids, responses)
     for i in range(6):
-        row = own.encode(prompts[i]) + own.encode(completions[i]) + ([] if i == 5 else [own.eos_id])  # the last was cut
+        row = own.encode(prompts[i]) + own.encode(completions[i]) + ([] if i == 5 else [own.eos_id])  # truncated
         assert found[i].item() == pytest.approx((model(torch.tensor([row]))[0, -1].item() - 0.3) / 1.7, abs=1e-5)
 
 
-def test_a_language_model_is_no_reward_model(tokenizer, tmp_path):
+def test_a_language_model_is_rejected_as_a_reward_model(tokenizer, tmp_path):
     tiny(0, vocab=tokenizer.vocab_size).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="no reward model"):
         load_reward(str(tmp_path), tokenizer, CPU)
 
 
-# ----------------------------------------------------------------------------------------------------------------- measure
-def test_measure_reports_what_its_texts_say_and_0_kl_at_the_reference(tokenizer, texts):
+# ---- Measuring a policy ---------------------------------------------------------------------------------------------
+
+
+def test_measure_reports_the_rewards_of_its_texts_and_0_kl_at_the_reference(tokenizer, texts):
     policy = Transformer(
         ModelConfig(
             vocab_size=tokenizer.vocab_size,
@@ -362,11 +374,11 @@ def test_measure_reports_what_its_texts_say_and_0_kl_at_the_reference(tokenizer,
     assert metrics["eval/gold"] == pytest.approx(
         np.mean([reviews.gold_reward(f["prompt"], f["completion"]) for f in found]), abs=1e-6
     )
-    assert json.dumps(found) and measure(policy, policy, tokenizer, texts[2], rewards, 12)[1] == found  # same seed, same texts
+    assert json.dumps(found) and measure(policy, policy, tokenizer, texts[2], rewards, 12)[1] == found  # same seed
     assert measure(policy, policy, tokenizer, texts[2], rewards, 12, seed=1)[1] != found
 
 
-def test_missing_extras_are_named(monkeypatch):
+def test_a_missing_extra_is_named_in_the_error(monkeypatch):
     import builtins
 
     real = builtins.__import__

@@ -1,4 +1,4 @@
-"""Every family of checkpoints through every script: a tiny folder of random weights in, folders that transformers loads out."""
+"""Every script on every model family, from a tiny folder of random weights to folders that transformers loads."""
 
 import json
 
@@ -12,20 +12,19 @@ import train_rm
 import train_rrhf
 import train_sft
 from conftest import entry_of
-from nanorlhf.formats.checkpoints import FAMILIES, read_config, tensor_layout
 from nanorlhf.data import collate, make_examples
 from nanorlhf.evaluate import Options, columns_of, evaluate_policies
-from nanorlhf.model import ModelConfig, RewardModel, Transformer
 from nanorlhf.files import read_jsonl
+from nanorlhf.formats.checkpoints import FAMILIES, read_config, tensor_layout
+from nanorlhf.model import ModelConfig, RewardModel, Transformer
 from nanorlhf.options import main
 from nanorlhf.tokenizer import load_tokenizer, tokenizer_of
-
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def write_base(folder, family, **fields):
-    """Random weights around the built-in task's tokenizer, with an embedding larger than it, as published ones are."""
+    """Writes random weights and the built-in tokenizer. As in published models, the embedding has spare rows."""
     tokenizer = load_tokenizer("reviews")
     shape = dict(vocab_size=tokenizer.vocab_size + 7, context=80, layers=2, heads=3, kv_heads=3, head_dim=8, init_std=0.1,
                  eos_id=tokenizer.eos_id, pad_id=None)
@@ -45,7 +44,7 @@ def go(module, out, **options):
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def chain(request, tmp_path_factory):
-    """(family, folder in which the whole chain has run)."""
+    """Returns (family, folder in which all scripts have run)."""
     at = tmp_path_factory.mktemp(request.param)
     write_base(at / "base", request.param)
     sft, rm = str(at / "sft"), str(at / "rm")
@@ -59,14 +58,14 @@ def chain(request, tmp_path_factory):
     return request.param, at
 
 
-def test_the_chain_starts_at_its_closed_forms(chain):
+def test_the_first_steps_of_ppo_and_dpo_have_their_closed_forms(chain):
     _, at = chain
     first = {name: read_jsonl(at / name / "metrics.jsonl")[0] for name in ("ppo", "dpo")}
     assert abs(first["ppo"]["objective/kl"]) < 1e-6 and abs(first["ppo"]["val/ratio"] - 1) < 0.2
     assert first["dpo"]["loss"] == pytest.approx(0.693147, abs=1e-5)
 
 
-def test_every_folder_stays_its_family_and_loads_in_transformers(chain):
+def test_every_folder_keeps_its_family_and_loads_in_transformers(chain):
     family, at = chain
     tokenizer = load_tokenizer("reviews")
     own = load_tokenizer(at / "base")
@@ -87,7 +86,7 @@ def test_every_folder_stays_its_family_and_loads_in_transformers(chain):
 
 
 def test_reward_folders_score_a_padded_batch_as_transformers_does(chain):
-    """Its pad id is its own: the base folder has none. `reward_mean` and `reward_std` are ours alone."""
+    """The folder has a pad id although the base folder has none. transformers ignores `reward_mean` and `reward_std`."""
     _, at = chain
     transformers = pytest.importorskip("transformers", reason="needs transformers (the `parity` extra)")
     theirs = transformers.AutoModelForSequenceClassification.from_pretrained(at / "rm").eval()
@@ -103,14 +102,14 @@ def test_reward_folders_score_a_padded_batch_as_transformers_does(chain):
     torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
 
 
-def test_a_new_model_of_each_family(chain, tmp_path):
+def test_each_family_trains_from_scratch(chain, tmp_path):
     family, _ = chain
     rows = go(train_sft, tmp_path / "new", init="scratch", family=family, kind="text", limit=30, width=24, layers=1, heads=3,
               context=40)
     assert rows[0]["loss"] > 5 and Transformer.from_pretrained(tmp_path / "new").config.family == family
 
 
-def test_a_window_limits_the_context_of_mistral(tmp_path):
+def test_the_sliding_window_limits_the_context_of_mistral(tmp_path):
     write_base(tmp_path / "m", "mistral")
     config = json.loads((tmp_path / "m" / "config.json").read_text())
     for window, context in ((32, 32), (4096, 80), (None, 80)):
@@ -118,9 +117,11 @@ def test_a_window_limits_the_context_of_mistral(tmp_path):
         assert Transformer.from_pretrained(tmp_path / "m").config.context == context
 
 
-# ------------------------------------------------------------------------------------------------- models as published
+# ---- Published models -----------------------------------------------------------------------------------------------
+
+
 NEW = dict(tie_word_embeddings=False, rms_norm_eps=1e-5, hidden_act="silu")
-PUBLISHED = {  # config.json of the papers' models and their successors, and their published numbers of weights
+PUBLISHED = {  # name -> (number of weights, config.json), as published, for the papers' models and their successors
     "gpt2-large": (774_030_080, dict(model_type="gpt2", vocab_size=50257, n_positions=1024, n_embd=1280, n_layer=36, n_head=20)),
     "gpt-j-6b": (6_050_882_784, dict(
         model_type="gptj", vocab_size=50400, n_positions=2048, n_embd=4096, n_layer=28, n_head=16, rotary_dim=64,
@@ -154,8 +155,8 @@ PUBLISHED = {  # config.json of the papers' models and their successors, and the
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_published_models_have_their_published_tensors(tmp_path, name):
-    """On the meta device: the number of weights is the published one, and names and shapes are those of transformers."""
+def test_published_models_have_the_published_number_and_shapes_of_weights(tmp_path, name):
+    """On the meta device, the number of weights is the published one, and names and shapes are those of transformers."""
     count, raw = PUBLISHED[name]
     (tmp_path / "config.json").write_text(json.dumps(raw))
     with torch.device("meta"):
@@ -169,8 +170,10 @@ def test_published_models_have_their_published_tensors(tmp_path, name):
     assert {n: shape for n, shape, *_ in tensor_layout(ours, "lm_head", family.prefix)} == want
 
 
-# --------------------------------------------------------------------------------------------------------- names of the hub
-def test_a_hub_name_is_downloaded_once_and_trained_like_a_folder(tmp_path, monkeypatch):
+# ---- Hub names ------------------------------------------------------------------------------------------------------
+
+
+def test_a_hub_name_is_downloaded_once_and_used_like_a_folder(tmp_path, monkeypatch):
     hub = pytest.importorskip("huggingface_hub", reason="needs huggingface_hub (the `hub` extra)")
     write_base(tmp_path / "cache", "qwen2")
     asked = []
@@ -193,14 +196,14 @@ def test_a_table_without_a_true_reward_has_no_gold_column(chain, tmp_path):
 
 
 @pytest.mark.parametrize("chain", ["gpt2"], indirect=True)
-def test_ppo_says_when_no_response_ends(chain, tmp_path, capsys):
+def test_ppo_prints_advice_when_no_response_ends(chain, tmp_path, capsys):
     _, at = chain
     go(train_ppo, tmp_path / "p", init=str(at / "sft"), reward="gold", limit=4, response_length=1)
     assert "no response ended within --response_length 1: raise it" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("chain", ["llama"], indirect=True)
-def test_every_option_that_names_a_checkpoint_takes_hub_names(chain, tmp_path, monkeypatch):
+def test_every_checkpoint_option_accepts_hub_names(chain, tmp_path, monkeypatch):
     _, at = chain
     hub = pytest.importorskip("huggingface_hub", reason="needs huggingface_hub (the `hub` extra)")
     monkeypatch.chdir(tmp_path)
@@ -219,7 +222,7 @@ def refusal(monkeypatch, *argv):
     return str(caught.value)
 
 
-def test_offline_a_hub_name_is_a_line_that_names_the_folder_form(tmp_path, monkeypatch):
+def test_a_hub_name_offline_gives_an_error_that_suggests_a_folder(tmp_path, monkeypatch):
     hub = pytest.importorskip("huggingface_hub", reason="needs huggingface_hub (the `hub` extra)")
 
     def offline(name, **options):
@@ -232,7 +235,7 @@ def test_offline_a_hub_name_is_a_line_that_names_the_folder_form(tmp_path, monke
     assert "first run: python train_sft.py" in refusal(monkeypatch, "--out", "x")      # out/base is never a hub name
 
 
-def test_without_the_extra_a_hub_name_says_which_to_install(tmp_path, monkeypatch):
+def test_a_hub_name_without_the_extra_gives_an_error_that_names_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
     assert "pip install -e '.[hub]'" in refusal(monkeypatch, "--init", "somebody/another-model", "--out", "x")

@@ -1,21 +1,21 @@
-"""Sampling against a full forward, against itself in other batches, beam search against enumeration; transformers for both."""
+"""Tests of sampling and beam search against full forward passes, other batches, enumeration and transformers."""
 
 import itertools
 
 import pytest
 import torch
 
+from nanorlhf.errors import UserError
 from nanorlhf.formats.checkpoints import FAMILIES
 from nanorlhf.generate import beam_search, generate, prefill
 from nanorlhf.kernels import sample
 from nanorlhf.model import ModelConfig, Transformer
-from nanorlhf.errors import UserError
 
 PROMPTS = [[5, 9, 3, 22, 17, 30, 8], [4], [11, 2, 19], [6, 6, 40, 33, 12]]
 
 
 def tiny(family="gpt2", seed=0, **fields):
-    """Random, but with logits far enough apart that samples differ and EOS (id 1) comes now and then."""
+    """A random model whose logits are far enough apart that samples differ and EOS (id 1) is drawn now and then."""
     grouped = family in ("llama", "mistral", "qwen2", "qwen3")
     defaults = dict(vocab_size=48, context=40, layers=2, heads=4, kv_heads=2 if grouped else 4, head_dim=6, eos_id=1, pad_id=0,
                     rotary_dim=2 if family in ("gptj", "gpt_neox") else 0, init_std=0.3)
@@ -23,7 +23,7 @@ def tiny(family="gpt2", seed=0, **fields):
 
 
 class Letters:
-    """A stand-in for a tokenizer: id i is one letter."""
+    """A stand-in for a tokenizer in which each id is one letter."""
     def __init__(self, vocab_size):
         self.vocab_size, self.eos_id = vocab_size, -1
 
@@ -35,10 +35,12 @@ def rows_of(samples):
     return list(zip(samples.responses(), samples.finished.tolist()))
 
 
-# ---------------------------------------------------------------------------------------------------- cache and numbers
+# ---- Cache and log-probabilities ------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("n", [1, 3])
-def test_cached_logits_equal_a_full_forward_on_a_ragged_batch(family, n):
+def test_cached_logits_equal_a_full_forward_pass_on_ragged_prompts(family, n):
     model = tiny(family)
     new = torch.randint(48, (len(PROMPTS) * n, 10), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -53,8 +55,8 @@ def test_cached_logits_equal_a_full_forward_on_a_ragged_batch(family, n):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_bfloat16_sampling_is_near_the_full_forward(family):
-    """Under autocast the cache holds bfloat16 and every family's types fit together."""
+def test_bfloat16_sampling_is_close_to_the_full_forward_pass(family):
+    """Under autocast the cache holds bfloat16, and the dtypes fit together in every family."""
     model = tiny(family)
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         out = generate(model, PROMPTS, 6, num_samples=2, seed=1)
@@ -65,13 +67,13 @@ def test_bfloat16_sampling_is_near_the_full_forward(family):
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_cached_logits_survive_rows_leaving(family):
+def test_cached_logits_stay_right_after_rows_are_removed(family):
     model = tiny(family)
     with torch.no_grad():
         cache, _ = prefill(model, PROMPTS, 2, 6)
         history = [p + [7 + i] for p in PROMPTS for i in range(2)]
         model(torch.tensor([[h[-1]] for h in history]), cache)
-        prompts, rows = torch.tensor([0, 2, 3]), torch.tensor([1, 4, 7])               # one sample of three prompts stays
+        prompts, rows = torch.tensor([0, 2, 3]), torch.tensor([1, 4, 7])               # keep one sample of three prompts
         cache.keep(prompts, rows, 1)
         history = [history[r] + [20] for r in rows]
         logits = model.logits(model(torch.full((3, 1), 20), cache)[:, 0])
@@ -81,8 +83,8 @@ def test_cached_logits_survive_rows_leaving(family):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_logprobs_equal_those_of_a_fresh_forward_at_the_same_temperature(family, temperature):
-    """Traps 6 and 7: what PPO's first ratio divides."""
+def test_logprobs_equal_those_of_a_fresh_forward_pass_at_the_same_temperature(family, temperature):
+    """Traps 6 and 7: PPO's first ratio compares these two."""
     model = tiny(family)
     out = generate(model, PROMPTS, 12, temperature=temperature, num_samples=3, seed=5)
     assert 0 < int(out.finished.sum()) < len(out.finished)                             # both endings occur
@@ -94,8 +96,8 @@ def test_logprobs_equal_those_of_a_fresh_forward_at_the_same_temperature(family,
         assert (logp[len(response):] == 0).all()
 
 
-def test_logprobs_are_those_of_the_truncated_distribution():
-    """Trap 8: sampling by top-k or top-p and scoring without them makes the KL negative."""
+def test_logprobs_are_those_of_the_filtered_distribution():
+    """Trap 8: sampling with top-k or top-p but scoring without them makes the KL negative."""
     model, prompt = tiny(), PROMPTS[0]
     out = generate(model, [prompt], 8, temperature=0.9, top_k=6, top_p=0.8, num_samples=4, seed=2)
     for response, logp in zip(out.responses(), out.logprobs):
@@ -108,9 +110,11 @@ def test_logprobs_are_those_of_the_truncated_distribution():
             assert float(logp[t]) == pytest.approx(float((p[token] / p[kept].sum()).log().detach()), abs=1e-5)
 
 
-# -------------------------------------------------------------------------------------------------- independence of rows
+# ---- Independence of rows -------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_a_row_depends_on_the_seed_and_its_number_only(family):
+def test_a_row_depends_on_its_prompt_the_seed_and_its_index_only(family):
     model = tiny(family)
     prompts = PROMPTS * 3
     whole = rows_of(generate(model, prompts, 12, seed=7))
@@ -120,20 +124,20 @@ def test_a_row_depends_on_the_seed_and_its_number_only(family):
     others = [[1 + i % 7] * (1 + i) for i in range(11)]
     assert rows_of(generate(model, prompts[:1] + others, 12, seed=7))[0] == whole[0]   # other neighbours
     assert rows_of(generate(model, prompts, 12, seed=8)) != whole
-    assert len({tuple(r) for r, _ in whole[::4]}) > 1                                  # one prompt thrice: other rows, other draws
+    assert len({tuple(r) for r, _ in whole[::4]}) > 1                        # one prompt in three rows: different draws
 
 
-def test_num_samples_is_the_prompt_repeated():
+def test_num_samples_equals_repeating_the_prompt():
     model = tiny()
     together = rows_of(generate(model, PROMPTS, 12, num_samples=4, seed=3))
     repeated = rows_of(generate(model, [p for p in PROMPTS for _ in range(4)], 12, seed=3))
     assert together == repeated and len(together) == 16
-    for batch_size in (1, 6):                                                          # fewer than the samples of one prompt
+    for batch_size in (1, 6):                                                          # also fewer than num_samples
         assert rows_of(generate(model, PROMPTS, 12, num_samples=4, seed=3, batch_size=batch_size)) == together
 
 
-def test_finished_rows_leave_without_changing_the_others():
-    """Compaction on and off: without an EOS nobody leaves, and up to where a row would have ended it must be the same."""
+def test_removing_finished_rows_does_not_change_the_others():
+    """Compares with and without compaction: without an EOS id no row is removed, and each must be the same up to its EOS."""
     model, open_ended = tiny(vocab_size=16), tiny(vocab_size=16)
     open_ended.config.eos_id = None
     prompts = [[p % 16 for p in prompt] for prompt in PROMPTS * 2]
@@ -145,8 +149,8 @@ def test_finished_rows_leave_without_changing_the_others():
         torch.testing.assert_close(ended.logprobs[row, :len(response)], whole.logprobs[row, :len(response)], atol=1e-5, rtol=0)
 
 
-def test_mask_holds_the_eos_and_padding_follows():
-    """Trap 1: the EOS is inside the mask; the pad id is not EOS."""
+def test_the_mask_includes_eos_and_padding_follows_it():
+    """Trap 1: EOS is inside the mask, and the pad id is not EOS."""
     model = tiny(pad_id=3)
     out = generate(model, PROMPTS, 15, num_samples=4, seed=0)
     lengths = out.mask.sum(1)
@@ -157,7 +161,7 @@ def test_mask_holds_the_eos_and_padding_follows():
     assert (lengths[~out.finished] == 15).all() and out.tokens.shape[1] == lengths.max()
 
 
-def test_greedy_is_the_argmax_of_a_full_forward():
+def test_greedy_decoding_is_the_argmax_of_a_full_forward_pass():
     model = tiny("llama")
     out = generate(model, PROMPTS, 10, temperature=0)
     for prompt, response in zip(PROMPTS, out.responses()):
@@ -166,10 +170,10 @@ def test_greedy_is_the_argmax_of_a_full_forward():
     assert (out.logprobs == 0).all()
 
 
-def test_stop_strings_end_a_row_where_they_stand():
+def test_a_stop_string_ends_its_row():
     model, letters = tiny(vocab_size=20, eos_id=None), Letters(20)
     free = [letters.decode(r) for r in generate(model, PROMPTS[1:2] * 8, 20, seed=4, tokenizer=letters).responses()]
-    stops = (free[0][3:5], free[1][6])                                                 # one of them across two tokens
+    stops = (free[0][3:5], free[1][6])                                                 # the first one spans two tokens
     out = generate(model, PROMPTS[1:2] * 8, 20, seed=4, stop=stops, tokenizer=letters)
     for text, response, finished in zip(free, out.responses(), out.finished.tolist()):
         ends = [text.find(s) + len(s) for s in stops if s in text]
@@ -180,10 +184,10 @@ def test_stop_strings_end_a_row_where_they_stand():
         generate(model, PROMPTS[1:2], 4, stop=("a",))
 
 
-def test_padded_vocabulary_ids_are_never_drawn_nor_scored():
+def test_ids_beyond_the_tokenizer_are_never_drawn_or_scored():
     model = tiny()
     with torch.no_grad():
-        model.embed.weight[20:] *= 5                                                   # the padding would win
+        model.embed.weight[20:] *= 5                                                   # ids above 19 would win
     letters, prompts = Letters(20), [[3, 4], [7]]
     assert max(max(r) for r in generate(model, prompts, 10, num_samples=8).responses()) >= 20
     out = generate(model, prompts, 10, num_samples=8, tokenizer=letters)
@@ -194,14 +198,14 @@ def test_padded_vocabulary_ids_are_never_drawn_nor_scored():
     torch.testing.assert_close(out.logprobs[::8, 0], logits.gather(1, out.tokens[::8, :1])[:, 0], atol=1e-5, rtol=0)
 
 
-def test_prompts_that_cannot_be_continued_are_named():
+def test_empty_and_overlong_prompts_are_rejected():
     model = tiny()
     for function in (generate, beam_search):
         with pytest.raises(UserError, match="prompt 1 is empty"):
             function(model, [[3], []], 4)
         with pytest.raises(UserError, match="prompt 1 has 37 tokens: with 4 new ones it does not fit the context of 40"):
             function(model, [[3], [3] * 37], 4)
-    assert generate(tiny(eos_id=None), [[3] * 36], 4).tokens.shape == (1, 4)           # exactly full is full
+    assert generate(tiny(eos_id=None), [[3] * 36], 4).tokens.shape == (1, 4)           # a full context is allowed
     out = generate(model, [], 4)
     assert out.tokens.shape == (0, 0) and out.responses() == []
 
@@ -236,7 +240,7 @@ def until_eos(row, eos=1):
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_greedy_equals_transformers(tmp_path, family):
+def test_greedy_decoding_equals_transformers(tmp_path, family):
     model = tiny(family, seed=1)
     theirs = twin(model, tmp_path)
     ids, attend, longest = left_padded(PROMPTS, 0)
@@ -244,7 +248,9 @@ def test_greedy_equals_transformers(tmp_path, family):
     assert generate(model, PROMPTS, 20, temperature=0).responses() == [until_eos(r) for r in want[:, longest:]]
 
 
-# ----------------------------------------------------------------------------------------------------------- beam search
+# ---- Beam search ----------------------------------------------------------------------------------------------------
+
+
 def score(model, prompt, response, length_penalty=1.0, temperature=1.0):
     tokens = torch.tensor([prompt + response])
     with torch.no_grad():
@@ -254,7 +260,7 @@ def score(model, prompt, response, length_penalty=1.0, temperature=1.0):
 
 @pytest.mark.parametrize("length_penalty", [0.0, 1.0, 2.0])
 @pytest.mark.parametrize("eos", [1, None])
-def test_a_beam_wide_enough_enumerates_every_hypothesis_in_order(length_penalty, eos):
+def test_a_wide_enough_beam_returns_every_hypothesis_in_order(length_penalty, eos):
     V, T, prompts = 4, 3, [[2, 3], [0]]
     model = tiny("llama", vocab_size=V, eos_id=eos, init_std=0.5)
     found = beam_search(model, prompts, T, num_beams=V**T, length_penalty=length_penalty)
@@ -266,7 +272,7 @@ def test_a_beam_wide_enough_enumerates_every_hypothesis_in_order(length_penalty,
         assert scores == pytest.approx(sorted(scores, reverse=True), abs=1e-5)
 
 
-def test_one_beam_is_greedy_and_a_prompt_is_independent_of_its_neighbours():
+def test_one_beam_is_greedy_and_prompts_do_not_affect_each_other():
     model = tiny(seed=1)
     assert beam_search(model, PROMPTS, 12, num_beams=1) == [[r] for r in generate(model, PROMPTS, 12, temperature=0).responses()]
     model = tiny("llama", seed=2, vocab_size=12)
@@ -278,7 +284,7 @@ def test_one_beam_is_greedy_and_a_prompt_is_independent_of_its_neighbours():
 
 
 def test_diverse_beams_pay_the_hamming_penalty_group_by_group():
-    """Groups of one beam: each is greedy on log p minus the penalty times how many earlier groups took the token now."""
+    """With one beam per group, each is greedy on log p - penalty * (earlier groups that took the token at this step)."""
     model, prompt, T = tiny("llama", eos_id=None), PROMPTS[0], 6
     for penalty, temperature in ((0.0, 1.0), (0.5, 0.8), (1.0, 0.8), (50.0, 1.0)):
         groups = [[] for _ in range(4)]
@@ -292,17 +298,17 @@ def test_diverse_beams_pay_the_hamming_penalty_group_by_group():
                 taken[token] += 1
         found = beam_search(model, [prompt], T, 4, num_groups=4, diversity_penalty=penalty, temperature=temperature)[0]
         assert sorted(found) == sorted(groups)
-        scores = [score(model, prompt, h, 1.0, temperature) for h in found]            # the penalty chooses, it does not score
+        scores = [score(model, prompt, h, 1.0, temperature) for h in found]            # the score leaves the penalty out
         assert scores == sorted(scores, reverse=True)
         if penalty == 0:
             assert all(h == found[0] for h in found)
         if penalty == 50:
-            assert all(len({h[t] for h in found}) == 4 for t in range(T))              # no token twice at a step
+            assert all(len({h[t] for h in found}) == 4 for t in range(T))              # no token occurs twice
     with pytest.raises(UserError, match="4 beams do not divide into 3 groups"):
         beam_search(model, [prompt], T, 4, num_groups=3)
 
 
-def test_each_group_is_a_beam_search_of_its_own_without_penalty():
+def test_without_penalty_each_group_is_its_own_beam_search():
     model = tiny("llama", seed=2, vocab_size=12)
     prompts = [[p % 12 for p in prompt] for prompt in PROMPTS]
     grouped = beam_search(model, prompts, 10, num_beams=4, num_groups=2)
@@ -313,10 +319,10 @@ def test_each_group_is_a_beam_search_of_its_own_without_penalty():
 @pytest.mark.parametrize("length_penalty", [0.0, 1.0, 1.5])
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_beam_search_equals_transformers(tmp_path, family, length_penalty):
-    """Its conventions are the same: sum / length^penalty, EOS counted, hypotheses only from a step's best num_beams.
+    """The conventions are the same: sum / length^penalty, EOS counted, hypotheses only from the best num_beams of a step.
 
-    Only at the last step do they differ: transformers lets an unfinished beam in only if it is among the best num_beams of
-    all candidates, EOS included; here the best num_beams unfinished ones. So theirs are never better.
+    They differ at the last step only: transformers accepts an unfinished beam only if it is among the best num_beams of all
+    candidates, EOS included; we accept the best num_beams unfinished ones. So theirs are never better.
     """
     model = tiny(family, seed=2, vocab_size=14)
     prompts = [[p % 14 for p in prompt] for prompt in PROMPTS]
@@ -334,7 +340,7 @@ def test_beam_search_equals_transformers(tmp_path, family, length_penalty):
     assert any(h[-1] == 1 for rows in got for h in rows)
 
 
-def test_sampling_is_what_the_kernel_does_with_the_rows_own_stream():
+def test_sampling_is_the_kernel_with_the_rows_own_random_stream():
     import numpy as np
     model = tiny(eos_id=None)
     out = generate(model, PROMPTS, 3, num_samples=2, seed=9)
@@ -347,7 +353,7 @@ def test_sampling_is_what_the_kernel_does_with_the_rows_own_stream():
 
 
 @pytest.mark.parametrize("options", [dict(num_samples=0), dict(temperature=-1.0), dict(top_p=-0.5), dict(max_new_tokens=0)])
-def test_options_without_a_meaning_are_refused(options):
+def test_meaningless_options_are_rejected(options):
     config = ModelConfig.for_family("gpt2", 16, vocab_size=20, context=16, layers=1, heads=2, kv_heads=2, head_dim=8)
     with pytest.raises(UserError):
         generate(Transformer(config), [[1, 2]], **{"max_new_tokens": 4, **options})

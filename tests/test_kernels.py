@@ -1,4 +1,4 @@
-"""The kernels against closed forms: values, gradients, memory, the law of the sampler, attention over a split cache."""
+"""The kernels against closed forms: values, gradients, memory, the distribution of samples, attention over a split cache."""
 
 import math
 
@@ -16,7 +16,7 @@ BELOW_ONE = float(np.nextafter(np.float32(1), np.float32(0)))
 
 
 def problem(N, D, V, dtype=torch.float64, bias=True):
-    """(hidden, weight, targets, bias), the targets at the edges of tiles of 1024 as far as N reaches."""
+    """Returns (hidden, weight, targets, bias). The first targets are at the edges of tiles of 1024, as far as N allows."""
     g = torch.Generator().manual_seed(N + D + V)
     hidden, weight, b = (torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype) for shape in ((N, D), (V, D), (V,)))
     targets = torch.randint(V, (N,), generator=g)
@@ -29,11 +29,13 @@ def plain(hidden, weight, targets, bias=None, temperature=1.0):
     return (F.linear(hidden, weight, bias) / temperature).log_softmax(-1).gather(-1, targets[..., None])[..., 0]
 
 
-# -------------------------------------------------------------------------------------------------- token_logprobs
+# ---- Log-probabilities ----------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("V", [7, 1023, 1024, 1025, 2048, 2500])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 2e-5)])
 def test_logprobs_and_gradients_equal_log_softmax_at_every_tile_boundary(monkeypatch, V, dtype, tolerance):
-    monkeypatch.setattr(kernels, "TILE", 1024 * 9)      # 9 tokens: tiles of 1024 words, V below, at and above the edges
+    monkeypatch.setattr(kernels, "TILE", 1024 * 9)      # 9 tokens: tiles of 1024 ids; V is below, at and above the edges
     values = problem(9, 5, V, dtype)
     results = []
     for function in (token_logprobs, plain):
@@ -48,14 +50,14 @@ def test_logprobs_and_gradients_equal_log_softmax_at_every_tile_boundary(monkeyp
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_gradients_equal_finite_differences_across_tiles(monkeypatch, temperature):
-    monkeypatch.setattr(kernels, "TILE", 1)             # the narrowest tiles there are: 1024 words
+    monkeypatch.setattr(kernels, "TILE", 1)             # the narrowest tiles: 1024 ids
     hidden, weight, targets, bias = problem(4, 2, 1030)
     assert torch.autograd.gradcheck(lambda h: token_logprobs(h, weight, targets, bias, temperature), [hidden.requires_grad_()])
-    inputs = [t.requires_grad_() for t in (hidden, weight, bias)]                      # thousands: along random directions
+    inputs = [t.requires_grad_() for t in (hidden, weight, bias)]                      # thousands: use random directions
     assert torch.autograd.gradcheck(lambda h, w, b: token_logprobs(h, w, targets, b, temperature), inputs, fast_mode=True)
 
 
-def test_only_the_gradients_asked_for_are_made():
+def test_only_the_required_gradients_are_computed():
     hidden, weight, targets, bias = problem(4, 3, 1500)
     hidden.requires_grad_()
     token_logprobs(hidden, weight, targets, bias).sum().backward()
@@ -66,7 +68,7 @@ def test_only_the_gradients_asked_for_are_made():
 
 
 @pytest.mark.parametrize("temperature", [1.0, 1.7])
-def test_entropy_is_that_of_the_softmax_and_carries_no_gradient(monkeypatch, temperature):
+def test_entropy_is_that_of_the_softmax_and_has_no_gradient(monkeypatch, temperature):
     monkeypatch.setattr(kernels, "TILE", 1)
     hidden, weight, targets, bias = problem(6, 4, 2500)
     hidden.requires_grad_()
@@ -81,7 +83,7 @@ def test_entropy_is_that_of_the_softmax_and_carries_no_gradient(monkeypatch, tem
 
 
 class LargestTensor(TorchDispatchMode):
-    """Records the most elements of any tensor that an operation returns, those inside backward included."""
+    """Records the number of elements of the largest tensor that any operation returns, in the backward pass too."""
     numel = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -90,7 +92,7 @@ class LargestTensor(TorchDispatchMode):
         return out
 
 
-def test_no_tokens_by_vocabulary_tensor_is_made_forward_or_backward(monkeypatch):
+def test_no_tensor_of_tokens_times_vocabulary_is_made(monkeypatch):
     N, D, V = 64, 8, 5000
     monkeypatch.setattr(kernels, "TILE", 1024 * N)
     largest = {}
@@ -99,7 +101,7 @@ def test_no_tokens_by_vocabulary_tensor_is_made_forward_or_backward(monkeypatch)
         with LargestTensor() as mode:
             function(hidden.requires_grad_(), weight.requires_grad_(), targets).sum().backward()
         largest[function] = mode.numel
-    assert largest[plain] == N * V                                                     # the measure sees what it should
+    assert largest[plain] == N * V                                                     # so the measurement works
     assert largest[token_logprobs] == 1024 * N
 
 
@@ -129,7 +131,7 @@ def test_leading_dimensions_are_kept():
     assert logp.shape == entropy.shape == (3, 4)
 
 
-def test_no_tokens_at_all():
+def test_zero_tokens_are_allowed():
     hidden, weight = torch.zeros(0, 3, requires_grad=True), torch.randn(1100, 3, requires_grad=True)
     logp, entropy = token_logprobs(hidden, weight, torch.zeros(0, dtype=torch.long), entropy=True)
     assert logp.shape == entropy.shape == (0,)
@@ -137,35 +139,37 @@ def test_no_tokens_at_all():
     assert weight.grad.abs().sum() == 0 and hidden.grad.shape == (0, 3)
 
 
-def test_logprobs_are_never_above_zero_and_survive_huge_logits():
+def test_logprobs_are_never_positive_and_stay_finite_for_huge_logits():
     weight = torch.randn(2000, 4, generator=torch.Generator().manual_seed(0)) * 300
-    hidden = weight[[5, 1999]]                                                         # each token's own word wins by far
+    hidden = weight[[5, 1999]]                                                         # each target wins by far
     logp = token_logprobs(hidden, weight, torch.tensor([5, 1999]))
     assert logp.isfinite().all() and (logp <= 0).all()
     assert token_logprobs(hidden, weight, torch.tensor([6, 0])).isfinite().all()
 
 
 def test_temperature_is_applied_exactly_once():
-    """Trap 6: missing, it leaves the value at temperature 1; twice, it gives that at temperature squared."""
+    """Trap 6: without it the values are those at temperature 1; applied twice, those at the temperature squared."""
     hidden, weight, targets, bias = problem(6, 4, 1300)
     at = {t: token_logprobs(hidden, weight, targets, bias, t) for t in (1.0, 0.5, 0.25)}
     torch.testing.assert_close(at[0.5], plain(2 * hidden, weight, targets, 2 * bias), atol=1e-12, rtol=0)
     assert (at[0.5] - at[1.0]).abs().max() > 0.1 and (at[0.5] - at[0.25]).abs().max() > 0.1
 
 
-# ------------------------------------------------------------------------------------------------------------ sample
+# ---- Sampling -------------------------------------------------------------------------------------------------------
+
+
 SETTINGS = [dict(temperature=1.0), dict(temperature=0.5), dict(temperature=1.5, top_k=7), dict(temperature=0.9, top_p=0.8),
             dict(temperature=1.2, top_k=20, top_p=0.6)]
 
 
 @pytest.mark.parametrize("options", SETTINGS, ids=str)
-def test_sampled_frequencies_follow_the_distribution_by_chi_square(options):
+def test_sampled_frequencies_pass_a_chi_square_test(options):
     draws, V = 40000, 60
     logits = 2 * torch.randn(1, V, generator=torch.Generator().manual_seed(3))
     uniform = torch.from_numpy(np.random.Generator(np.random.Philox(key=[0, 1])).random(draws, dtype=np.float32))
     tokens, logp = sample(logits.expand(draws, V), uniform, **options)
     p = filter_logits(logits.double(), **options).softmax(-1)[0]
-    torch.testing.assert_close(logp, p.log()[tokens].float(), atol=2e-6, rtol=0)       # of the distribution drawn from
+    torch.testing.assert_close(logp, p.log()[tokens].float(), atol=2e-6, rtol=0)       # of the filtered distribution
     expected, seen = draws * p, torch.bincount(tokens, minlength=V).double()
     assert seen[p == 0].sum() == 0
     common = expected >= 5
@@ -182,16 +186,16 @@ def test_a_token_of_probability_zero_is_never_drawn(u):
     g = torch.Generator().manual_seed(1)
     logits = 3 * torch.randn(200, 501, generator=g)
     logits[:, torch.randperm(501, generator=g)[:100]] = -torch.inf
-    logits[:100, 400:] = -torch.inf                                                    # impossible words at the very end
+    logits[:100, 400:] = -torch.inf                                                    # impossible ids at the very end
     logits[:100, :50] = -torch.inf                                                     # and at the very beginning
     for options in (dict(), dict(temperature=0.05), dict(top_k=5), dict(top_p=0.5)):
         tokens, logp = sample(logits, torch.full((200,), u), **options)
         kept = filter_logits(logits, **options)
         assert kept.gather(1, tokens[:, None]).isfinite().all() and logp.isfinite().all()
-        assert (kept.softmax(-1).gather(1, tokens[:, None]) > 0).all()                 # nor one that underflowed
+        assert (kept.softmax(-1).gather(1, tokens[:, None]) > 0).all()                 # nor one whose p underflowed
 
 
-def test_greedy_takes_the_largest_with_logprob_zero():
+def test_greedy_sampling_takes_the_largest_logit_with_logprob_zero():
     logits = torch.randn(5, 40, generator=torch.Generator().manual_seed(2))
     tokens, logp = sample(logits, torch.rand(5), temperature=0)
     assert torch.equal(tokens, logits.argmax(-1)) and (logp == 0).all()
@@ -205,7 +209,7 @@ def test_a_draw_depends_on_its_own_row_only():
         assert token == tokens[i] and abs(one - logp[i]) < 1e-6
 
 
-def test_sample_leaves_the_logits_as_they_were():
+def test_sample_does_not_modify_the_logits():
     logits = torch.randn(3, 50)
     before = logits.clone()
     sample(logits, torch.rand(3), 1.0, 0, 1.0)
@@ -213,7 +217,7 @@ def test_sample_leaves_the_logits_as_they_were():
     assert torch.equal(logits, before)
 
 
-def test_filters_by_hand():
+def test_filters_keep_the_expected_tokens():
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
 
     def kept(**options):
@@ -221,9 +225,9 @@ def test_filters_by_hand():
     assert kept(top_k=2) == [True, True, False, False]
     assert kept(top_k=0) == kept(top_k=4) == kept(top_k=9) == kept(top_p=1.0) == [True] * 4
     assert kept(top_p=0.49) == [True, False, False, False]
-    assert kept(top_p=0.6) == [True, True, False, False]                               # the token that crosses it stays
+    assert kept(top_p=0.6) == [True, True, False, False]                               # the token that crosses top_p stays
     assert kept(top_p=0.0) == kept(top_k=1) == [True, False, False, False]             # one token always stays
-    assert kept(temperature=100.0, top_p=0.6) == [True, True, True, False]             # the nucleus is taken after heating
+    assert kept(temperature=100.0, top_p=0.6) == [True, True, True, False]             # temperature comes before top_p
     assert filter_logits(torch.tensor([[1.0, 3.0, 3.0, 0.0]]), top_k=1).isfinite().tolist() == [[False, True, True, False]]
 
 
@@ -237,7 +241,9 @@ def test_filters_agree_with_transformers():
         torch.testing.assert_close(filter_logits(logits, t, k, p), theirs, atol=1e-6, rtol=0)
 
 
-# ---------------------------------------------------------------------------------------------------- while decoding
+# ---- Attention while decoding ---------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("H, K, n", [(4, 4, 1), (4, 4, 3), (6, 2, 1), (6, 2, 4), (4, 1, 2)])
 def test_decode_attention_equals_plain_attention_on_ragged_prompts(H, K, n):
     g = torch.Generator().manual_seed(6)
@@ -252,7 +258,7 @@ def test_decode_attention_equals_plain_attention_on_ragged_prompts(H, K, n):
     for p, length in enumerate(lengths):
         bias[p, ..., length:] = -torch.inf
         prefix_k[p, :, length:] = 1e6                                                  # garbage in the padding
-    if n == 1:                                                                         # prompt and own tokens in one buffer
+    if n == 1:                                                                         # prompt and new tokens in one buffer
         own_bias = torch.cat([bias[:, 0], torch.zeros(P, 1, 1, T, dtype=torch.float64)], -1)
         got = decode_attention(q, torch.cat([prefix_k, suffix_k], 2), torch.cat([prefix_v, suffix_v], 2), own_bias)
     else:

@@ -1,6 +1,6 @@
-"""The losses: each against float64 loops written from the papers, finite differences, closed forms, and other people's code.
+"""Tests of the losses against float64 loops written from the papers, finite differences, closed forms and other code.
 
-"Trap" numbers known faults of public RLHF code; each test says which fault it excludes.
+A numbered "trap" is a known bug of public RLHF code; each test says which bug it excludes.
 """
 
 import itertools
@@ -11,11 +11,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from nanorlhf.data import Example, Group, collate, encode_prompt, encode_response, make_examples, pack_texts
-from nanorlhf.tokenizer import load_tokenizer
-from nanorlhf.model import ModelConfig, RewardModel, Transformer, ValueModel
 import train_dpo
 import train_rm
+from nanorlhf.data import Example, Group, collate, encode_prompt, encode_response, make_examples, pack_texts
+from nanorlhf.model import ModelConfig, RewardModel, Transformer, ValueModel
+from nanorlhf.tokenizer import load_tokenizer
 from train_dpo import dpo_loss
 from train_ppo import adapt_kl_coef, advantages, kl_penalty, ppo_loss, token_rewards, values_before, whiten
 from train_rm import preference_loss, ranked_pairs
@@ -34,7 +34,7 @@ def log_sigmoid(x):
 
 
 def response_mask(spans, T):
-    """[B, T] bool, True on [start, end) of each row."""
+    """Returns [B, T] bool, True on [start, end) of each row."""
     return torch.tensor([[a <= t < b for t in range(T)] for a, b in spans])
 
 
@@ -48,7 +48,7 @@ TINY = ModelConfig(vocab_size=13, context=16, width=8, layers=1, heads=2, kv_hea
 
 @pytest.fixture(scope="module")
 def model():
-    """A float64 decoder of a thousand parameters, its weights large enough that every token matters."""
+    """A float64 decoder of about a thousand parameters, with weights large enough that every token matters."""
     made = Transformer(
         TINY,
         seed=3,
@@ -74,13 +74,15 @@ def make_rows(n, seed=0):
 
 
 def logprobs_by_hand(model, example):
-    """log p of every response token, from the full softmax of a row on its own."""
+    """Returns log p of every response token, from the full softmax of a row on its own."""
     tokens = torch.tensor([example.tokens])
     logp = model.logits(model(tokens)).log_softmax(-1)[0]
     return [logp[t - 1, example.tokens[t]] for t in range(example.prompt_length, len(example.tokens))]
 
 
-# ------------------------------------------------------------------------------------------------------------------ SFT
+# ---- SFT ------------------------------------------------------------------------------------------------------------
+
+
 def test_sft_loss_is_minus_the_mean_of_masked_logprobs():
     logp = randn(4, T, grad=True)
     expected = -sum(logp[b, t].item() for b, (a, e) in enumerate(SPANS) for t in range(a, e)) / int(MASK.sum())
@@ -88,7 +90,7 @@ def test_sft_loss_is_minus_the_mean_of_masked_logprobs():
     assert torch.autograd.gradcheck(lambda x: sft_loss(x, MASK, 15), logp)
 
 
-def test_sft_gradient_of_the_model_matches_finite_differences(model):
+def test_the_sft_gradient_matches_finite_differences(model):
     batch = collate(make_rows(3), 12)
     weight = model.blocks[0].mlp.up.weight
 
@@ -106,8 +108,8 @@ def test_sft_gradient_of_the_model_matches_finite_differences(model):
         assert (values[0] - values[1]) / 2e-6 == pytest.approx(gradient[i, j].item(), rel=1e-6, abs=1e-9)
 
 
-def test_model_logprobs_are_log_softmax_at_the_position_before_and_sum_over_response_with_eos(model):
-    """Section 0: logp(y_t) comes from logits[P-1+t]; the sum runs over the response and its EOS."""
+def test_logprobs_are_read_one_position_earlier_and_summed_over_the_response_with_eos(model):
+    """log p(y_t) comes from logits[P-1+t], and the sum runs over the response and its EOS."""
     rows = make_rows(5)
     batch = collate(rows, 12)
     logp = model.logprobs(batch.tokens, batch.mask)
@@ -115,12 +117,12 @@ def test_model_logprobs_are_log_softmax_at_the_position_before_and_sum_over_resp
         expected = logprobs_by_hand(model, row)
         assert len(expected) == int(batch.mask[b].sum()) == len(row.tokens) - row.prompt_length
         assert torch.allclose(logp[b][batch.mask[b]], torch.stack(expected), rtol=0, atol=1e-12)
-        assert logp[b].sum().item() == pytest.approx(sum(e.item() for e in expected), abs=1e-12)  # trap 11: no mean
+        assert logp[b].sum().item() == pytest.approx(sum(e.item() for e in expected), abs=1e-12)  # trap 11: not a mean
     assert (logp[~batch.mask] == 0).all()
 
 
 def test_temperature_divides_logits_once(model):
-    """Trap 6."""
+    """Trap 6: the temperature is neither missing nor applied twice."""
     batch = collate(make_rows(3), 12)
     logp = model.logprobs(batch.tokens, batch.mask, temperature=0.7)
     full = (model.logits(model(batch.tokens)) / 0.7).log_softmax(-1)[:, :-1].gather(2, batch.tokens[:, 1:, None])[..., 0]
@@ -128,8 +130,8 @@ def test_temperature_divides_logits_once(model):
 
 
 @pytest.mark.parametrize("garbage", [0, 5, 11, 12])
-def test_padding_never_counts_whatever_token_fills_it(model, garbage):
-    """Traps 1 and 10: neither EOS nor a word in the padding changes a log-probability or a gradient."""
+def test_padding_never_counts_whatever_its_id(model, garbage):
+    """Traps 1 and 10: neither EOS nor any other token in the padding changes a log-probability or a gradient."""
     rows = make_rows(6)
     results = []
     for pad in (12, garbage):
@@ -143,7 +145,7 @@ def test_padding_never_counts_whatever_token_fills_it(model, garbage):
 
 
 def test_no_gradient_flows_into_padding(model):
-    """Trap 10: the input embeddings at padded positions get none at all."""
+    """Trap 10: the input embeddings at padded positions get no gradient."""
     rows = [Example([1, 2, 3, 11], 2), Example([4, 5, 6, 7, 8, 9, 11], 3)]
     embedded = []
 
@@ -158,8 +160,8 @@ def test_no_gradient_flows_into_padding(model):
     assert (embedded[0].grad[0, 4:] == 0).all() and (embedded[0].grad[0, :3] != 0).any()
 
 
-def test_sft_micro_batches_1x8_equal_8x1(model):
-    """Trap 16: sums over one common count, not means of means."""
+def test_the_sft_gradient_does_not_depend_on_micro_batches(model):
+    """Trap 16: sums are divided by one common count; there is no mean of means."""
     rows = make_rows(8)
     gradients = []
     for size in (8, 3, 1):
@@ -173,8 +175,8 @@ def test_sft_micro_batches_1x8_equal_8x1(model):
         assert all(torch.allclose(a, b, rtol=0, atol=1e-14) for a, b in zip(gradients[0], other))
 
 
-def test_packed_texts_train_on_every_token_but_the_first_and_learn_to_stop():
-    """Trap 1: each document's EOS is a target."""
+def test_packed_texts_train_on_every_token_but_the_first():
+    """Trap 1: each document's EOS is a target, so the model learns to stop."""
     tokenizer = load_tokenizer("reviews")
     batch = collate(pack_texts(tokenizer, ["The plot is good.", "The film is bad."], 64), tokenizer.pad_id)
     assert batch.mask.sum() == batch.lengths.sum() - 1
@@ -182,8 +184,8 @@ def test_packed_texts_train_on_every_token_but_the_first_and_learn_to_stop():
     assert tokenizer.pad_id != tokenizer.eos_id
 
 
-def test_prompt_and_response_are_tokenised_apart():
-    """Trap 14: where joint tokenisation would merge over the border, the response still starts with its own tokens."""
+def test_prompt_and_response_are_tokenised_separately():
+    """Trap 14: if joint tokenisation would merge across the border, the response still starts with its own tokens."""
     tokenizer = load_tokenizer("reviews")
     prompt, response = "The fi", "lm is good."
     (row,) = make_examples(tokenizer, prompt, [response])
@@ -191,10 +193,12 @@ def test_prompt_and_response_are_tokenised_apart():
     assert (
         row.tokens[row.prompt_length :] == encode_response(tokenizer, response) == tokenizer.encode(response) + [tokenizer.eos_id]
     )
-    assert tokenizer.encode(prompt + response) != row.tokens[:-1]  # so the case is a real one
+    assert tokenizer.encode(prompt + response) != row.tokens[:-1]  # so joint tokens do differ here
 
 
-# ----------------------------------------------------------------------------------------------------------- reward model
+# ---- Reward model ---------------------------------------------------------------------------------------------------
+
+
 def test_preference_loss_is_minus_log_sigmoid_of_the_difference():
     chosen, rejected = randn(7, seed=1, grad=True), randn(7, seed=2, grad=True)
     expected = [-log_sigmoid(a - b) for a, b in zip(chosen.tolist(), rejected.tolist())]
@@ -204,7 +208,7 @@ def test_preference_loss_is_minus_log_sigmoid_of_the_difference():
     assert torch.allclose(gradient, -torch.sigmoid(rejected - chosen), rtol=0, atol=1e-14)
 
 
-def test_preference_loss_closed_forms_and_shift_invariance():
+def test_preference_loss_has_its_closed_forms_and_ignores_a_shift():
     zero, chosen, rejected = torch.zeros(1, dtype=F64), randn(5), randn(5, seed=9)
     assert preference_loss(zero, zero).item() == pytest.approx(math.log(2), abs=1e-15)
     assert torch.allclose(preference_loss(chosen + 3.7, rejected + 3.7), preference_loss(chosen, rejected), atol=1e-13)
@@ -225,7 +229,7 @@ def reward_model(seed=0):
 
 
 def test_k_way_ranking_divides_by_k_choose_2_and_drops_ties(run):
-    """Section 2, Ouyang: all pairs of a prompt together weigh as much as one pair; ties leave the sum, not the divisor."""
+    """Ouyang 2022: all pairs of a prompt together weigh as much as one pair. Ties leave the sum, not the divisor."""
     rm = reward_model()
     rows = make_rows(6)
     rankings = [Group(rows[:4], [3.0, 1.0, 2.0, 1.0]), Group(rows[4:], [0.0, 1.0])]
@@ -239,7 +243,7 @@ def test_k_way_ranking_divides_by_k_choose_2_and_drops_ties(run):
 
 
 def test_reward_is_read_at_the_last_real_token_and_padding_does_not_matter():
-    """Trap 3."""
+    """Trap 3: the reward is not read at the padding."""
     rm = reward_model()
     rows = make_rows(6)
     for pad in (12, 11, 4):
@@ -251,8 +255,8 @@ def test_reward_is_read_at_the_last_real_token_and_padding_does_not_matter():
     assert torch.allclose(rm.score(batch.tokens, batch.lengths), (alone - 0.5) / 2, atol=1e-6)
 
 
-def test_order_of_rankings_and_micro_batches_leave_the_rm_gradient(run):
-    """Trap 16."""
+def test_the_rm_gradient_does_not_depend_on_order_or_micro_batches(run):
+    """Trap 16: there is no mean of means."""
     rows, rng = make_rows(16), random.Random(0)
     rankings = [Group(rows[2 * i : 2 * i + 2], [float(i % 2), 0.5]) for i in range(8)]
     gradients = []
@@ -267,7 +271,9 @@ def test_order_of_rankings_and_micro_batches_leave_the_rm_gradient(run):
     assert torch.allclose(gradients[0], gradients[2], rtol=1e-4, atol=1e-7)
 
 
-# ------------------------------------------------------------------------------------------------------------------- DPO
+# ---- DPO ------------------------------------------------------------------------------------------------------------
+
+
 def dpo_by_hand(c, r, rc, rr, beta, e=0.0, loss="dpo", alpha=0.5, reference_free=False):
     h = (c - r) - (0.0 if reference_free else rc - rr)
     return {
@@ -289,7 +295,7 @@ DPO_CASES = [
 
 @pytest.mark.parametrize("options", DPO_CASES, ids=str)
 @pytest.mark.parametrize("beta", [0.05, 0.5, 3.0])
-def test_dpo_loss_against_scalar_loop_and_gradcheck(options, beta):
+def test_dpo_loss_equals_a_scalar_loop_and_passes_gradcheck(options, beta):
     values = [5 * randn(6, seed=s) for s in range(4)]
     found = dpo_loss(*values, beta=beta, **options)
     by_hand = {"e" if k == "label_smoothing" else k: v for k, v in options.items()}
@@ -300,8 +306,8 @@ def test_dpo_loss_against_scalar_loop_and_gradcheck(options, beta):
     assert torch.autograd.gradcheck(lambda *v: dpo_loss(*v, beta=beta, **options), values)
 
 
-def test_dpo_closed_forms_at_the_start():
-    """Trap 12: with the policy at the reference h = 0, so ln 2 (and IPO's 1/(4 beta^2)), whatever the log-probabilities."""
+def test_dpo_loss_has_its_closed_forms_at_the_start():
+    """Trap 12: if the policy is the reference, h = 0 and L = ln 2 (IPO: 1/(4 beta^2)), whatever the log-probabilities."""
     c, r = -30 + 5 * randn(9), -40 + 5 * randn(9, seed=1)
     for beta in (0.1, 0.5):
         assert dpo_loss(c, r, c, r, beta).tolist() == pytest.approx([math.log(2)] * 9, abs=1e-15)
@@ -310,7 +316,7 @@ def test_dpo_closed_forms_at_the_start():
 
 
 def test_dpo_gradient_is_minus_beta_sigmoid_of_minus_beta_h():
-    """The paper's gradient; with Eq. 21's typo (y_w and y_l exchanged) its sign would be the other one."""
+    """This is the paper's gradient. With the typo of Eq. 21 (y_w and y_l exchanged), its sign would be reversed."""
     c, r, rc, rr = [randn(6, seed=s, grad=s < 2) for s in range(4)]
     h = (c - r - rc + rr).detach()
     for beta in (0.1, 2.0):
@@ -322,15 +328,15 @@ def test_dpo_gradient_is_minus_beta_sigmoid_of_minus_beta_h():
         assert torch.allclose(to_c, -beta * ((1 - e) * torch.sigmoid(-beta * h) - e * torch.sigmoid(beta * h)), atol=1e-14)
 
 
-def test_dpo_ignores_the_prompt_dependent_constant():
+def test_dpo_loss_ignores_a_prompt_dependent_constant():
     """Only differences count: r + f(x) is an equivalent reward (log Z(x) cancels)."""
     c, r, rc, rr = [randn(6, seed=s) for s in range(4)]
     assert torch.allclose(dpo_loss(c + 2, r + 2, rc, rr), dpo_loss(c, r, rc, rr), atol=1e-14)
     assert torch.allclose(dpo_loss(c + 2, r - 1, rc + 2, rr - 1), dpo_loss(c, r, rc, rr), atol=1e-14)
 
 
-def test_pair_logprobs_are_sums_whatever_the_batch(model, run):
-    """Traps 10, 11: sums over response tokens, EOS included, prompt and padding not."""
+def test_dpo_forward_sums_logprobs_whatever_the_batch(model, run):
+    """Traps 10 and 11: these are sums over response tokens, with EOS, without prompt and padding."""
     rows = make_rows(8)
     pairs = [Group([rows[i], rows[i + 4]]) for i in range(4)]
     chosen, rejected, chosen_lengths, rejected_lengths, n = train_dpo.forward(model, pairs, TOKENIZER, run)
@@ -341,7 +347,7 @@ def test_pair_logprobs_are_sums_whatever_the_batch(model, run):
     assert n == sum(len(row.tokens) for row in rows)
 
 
-def test_dpo_micro_batches_and_order_leave_the_gradient(model, run):
+def test_the_dpo_gradient_does_not_depend_on_order_or_micro_batches(model, run):
     """Trap 16, in float64."""
     rows = make_rows(16, seed=4)
     pairs = [Group([rows[i], rows[i + 8]]) for i in range(8)]
@@ -356,9 +362,11 @@ def test_dpo_micro_batches_and_order_leave_the_gradient(model, run):
     assert torch.allclose(gradients[0], gradients[2], rtol=0, atol=1e-13)
 
 
-# ------------------------------------------------------------------------------------------------------------------ RRHF
+# ---- RRHF -----------------------------------------------------------------------------------------------------------
+
+
 def rrhf_by_hand(logps, lengths, scores, weight=1.0):
-    """One prompt, in scalars: (L, L_rank, L_ft)."""
+    """Returns (L, L_rank, L_ft) of one prompt, computed with scalars."""
     p = [s / n for s, n in zip(logps, lengths)]
     rank = sum(max(0.0, p[i] - p[j]) for i in range(len(p)) for j in range(len(p)) if scores[i] < scores[j])
     ft = -logps[max(range(len(p)), key=lambda i: scores[i])]
@@ -374,7 +382,7 @@ def rrhf_case(B=5, K=6, seed=0):
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("weight", [1.0, 10.0])
-def test_rrhf_loss_against_the_papers_equations_1_to_4(seed, weight):
+def test_rrhf_loss_equals_equations_1_to_4_of_the_paper(seed, weight):
     logps, lengths, scores = rrhf_case(seed=seed)
     found = rrhf_loss(logps, lengths, scores, weight)
     for b in range(len(logps)):
@@ -382,12 +390,12 @@ def test_rrhf_loss_against_the_papers_equations_1_to_4(seed, weight):
         assert [f[b].item() for f in found] == pytest.approx(expected, abs=1e-10)
 
 
-def test_rrhf_gradcheck():
+def test_rrhf_loss_passes_gradcheck():
     logps, lengths, scores = rrhf_case()
     assert torch.autograd.gradcheck(lambda x: rrhf_loss(x, lengths, scores)[0], logps.requires_grad_())
 
 
-def test_rrhf_ties_contribute_nothing_and_a_right_order_leaves_only_the_sft_term():
+def test_rrhf_ties_add_nothing_and_a_correct_order_leaves_only_the_sft_term():
     logps, lengths = torch.tensor([[-8.0, -4.0, -6.0]], dtype=F64), torch.tensor([[4, 4, 4]])
     assert rrhf_loss(logps, lengths, torch.ones(1, 3))[1].item() == 0
     loss, rank, ft = rrhf_loss(logps, lengths, torch.tensor([[0.0, 2.0, 1.0]]))
@@ -395,8 +403,8 @@ def test_rrhf_ties_contribute_nothing_and_a_right_order_leaves_only_the_sft_term
     assert rrhf_loss(logps, lengths, torch.tensor([[2.0, 0.0, 1.0]]))[1].item() == pytest.approx((2 - 1) + (2 - 1.5) + (1.5 - 1))
 
 
-def test_rrhf_candidates_that_a_prompt_does_not_have_do_not_count():
-    """A prompt with 3 candidates beside one with 6: padded columns, even with garbage in them, change nothing."""
+def test_rrhf_ignores_padded_candidates():
+    """One prompt has 3 candidates and the other 6. The padded columns change nothing, even with garbage in them."""
     logps, lengths, scores = rrhf_case(B=2, K=6)
     lengths[0, 3:] = 0
     alone = rrhf_loss(logps[:1, :3], lengths[:1, :3], scores[:1, :3])
@@ -416,7 +424,7 @@ def test_rrhf_does_not_depend_on_the_order_of_candidates():
 
 
 def test_rrhf_released_code_depends_on_padded_width_and_the_paper_does_not():
-    """Trap 15 (GanjinZero/RRHF issues 37, 51): every length is the padded width, in p_i and in L_ft."""
+    """Trap 15 (GanjinZero/RRHF issues 37, 51): the released code takes the padded width as every length, in p_i and L_ft."""
     logps, lengths, scores = rrhf_case()
     for width in (12, 20):
         loss, rank, ft = rrhf_loss(logps, lengths, scores, released_width=width)
@@ -428,7 +436,7 @@ def test_rrhf_released_code_depends_on_padded_width_and_the_paper_does_not():
 
 
 def test_rrhf_p_is_a_mean_over_the_response_with_eos_in_sum_and_length(model):
-    """Eq. 1 through the model: a longer row in the batch (more padding) does not move it."""
+    """Eq. 1, computed with the model. A longer row in the batch (more padding) does not change it."""
     rows = make_rows(4, seed=2)
     wide = Example([1] * 3 + [2] * 12 + [11], 3)
     for others in ([], [wide]):
@@ -438,8 +446,10 @@ def test_rrhf_p_is_a_mean_over_the_response_with_eos_in_sum_and_length(model):
         assert p.tolist() == pytest.approx(expected, abs=1e-12)
 
 
-# ------------------------------------------------------------------------------------------------------------------- PPO
-def test_kl_penalty_k1_k2_k3():
+# ---- PPO ------------------------------------------------------------------------------------------------------------
+
+
+def test_kl_penalties_k1_k2_k3_equal_their_formulas():
     logp, ref = -randn(4, T).abs(), -randn(4, T, seed=1).abs()
     for b, t in itertools.product(range(4), range(T)):
         k1 = logp[b, t].item() - ref[b, t].item()
@@ -449,8 +459,8 @@ def test_kl_penalty_k1_k2_k3():
     assert (kl_penalty(logp, ref, "k3") >= 0).all()
 
 
-def test_kl_penalty_k1_and_k3_are_unbiased_for_the_forward_direction():
-    """E under pi of k1 and of k3 is KL(pi || pi_ref), not KL(pi_ref || pi): computed over a whole small vocabulary."""
+def test_k1_and_k3_are_unbiased_for_the_kl_of_policy_from_reference():
+    """The mean of k1 or k3 under pi is KL(pi || pi_ref), not KL(pi_ref || pi). It runs over a whole small vocabulary."""
     logp, logq = randn(50, seed=1).log_softmax(-1), randn(50, seed=2).log_softmax(-1)
     kl = (logp.exp() * (logp - logq)).sum().item()
     other = (logq.exp() * (logq - logp)).sum().item()
@@ -459,8 +469,8 @@ def test_kl_penalty_k1_and_k3_are_unbiased_for_the_forward_direction():
     assert abs(kl - other) > 1e-2
 
 
-def test_token_rewards_put_the_score_on_the_last_real_token_which_is_eos():
-    """Trap 2: on EOS or, if the response was cut, on its last token; never one slot later, never on padding."""
+def test_token_rewards_put_the_score_on_the_last_response_token():
+    """Trap 2: the score is on EOS or, if truncated, on the last token; never one position later, never on padding."""
     scores, kl, beta = randn(4, seed=3), randn(4, T, seed=4), 0.3
     rewards = token_rewards(scores, kl, MASK, beta)
     for b, (a, e) in enumerate(SPANS):
@@ -469,8 +479,8 @@ def test_token_rewards_put_the_score_on_the_last_real_token_which_is_eos():
             assert rewards[b, t].item() == pytest.approx(expected, abs=1e-15)
 
 
-def test_token_rewards_on_sampled_rows_hit_the_eos_token():
-    """The same through collate: the rewarded position holds the EOS id in ended rows."""
+def test_token_rewards_of_a_batch_put_the_score_on_eos():
+    """The same for a collated batch: if a row has ended, the rewarded position holds the EOS id."""
     rows = [Example([1, 2, 3, 4, 11], 2), Example([1, 5, 6], 1), Example([1, 2, 3, 11], 3)]
     batch = collate(rows, 12)
     rewards = token_rewards(torch.ones(3), torch.zeros(batch.tokens.shape), batch.mask, 0.1)
@@ -479,7 +489,7 @@ def test_token_rewards_on_sampled_rows_hit_the_eos_token():
 
 
 def gae_by_hand(rewards, values, gamma, lam):
-    """One response, as the sum over l of (gamma lam)^l delta_{t+l}."""
+    """Returns (advantages, returns) of one response. A_t is the sum over l of (gamma lam)^l delta_{t+l}."""
     n = len(rewards)
     delta = [rewards[t] + gamma * (values[t + 1] if t + 1 < n else 0.0) - values[t] for t in range(n)]
     adv = [sum((gamma * lam) ** k * delta[t + k] for k in range(n - t)) for t in range(n)]
@@ -487,8 +497,8 @@ def gae_by_hand(rewards, values, gamma, lam):
 
 
 @pytest.mark.parametrize("gamma, lam", [(1.0, 0.95), (0.9, 0.8), (1.0, 0.0), (0.99, 1.0), (1.0, 1.0)])
-def test_advantages_against_a_scalar_sum_with_garbage_outside_the_mask(gamma, lam):
-    rewards, values = randn(4, T, seed=1) * MASK, randn(4, T, seed=2)  # values: garbage outside stays
+def test_advantages_equal_a_scalar_sum_and_ignore_garbage_outside_the_mask(gamma, lam):
+    rewards, values = randn(4, T, seed=1) * MASK, randn(4, T, seed=2)  # values keep garbage outside
     adv, returns = advantages(rewards, values, MASK, gamma, lam)
     for b, (a, e) in enumerate(SPANS):
         want_adv, want_returns = gae_by_hand(rewards[b, a:e].tolist(), values[b, a:e].tolist(), gamma, lam)
@@ -499,15 +509,15 @@ def test_advantages_against_a_scalar_sum_with_garbage_outside_the_mask(gamma, la
     assert torch.equal(advantages(rewards, garbage, MASK, gamma, lam)[0], adv)
 
 
-def test_gae_with_gamma_and_lambda_1_is_the_plain_sum_of_rewards_minus_v():
+def test_gae_with_gamma_and_lambda_1_is_the_sum_of_rewards_minus_the_value():
     rewards, values = randn(4, T, seed=1) * MASK, randn(4, T, seed=2)
     adv, returns = advantages(rewards, values, MASK, 1.0, 1.0)
     to_go = rewards.flip(1).cumsum(1).flip(1) * MASK
     assert torch.allclose(returns, to_go, atol=1e-12) and torch.allclose(adv, (to_go - values) * MASK, atol=1e-12)
 
 
-def test_eos_advantage_is_score_minus_value():
-    """With the score on EOS the last advantage is s - V; one slot later it would be V + lam (s - V) - V."""
+def test_the_advantage_at_eos_is_score_minus_value():
+    """With the score on EOS, the last advantage is s - V. One position later, it would be V + lam (s - V) - V."""
     adv, _ = advantages(
         token_rewards(torch.tensor([2.0]), torch.zeros(1, 4), MASK[:1, :4], 0.1), torch.full((1, 4), 0.5), MASK[:1, :4], 1.0, 0.95
     )
@@ -515,7 +525,7 @@ def test_eos_advantage_is_score_minus_value():
 
 
 def test_whiten_uses_masked_mean_and_biased_variance_and_can_keep_the_mean():
-    """Trap 17: no padding in the statistics, variance divided by n, shift_mean=False keeps the mean."""
+    """Trap 17: padding is not in the statistics, the variance is divided by n, and shift_mean=False keeps the mean."""
     values = 3 + 2 * randn(4, T)
     inside = values[MASK].tolist()
     mean = sum(inside) / len(inside)
@@ -529,8 +539,8 @@ def test_whiten_uses_masked_mean_and_biased_variance_and_can_keep_the_mean():
         assert out[MASK].var(correction=0).item() == pytest.approx(1.0, abs=1e-6)
 
 
-def test_returns_are_taken_before_whitening():
-    """Trap 17: advantages() returns A + V of the raw A, so whitening what it returned cannot touch the value target."""
+def test_returns_are_computed_before_whitening():
+    """Trap 17: advantages() returns A + V of the raw A, so whitening A afterwards cannot change the value target."""
     rewards, values = randn(4, T, seed=1) * MASK, randn(4, T, seed=2)
     adv, returns = advantages(rewards, values, MASK)
     before = returns.clone()
@@ -564,13 +574,13 @@ def ppo_by_hand(logp, old, adv, v, old_v, ret, spans, clip, clip_v, vf_coef):
 
 
 @pytest.mark.parametrize("clip, clip_v, vf_coef", [(0.2, 0.2, 0.1), (0.05, 0.4, 1.0), (0.5, 0.01, 0.0)])
-def test_ppo_loss_and_statistics_against_a_scalar_loop_with_both_clips(clip, clip_v, vf_coef):
+def test_ppo_loss_and_stats_equal_a_scalar_loop_with_both_clips(clip, clip_v, vf_coef):
     tensors = [0.5 * randn(4, T, seed=s) for s in range(6)]
     loss, stats = ppo_loss(*tensors, MASK, MASK.sum(), clip, clip_v, vf_coef)
     expected, expected_stats = ppo_by_hand(*[x.tolist() for x in tensors], SPANS, clip, clip_v, vf_coef)
     assert loss.item() == pytest.approx(expected, abs=1e-12)
     assert stats == pytest.approx(expected_stats, abs=1e-7)  # fractions of counts are float32
-    assert stats["policy/clipfrac"] > 0 and stats["val/clipfrac"] > 0  # both clips were at work
+    assert stats["policy/clipfrac"] > 0 and stats["val/clipfrac"] > 0  # both clips are active
     logp, values = tensors[0].requires_grad_(), tensors[3].requires_grad_()
     assert torch.autograd.gradcheck(
         lambda a, v: ppo_loss(a, tensors[1], tensors[2], v, tensors[4], tensors[5], MASK, 15, clip, clip_v, vf_coef)[0],
@@ -579,7 +589,7 @@ def test_ppo_loss_and_statistics_against_a_scalar_loop_with_both_clips(clip, cli
 
 
 def test_ppo_at_the_rollout_policy_has_ratio_1_no_clipping_and_the_policy_gradient():
-    """Trap 7; and if the minibatch spans the whitened batch, L_pi = 0 there."""
+    """Trap 7. If the minibatch is the whole whitened batch, L_pi is 0 as well."""
     logp = randn(4, T).requires_grad_()
     adv = whiten(randn(4, T, seed=1), MASK)
     values = randn(4, T, seed=2)
@@ -592,7 +602,7 @@ def test_ppo_at_the_rollout_policy_has_ratio_1_no_clipping_and_the_policy_gradie
     assert torch.allclose(gradient, -adv * MASK / MASK.sum(), atol=1e-14)
 
 
-def test_ppo_clip_stops_the_gradient_only_on_the_side_that_improves():
+def test_ppo_clip_stops_the_gradient_only_on_the_improving_side():
     mask, one = torch.ones(1, 1, dtype=torch.bool), torch.ones(1, 1, dtype=F64)
     for advantage, logratio, moves in ((1, 0.5, False), (1, -0.5, True), (-1, -0.5, False), (-1, 0.5, True), (1, 0.1, True)):
         logp = (logratio * one).requires_grad_()
@@ -600,8 +610,8 @@ def test_ppo_clip_stops_the_gradient_only_on_the_side_that_improves():
         assert (torch.autograd.grad(loss, logp)[0].item() != 0) == moves
 
 
-def test_ppo_ignores_padding_garbage_and_row_order_and_micro_batches():
-    """Traps 16, 18: the minibatch's parts add up; what lies outside the mask is never read."""
+def test_ppo_loss_ignores_padding_row_order_and_micro_batches():
+    """Traps 16 and 18: the parts of a minibatch add up, and nothing outside the mask is read."""
     tensors = [0.5 * randn(4, T, seed=s) for s in range(6)]
     loss, stats = ppo_loss(*tensors, MASK, MASK.sum())
     garbage = [x.masked_fill(~MASK, 50.0 + i) for i, x in enumerate(tensors)]
@@ -614,14 +624,14 @@ def test_ppo_ignores_padding_garbage_and_row_order_and_micro_batches():
 
 
 @pytest.mark.parametrize("kl, factor", [(6.0, 1.0), (6.6, 1.1), (60.0, 1.2), (5.4, 0.9), (0.0, 0.8), (-3.0, 0.8)])
-def test_adaptive_kl_is_zieglers_formula(kl, factor):
+def test_the_adaptive_kl_coefficient_follows_zieglers_formula(kl, factor):
     """beta <- beta (1 + clip(KL/target - 1, +-0.2) n / horizon)."""
     assert adapt_kl_coef(0.15, kl, 6.0, 10000, 10000.0) == pytest.approx(0.15 * factor, rel=1e-12)
     assert adapt_kl_coef(0.15, kl, 6.0, 512, 10000.0) == pytest.approx(0.15 * (1 + (factor - 1) * 512 / 10000), rel=1e-12)
 
 
-def test_value_of_a_token_is_read_one_position_earlier():
-    """V_t at index P-1+t, before y_t: it cannot depend on y_t, while the next one does."""
+def test_the_value_of_a_token_is_read_one_position_earlier():
+    """V_t is read at index P-1+t, before y_t. It cannot depend on y_t, but the next value does."""
     torch.manual_seed(0)
     rm = reward_model()
     model = ValueModel(rm.trunk, rm.head.weight.detach(), 0.25)
@@ -634,9 +644,11 @@ def test_value_of_a_token_is_read_one_position_earlier():
     assert torch.equal(found[0, :4], other[0, :4]) and not torch.equal(found[0, 4:], other[0, 4:])
 
 
-# ------------------------------------------------------------------------------------- other people's implementations
+# ---- Other implementations ------------------------------------------------------------------------------------------
+
+
 def trl_self(**fields):
-    """The attributes that TRL's loss methods read of their trainer."""
+    """Returns the attributes of a trainer that TRL's loss methods read."""
     accelerator = SimpleNamespace(device="cpu", gather=lambda x: x, gather_for_metrics=lambda x: x)
     metrics = SimpleNamespace(append=lambda value: None)
 
@@ -656,8 +668,8 @@ def trl_self(**fields):
 
 @pytest.mark.parametrize("loss, batch", [("sigmoid", 5), ("ipo", 5), ("robust", 5), ("aot", 1)])
 def test_dpo_losses_agree_with_trl(loss, batch):
-    """TRL's own method on given token log-probabilities. Its ipo averages per token (ours, like the DPO repository, sums), so
-    means go in; `robust` is ((1-e) L(h) - e L(-h)) / (1-2e); `aot` of one pair is cDPO."""
+    """Calls TRL's own method on given token log-probabilities. Its ipo averages per token (ours sums, like the DPO
+    repository), so ours gets means. `robust` is ((1-e) L(h) - e L(-h)) / (1-2e), and `aot` of one pair is cDPO."""
     trainer = pytest.importorskip("trl.trainer.dpo_trainer", reason="needs trl (the `parity` extra)").DPOTrainer
     B, n, beta, e = batch, 7, 0.3, 0.1
     completion = torch.cat(
@@ -707,7 +719,7 @@ def test_dpo_losses_agree_with_trl(loss, batch):
     assert ours.mean().item() == pytest.approx(theirs.item(), rel=1e-5)
 
 
-def test_reward_loss_agrees_with_trl():
+def test_preference_loss_agrees_with_trl():
     trainer = pytest.importorskip("trl.trainer.reward_trainer", reason="needs trl (the `parity` extra)").RewardTrainer
     rewards = randn(12)
     this = trl_self(args=SimpleNamespace(center_rewards_coefficient=None))
@@ -719,8 +731,8 @@ def test_reward_loss_agrees_with_trl():
 
 
 def test_sft_loss_agrees_with_torch_cross_entropy_and_transformers(model, tmp_path):
-    """Labels of -100 outside the response, as everybody's SFT: torch's cross entropy, and transformers' own loss on the saved
-    checkpoint."""
+    """Labels are -100 outside the response, as usual in SFT. Compares with torch's cross entropy and with transformers' loss
+    on the saved checkpoint."""
     batch = collate(make_rows(5), 12)
     labels = batch.tokens.masked_fill(~batch.mask, -100)
     ours = sft_loss(model.logprobs(batch.tokens, batch.mask), batch.mask, int(batch.mask.sum())).item()

@@ -1,4 +1,4 @@
-"""The model file against goldens, a float64 loop, transformers and a trained checkpoint; checkpoints in, out and damaged."""
+"""Tests of model.py against goldens, a float64 loop, transformers and a trained checkpoint; saved and damaged files."""
 
 import json
 import math
@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from golden.make_goldens import CASES, TOKENS, weights_of
 from safetensors.torch import load_file, save_file
 
+from golden.make_goldens import CASES, TOKENS, weights_of
+from nanorlhf.errors import UserError
 from nanorlhf.formats.checkpoints import FAMILIES, tensor_layout
 from nanorlhf.generate import generate
 from nanorlhf.model import ModelConfig, RewardModel, Transformer, ValueModel, rope_frequencies, rotate
-from nanorlhf.errors import UserError
 
 GOLDENS = json.loads((Path(__file__).parent / "golden" / "model.json").read_text())
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -43,16 +43,18 @@ def transformers_or_skip():
     return pytest.importorskip("transformers", reason="needs transformers (the `parity` extra)")
 
 
-# ------------------------------------------------------------------------------------------------------- mathematics
+# ---- Mathematics ----------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("name", CASES)
-def test_logits_equal_the_committed_ones_of_transformers(tmp_path, name):
+def test_logits_equal_the_committed_logits_of_transformers(tmp_path, name):
     model = Transformer.from_pretrained(case_folder(tmp_path, name))
     logits = model.logits(model(torch.tensor(TOKENS)))[:, [0, 5, 11]]
     torch.testing.assert_close(logits, torch.tensor(GOLDENS[name]["logits"]), atol=1e-5, rtol=0)
 
 
 def loop_forward(config, w, tokens):
-    """Logits [T, V] in float64, a token and a head at a time, straight from the files' tensors."""
+    """Returns logits [T, V] in float64, computed one token and one head at a time from the tensors of the files."""
     llama = config["model_type"] == "llama"
     D, H = (config["hidden_size"], config["num_attention_heads"]) if llama else (config["n_embd"], config["n_head"])
     K, E = (config["num_key_value_heads"], config.get("head_dim", D // H)) if llama else (H, D // H)
@@ -67,7 +69,7 @@ def loop_forward(config, w, tokens):
     def dense(x, name):                                   # GPT-2 stores [in, out], Llama [out, in]
         return (w[f"{name}.weight"] @ x if llama else x @ w[f"{name}.weight"]) + w.get(f"{name}.bias", 0.0)
 
-    def turn(x, t):                                       # pair (i, i + E/2) is turned by t * theta^(-2i/E)
+    def turn(x, t):                                       # rotates pair (i, i + E/2) by t * theta^(-2i/E)
         if llama:
             x = x.copy()
             for i in range(E // 2):
@@ -115,17 +117,17 @@ def test_logits_equal_a_loop_over_tokens_and_heads(tmp_path, name):
 
 
 @pytest.mark.parametrize("family, kv_heads", [("gpt2", 4), ("llama", 2)])
-def test_a_position_sees_nothing_after_it(family, kv_heads):
+def test_a_position_does_not_depend_on_later_ones(family, kv_heads):
     model = Transformer(small(family, kv_heads=kv_heads)).double()
     tokens = torch.randint(48, (3, 12), generator=torch.Generator().manual_seed(0))
     changed = tokens.clone()
-    changed[:, 7:] = (tokens[:, 7:] + 11) % 48                                         # later tokens, or garbage in the padding
+    changed[:, 7:] = (tokens[:, 7:] + 11) % 48                                         # later tokens, or garbage padding
     a, b = model(tokens), model(changed)
     assert torch.equal(a[:, :7], b[:, :7]) and not torch.equal(a[:, 7:], b[:, 7:])
-    torch.testing.assert_close(model(tokens[1:2, :7]), a[1:2, :7], atol=1e-12, rtol=0)  # alone and unpadded: the same numbers
+    torch.testing.assert_close(model(tokens[1:2, :7]), a[1:2, :7], atol=1e-12, rtol=0)  # the same without padding
 
 
-def test_rotary_embedding_by_hand():
+def test_rotary_embedding_equals_a_calculation_by_hand():
     config = small("llama", head_dim=4, rope_theta=100.0)                              # frequencies 1 and 100^(-1/2) = 0.1
     angle = torch.arange(6.0)[:, None] * rope_frequencies(config)
     cos, sin = angle.cos(), angle.sin()
@@ -135,7 +137,7 @@ def test_rotary_embedding_by_hand():
     assert y == pytest.approx([c - 3 * s, 2 * c1 - 4 * s1, 3 * c + s, 4 * c1 + 2 * s1], abs=1e-6)
 
 
-def test_logprobs_sit_at_their_tokens_and_are_zero_elsewhere():
+def test_logprobs_are_at_their_tokens_and_zero_elsewhere():
     model = Transformer(small("llama")).double()
     tokens = torch.randint(48, (3, 9), generator=torch.Generator().manual_seed(1))
     mask = torch.rand(3, 9, generator=torch.Generator().manual_seed(2)) < 0.5
@@ -149,10 +151,10 @@ def test_logprobs_sit_at_their_tokens_and_are_zero_elsewhere():
             assert float(got[b, t]) == pytest.approx(want, abs=1e-12)
             h = float(-(everything[b, t - 1].exp() * everything[b, t - 1]).sum()) if mask[b, t] else 0.0
             assert float(entropy[b, t]) == pytest.approx(h, abs=1e-12)
-    assert (model.logprobs(tokens, torch.zeros_like(mask)) == 0).all()                 # an empty mask is no error
+    assert (model.logprobs(tokens, torch.zeros_like(mask)) == 0).all()                 # an empty mask is allowed
 
 
-def test_weights_are_a_function_of_the_seed():
+def test_initial_weights_are_a_function_of_the_seed():
     a, b, c = Transformer(small(), 1), Transformer(small(), 1), Transformer(small(), 2)
     assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
     assert not torch.equal(a.embed.weight, c.embed.weight)
@@ -163,9 +165,11 @@ def test_a_sequence_longer_than_the_context_is_a_user_error():
         Transformer(small())(torch.zeros(1, 33, dtype=torch.long))
 
 
-# ------------------------------------------------------------------------------------------ heads: reward and value
+# ---- Reward and value heads -----------------------------------------------------------------------------------------
+
+
 def test_the_reward_is_read_at_the_last_real_token():
-    """Trap 3: neither at the padding nor one token early."""
+    """Trap 3: it is read neither at the padding nor one token early."""
     rm = RewardModel(small("llama"))
     rows = [[5, 6, 7, 1], [9, 1], [4, 8, 3, 30, 12, 1]]
     lengths = torch.tensor([len(r) for r in rows])
@@ -184,7 +188,7 @@ def test_a_fresh_reward_head_has_the_published_scale():
     assert RewardModel(small()).head.bias is None
 
 
-def test_reward_model_round_trip_keeps_the_stored_constants(tmp_path):
+def test_a_saved_reward_model_keeps_its_constants(tmp_path):
     rm = RewardModel(small("llama", tied=False), seed=3)
     rm.reward_mean, rm.reward_std = -0.25, 1.75
     rm.save_pretrained(tmp_path / "rm")
@@ -193,7 +197,7 @@ def test_reward_model_round_trip_keeps_the_stored_constants(tmp_path):
     assert all(torch.equal(p, q) for p, q in zip(rm.parameters(), back.parameters()))
 
 
-def test_reward_model_from_a_language_model(tmp_path):
+def test_a_reward_model_from_a_language_model_gets_a_fresh_head(tmp_path):
     model = Transformer(small("llama", tied=False))
     model.save_pretrained(tmp_path / "lm")
     with pytest.raises(UserError, match="no reward model"):
@@ -204,7 +208,7 @@ def test_reward_model_from_a_language_model(tmp_path):
     assert all(p.requires_grad for p in a.parameters())
 
 
-def test_value_model_starts_as_the_normalised_reward_or_as_zero(tmp_path):
+def test_a_value_model_starts_as_the_normalised_reward_or_as_zero(tmp_path):
     rm = RewardModel(small("llama"), seed=1)
     rm.reward_mean, rm.reward_std = 0.7, 2.5
     rm.save_pretrained(tmp_path / "rm")
@@ -215,7 +219,9 @@ def test_value_model_starts_as_the_normalised_reward_or_as_zero(tmp_path):
     assert (ValueModel.from_pretrained(tmp_path / "lm")(tokens) == 0).all()
 
 
-# ------------------------------------------------------------------------------------------------------- checkpoints
+# ---- Checkpoints ----------------------------------------------------------------------------------------------------
+
+
 VARIANTS = {
     "gpt2": small(), "gpt2 untied": small(tied=False), "gpt2 gelu": small(activation="gelu", ffn=40, norm_eps=1e-3),
     "llama": small("llama"), "llama untied, grouped": small("llama", tied=False, kv_heads=2),
@@ -233,7 +239,7 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_save_and_load_are_bit_equal(tmp_path, name):
+def test_a_saved_and_loaded_model_is_bit_identical(tmp_path, name):
     model = Transformer(VARIANTS[name], seed=1)
     with torch.no_grad():
         for p in model.parameters():                                                   # biases and norms too
@@ -247,7 +253,7 @@ def test_save_and_load_are_bit_equal(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_folders_go_through_transformers_and_back_unchanged(tmp_path, name):
+def test_weights_survive_a_round_trip_through_transformers(tmp_path, name):
     transformers = transformers_or_skip()
     model = Transformer(VARIANTS[name], seed=2)
     with torch.no_grad():
@@ -259,7 +265,7 @@ def test_folders_go_through_transformers_and_back_unchanged(tmp_path, name):
     tokens = torch.tensor(TOKENS)
     with torch.no_grad():
         torch.testing.assert_close(model.logits(model(tokens)), theirs(tokens).logits, atol=1e-5, rtol=0)
-    theirs.save_pretrained(tmp_path / "theirs")                                        # config.json in transformers 5's spelling
+    theirs.save_pretrained(tmp_path / "theirs")                                        # config.json as transformers 5 has it
     back = Transformer.from_pretrained(tmp_path / "theirs")
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), back.parameters()))
     torch.testing.assert_close(back(tokens), model(tokens), atol=1e-6, rtol=0)
@@ -270,7 +276,7 @@ def test_folders_go_through_transformers_and_back_unchanged(tmp_path, name):
 def test_gradients_and_greedy_texts_equal_those_of_transformers(tmp_path, name):
     transformers = transformers_or_skip()
     folder, tokens = case_folder(tmp_path, name), torch.tensor(TOKENS)
-    tokens[tokens == CASES[name].get("pad_token_id", -1)] = 6                          # whose embedding transformers does not train
+    tokens[tokens == CASES[name].get("pad_token_id", -1)] = 6     # transformers does not train the embedding of the pad id
     model, theirs = Transformer.from_pretrained(folder), transformers.AutoModelForCausalLM.from_pretrained(folder)
     mask = torch.arange(tokens.shape[1])[None] >= torch.tensor([[3], [1]])
     model.logprobs(tokens, mask).sum().backward()
@@ -291,10 +297,10 @@ def test_gradients_and_greedy_texts_equal_those_of_transformers(tmp_path, name):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_reward_folders_score_the_same_in_transformers(tmp_path, family):
+def test_reward_models_score_the_same_in_transformers(tmp_path, family):
     transformers = transformers_or_skip()
     rm = RewardModel(small(family), seed=4)
-    rm.reward_mean, rm.reward_std = 3.0, 2.0                                           # which transformers ignores
+    rm.reward_mean, rm.reward_std = 3.0, 2.0                                           # transformers ignores these
     rm.save_pretrained(tmp_path / "rm")
     theirs, info = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "rm", output_loading_info=True)
     assert theirs.config.num_labels == 1 and not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
@@ -306,8 +312,8 @@ def test_reward_folders_score_the_same_in_transformers(tmp_path, family):
     torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
 
 
-def test_hub_style_gpt2_files(tmp_path):
-    """The hub's gpt2: no `transformer.` prefix, and causal masks stored as tensors."""
+def test_gpt2_files_load_as_the_hub_has_them(tmp_path):
+    """The hub's gpt2 has no `transformer.` prefix, and stores causal masks as tensors."""
     tensors = {k.removeprefix("transformer."): v for k, v in weights_of(GOLDENS["gpt2"]["shapes"]).items()}
     for n in range(2):
         tensors[f"h.{n}.attn.bias"] = np.tril(np.ones((1, 1, 16, 16), dtype=np.float32))
@@ -317,8 +323,8 @@ def test_hub_style_gpt2_files(tmp_path):
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), want.parameters()))
 
 
-def test_other_spellings_of_published_files(tmp_path):
-    """OPT without `model.`; Pythia and GPT-J with causal masks and rotary tables as tensors; GPT-NeoX's head by its newer name."""
+def test_other_tensor_names_of_published_files_load(tmp_path):
+    """OPT without `model.`; Pythia and GPT-J with stored causal masks and rotary tables; GPT-NeoX's head by a newer name."""
     opt, neox, gptj = (weights_of(GOLDENS[n]["shapes"]) for n in ("opt", "gpt_neox", "gptj"))
     masks = {"bias": np.tril(np.ones((1, 1, 16, 16), dtype=bool)), "masked_bias": np.array(-1e9, dtype=np.float32),
              "rotary_emb.inv_freq": np.ones(2, dtype=np.float32)}
@@ -334,7 +340,7 @@ def test_other_spellings_of_published_files(tmp_path):
             assert all(torch.equal(p, q) for p, q in zip(model.parameters(), want.parameters()))
 
 
-def test_a_tied_models_own_head_has_to_be_the_embedding(tmp_path):
+def test_the_stored_head_of_a_tied_model_must_equal_the_embedding(tmp_path):
     tensors = weights_of(GOLDENS["llama grouped queries"]["shapes"])
     tied = {**CASES["llama grouped queries"], "tie_word_embeddings": True}
     assert "lm_head.weight is another matrix" in refusal(write_folder(tmp_path / "a", tied, tensors))
@@ -342,7 +348,7 @@ def test_a_tied_models_own_head_has_to_be_the_embedding(tmp_path):
     Transformer.from_pretrained(write_folder(tmp_path / "b", tied, tensors))
 
 
-def test_saving_over_shards_leaves_none_of_them(tmp_path):
+def test_saving_over_shards_removes_them(tmp_path):
     folder = case_folder(tmp_path, "qwen2")
     files = shard(folder)
     model = Transformer.from_pretrained(folder)
@@ -354,14 +360,14 @@ def test_saving_over_shards_leaves_none_of_them(tmp_path):
 @pytest.mark.parametrize("constants, says", [
     ({"reward_mean": "0"}, "reward_mean '0'"), ({"reward_mean": float("inf")}, "reward_mean inf"),
     ({"reward_std": 0.0}, "reward_std 0.0"), ({"reward_std": "1"}, "reward_std '1'"), ({"reward_std": float("nan")}, "reward_std nan")])
-def test_constants_of_a_reward_model_that_are_no_numbers(tmp_path, constants, says):
+def test_invalid_reward_constants_are_rejected(tmp_path, constants, says):
     RewardModel(small()).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, **constants}))
     assert says in refusal(tmp_path, RewardModel.from_pretrained)
 
 
-def test_pickles_and_quantized_weights_are_refused(tmp_path):
+def test_pickles_and_quantized_weights_are_rejected(tmp_path):
     folder = case_folder(tmp_path, "qwen2")
     tensors = load_file(folder / "model.safetensors")
     name = "model.layers.0.mlp.up_proj.weight"
@@ -372,7 +378,7 @@ def test_pickles_and_quantized_weights_are_refused(tmp_path):
 
 
 def shard(folder):
-    """Splits model.safetensors in two, with an index."""
+    """Splits model.safetensors in two, with an index; returns the names of the parts."""
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     where = {name: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(sorted(tensors))}
@@ -382,7 +388,7 @@ def shard(folder):
     return sorted(set(where.values()))
 
 
-def test_sharded_files_load_like_one(tmp_path):
+def test_sharded_files_load_like_a_single_file(tmp_path):
     folder = case_folder(tmp_path, "llama grouped queries")
     whole = Transformer.from_pretrained(folder)
     shard(folder)
@@ -390,7 +396,7 @@ def test_sharded_files_load_like_one(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_files_become_float32(tmp_path, dtype):
+def test_half_precision_files_load_as_float32(tmp_path, dtype):
     folder = case_folder(tmp_path, "llama grouped queries")
     tensors = {k: v.to(dtype) for k, v in load_file(folder / "model.safetensors").items()}
     save_file(tensors, folder / "model.safetensors")
@@ -399,7 +405,7 @@ def test_half_precision_files_become_float32(tmp_path, dtype):
     assert torch.equal(model.embed.weight, tensors["model.embed_tokens.weight"].float())
 
 
-def test_an_eos_list_gives_its_first(tmp_path):
+def test_the_first_id_of_an_eos_list_is_used(tmp_path):
     folder = case_folder(tmp_path, "llama grouped queries")
     (folder / "config.json").write_text(json.dumps({**CASES["llama grouped queries"], "eos_token_id": [7, 8]}))
     assert Transformer.from_pretrained(folder).config.eos_id == 7
@@ -419,7 +425,7 @@ def test_missing_extra_and_misshaped_tensors_are_named(tmp_path):
     def message(changed):
         return refusal(write_folder(tmp_path / "bad", CASES["llama grouped queries"], changed))
     assert f"missing {name} (1)" in message({k: v for k, v in tensors.items() if k != name})
-    third = "model.layers.2.mlp.up_proj.weight"                                        # of two layers
+    third = "model.layers.2.mlp.up_proj.weight"                                        # there are two layers
     assert f"not expected {third} (1)" in message({**tensors, third: tensors[name].copy()})
     assert f"{name} has shape [39, 24], config.json asks for [40, 24]" in message({**tensors, name: tensors[name][:39].copy()})
     query = "model.layers.0.self_attn.q_proj.weight"                                   # a part of our stacked qkv
@@ -427,14 +433,14 @@ def test_missing_extra_and_misshaped_tensors_are_named(tmp_path):
     assert "missing lm_head.weight (1)" in message({k: v for k, v in tensors.items() if k != "lm_head.weight"})
     short = {k: v[:1].copy() if "layernorm" in k else v for k, v in tensors.items() if k != name}
     assert f"missing {name} (1); misshaped " in message({**short, third: tensors[name]}).replace(f"not expected {third} (1); ", "")
-    assert "(20)" in message({"lm_head.weight": tensors["lm_head.weight"]})            # only some of many are listed
+    assert "(20)" in message({"lm_head.weight": tensors["lm_head.weight"]})            # long lists are shortened
     gpt2 = weights_of(GOLDENS["gpt2"]["shapes"])
     gpt2["transformer.h.0.mlp.c_fc.weight"] = gpt2["transformer.h.0.mlp.c_fc.weight"].T.copy()
     folder = write_folder(tmp_path / "bad", CASES["gpt2"], gpt2)
     assert "c_fc.weight has shape [96, 24], config.json asks for [24, 96]" in refusal(folder)
 
 
-def test_damaged_and_hostile_files_are_refused(tmp_path):
+def test_damaged_and_hostile_files_are_rejected(tmp_path):
     folder = case_folder(tmp_path, "llama grouped queries")
     whole = (folder / "model.safetensors").read_bytes()
     for part in (whole[:-5], whole[:len(whole) // 2], whole[:100], whole[:4], b"", b"\xff" * 64):
@@ -495,13 +501,13 @@ def test_damaged_and_hostile_files_are_refused(tmp_path):
     ("qwen2", {"use_sliding_window": True}, "use_sliding_window True"),
     ("qwen3", {"use_sliding_window": True}, "use_sliding_window True"),
     ("qwen2", {"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention")])
-def test_configs_that_cannot_be_computed_are_refused_in_one_line(tmp_path, name, change, message):
+def test_an_unsupported_config_gives_a_one_line_error(tmp_path, name, change, message):
     folder = case_folder(tmp_path, name)
     (folder / "config.json").write_text(json.dumps({**CASES[name], **change}))
     assert re.search(message.replace("(", "\\("), refusal(folder))
 
 
-def test_config_files_that_are_no_config(tmp_path):
+def test_invalid_config_files_are_rejected(tmp_path):
     folder = case_folder(tmp_path, "gpt2")
     for key in ("n_embd", "n_head", "n_layer", "n_positions", "vocab_size"):
         (folder / "config.json").write_text(json.dumps({k: v for k, v in CASES["gpt2"].items() if k != key}))
@@ -516,13 +522,13 @@ def test_config_files_that_are_no_config(tmp_path):
     assert "no checkpoint folder" in refusal(tmp_path / "nowhere")
 
 
-def test_a_reward_folder_is_no_language_model(tmp_path):
+def test_a_reward_model_is_rejected_as_a_language_model(tmp_path):
     RewardModel(small("llama", tied=False)).save_pretrained(tmp_path / "rm")
     message = refusal(tmp_path / "rm")
     assert "is a reward model" in message
 
 
-def test_saving_over_a_folder_leaves_no_trace_of_the_old_weights(tmp_path):
+def test_saving_over_a_folder_replaces_the_old_weights(tmp_path):
     a, b = Transformer(small(), 1), Transformer(small(layers=1), 2)
     a.save_pretrained(tmp_path / "m")
     b.save_pretrained(tmp_path / "m")
@@ -530,9 +536,11 @@ def test_saving_over_a_folder_leaves_no_trace_of_the_old_weights(tmp_path):
     assert torch.equal(Transformer.from_pretrained(tmp_path / "m").embed.weight, b.embed.weight)
 
 
-# ---------------------------------------------------------------------------------------------- a trained checkpoint
+# ---- A trained checkpoint -------------------------------------------------------------------------------------------
+
+
 @needs_stories
-def test_stories260k_tells_its_story(tmp_path):
+def test_stories260k_generates_its_known_story(tmp_path):
     folder = DATA / "checkpoints" / "stories260K"
     model = Transformer.from_pretrained(folder)
     ids = generate(model, [[1, 403, 407, 261, 378]], 60, temperature=0).responses()[0]
@@ -556,8 +564,8 @@ def test_stories260k_tells_its_story(tmp_path):
     assert a.keys() == b.keys() and all(torch.equal(a[k].float(), b[k]) for k in a)
 
 
-def test_trap_9_there_is_no_dropout_to_leave_on(tmp_path):
-    """A folder whose config.json asks for dropout computes the same in training mode: policy and reference agree."""
+def test_trap_9_there_is_no_dropout(tmp_path):
+    """A model whose config.json asks for dropout computes the same in training mode, so policy and reference agree."""
     model = Transformer(ModelConfig.for_family("gpt2", 32, vocab_size=50, context=16, layers=2, heads=2, kv_heads=2, head_dim=16))
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())

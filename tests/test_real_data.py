@@ -1,7 +1,7 @@
-"""The scripts on public data, as users have it: film reviews, HH and TL;DR comparisons, ranked answers.
+"""Tests of the scripts on public data: film reviews, HH and TL;DR comparisons, ranked answers.
 
-The data is not part of the repository; where it is absent every test here skips. Models are tiny and steps few: what is
-asserted is that the files are read for what they are, that splits do not leak, and that what is logged is what happened.
+The data is not part of the repository; without it, every test here is skipped. Models are tiny and steps few. The tests
+check that the files are read correctly, that splits do not leak, and that the logs report what happened.
 """
 
 import gzip
@@ -19,9 +19,9 @@ import train_rm
 import train_rrhf
 import train_sft
 from nanorlhf.data import encode_prompt, encode_response, load_records, make_examples, split_records, truncate_tldr
-from nanorlhf.tokenizer import load_tokenizer
-from nanorlhf.model import RewardModel, Transformer
 from nanorlhf.files import read_jsonl
+from nanorlhf.model import RewardModel, Transformer
+from nanorlhf.tokenizer import load_tokenizer
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason=f"needs the public data in {DATA}")
@@ -53,7 +53,7 @@ def write_rows(path, rows):
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """A tiny model pretrained for a few steps on 300 reviews with the 2,000-token vocabulary; (its folder, its log)."""
+    """Returns the folder of a tiny model, pretrained for 25 steps on 300 reviews with the 2,000-token vocabulary."""
     out = tmp_path_factory.mktemp("real") / "base"
     train_sft.train(train_sft.Config(
         init="scratch", kind="text", data=str(IMDB), limit=300, tokenizer=str(DATA / "tokenizers" / "tiktoken_small.model"),
@@ -70,25 +70,26 @@ def reward(tmp_path):
 
 @pytest.fixture(scope="module")
 def prompts(tmp_path_factory):
-    """First words of test reviews, which `base` never saw."""
+    """Writes the first words of test reviews, which `base` never saw; returns the file."""
     rows = load_records(IMDB.with_name("imdb_test_2000.jsonl.gz"), "text", limit=12)
     rows = [{"prompt": " ".join(r["text"].split()[:6])} for r in rows]
     return write_rows(tmp_path_factory.mktemp("prompts") / "prompts.jsonl", rows)
 
 
-# ------------------------------------------------------------------------------------------------------ film reviews
+# ---- Film reviews ---------------------------------------------------------------------------------------------------
 
-def test_reviews_are_read_whole_as_texts():
-    """One record a JSON line: texts hold U+0085, which ends a line for str.splitlines but not for JSON lines."""
+
+def test_each_film_review_is_read_as_one_record():
+    """One record per JSON line. Texts contain U+0085, which ends a line for str.splitlines but not in JSON lines."""
     records = load_records(IMDB, "text")
     rows = [json.loads(line) for line in gzip.decompress(IMDB.read_bytes()).split(b"\n") if line]
     assert [r["text"] for r in records] == [r["text"] for r in rows]
     assert len(records) == 6000 and any("\x85" in r["text"] for r in records)
 
 
-def test_pretraining_on_reviews_learns(base):
+def test_pretraining_on_film_reviews_lowers_the_loss(base):
     log = metrics(base)
-    assert log[0]["loss"] == pytest.approx(math.log(2002), abs=0.3)           # an untrained model knows nothing
+    assert log[0]["loss"] == pytest.approx(math.log(2002), abs=0.3)           # an untrained model is nearly uniform
     assert log[-1]["loss"] < log[0]["loss"] - 0.7 and log[-1]["eval/loss"] < log[0]["loss"] - 0.7
     for file in ("config.json", "model.safetensors", "tokenizer.json", "run.json"):
         assert (Path(base) / file).exists()
@@ -97,14 +98,14 @@ def test_pretraining_on_reviews_learns(base):
     assert own.encode(text) == first.encode(text) and own.decode(own.encode(text)) == text
 
 
-def test_ppo_logs_what_the_reward_function_said(base, reward, prompts, tmp_path):
+def test_ppo_logs_the_values_of_the_reward_function(base, reward, prompts, tmp_path):
     spec, calls = reward
     train_ppo.train(train_ppo.Config(
         init=base, reward=spec, data=prompts, eval_prompts=prompts, num_eval_prompts=5, response_length=12, batch_size=6,
         max_steps=3, missing_eos="none", eval_every=2, device="cpu", out=str(tmp_path / "ppo")))
     log, said = metrics(tmp_path / "ppo"), calls()
     rollouts, evaluations = [c for c in said if len(c[0]) == 6], [c for c in said if len(c[0]) == 5]
-    assert len(rollouts) == 3 and len(evaluations) == 2                       # after step 2, and after the last
+    assert len(rollouts) == 3 and len(evaluations) == 2                       # after step 2 and after the last
     for row, (_, _, values) in zip(log, rollouts):
         assert row["objective/scores"] == pytest.approx(sum(values) / 6, abs=1e-6)
     for row, (_, completions, values) in zip(log[1:], evaluations):
@@ -117,7 +118,7 @@ def test_ppo_logs_what_the_reward_function_said(base, reward, prompts, tmp_path)
     assert all(math.isfinite(v) for row in log for v in row.values())
 
 
-def test_best_of_n_then_dpo_and_rrhf(base, reward, prompts, tmp_path):
+def test_best_of_n_then_dpo_and_rrhf_use_the_reward_function(base, reward, prompts, tmp_path):
     spec, calls = reward
     sample_bon.sample(sample_bon.Config(init=base, reward=spec, data=prompts, n=4, label_temperature=0.0, response_length=12,
                                        keep_unfinished=True, device="cpu", out=str(tmp_path / "bon")))
@@ -142,10 +143,11 @@ def test_best_of_n_then_dpo_and_rrhf(base, reward, prompts, tmp_path):
     assert metrics(tmp_path / "rrhf")[0]["scores/best"] >= metrics(tmp_path / "rrhf")[0]["scores/mean"] > 0
 
 
-# ------------------------------------------------------------------------------------------------ people's comparisons
+# ---- Human comparisons ----------------------------------------------------------------------------------------------
+
 
 def test_splits_by_post_do_not_leak():
-    """TL;DR has several rows a post: a post is on one side only, whatever else is in the file and in whatever order."""
+    """TL;DR has several rows per post. A post is on one side only, whatever else is in the file and in whatever order."""
     records = load_records(TLDR, "preference")
     assert len(records) == 1097 and len({r["group"] for r in records}) == 905
     train, held_out = split_records(records, 0.2, seed=1)
@@ -157,7 +159,7 @@ def test_splits_by_post_do_not_leak():
     assert {r["group"] for r in split_records(records, 0.2, seed=2)[1]} != {r["group"] for r in held_out}
 
 
-def test_hh_bad_rows_are_named_or_skipped(capsys):
+def test_bad_hh_rows_are_reported_or_skipped(capsys):
     with pytest.raises(ValueError, match=r"hh_helpful-base_test.jsonl.gz:\d+: "):
         load_records(HH, "preference")
     records = load_records(HH, "preference", skip_bad=True)
@@ -167,8 +169,8 @@ def test_hh_bad_rows_are_named_or_skipped(capsys):
     assert not {r["prompt"] for r in train} & {r["prompt"] for r in held_out}
 
 
-def test_reward_model_on_tldr(base, tmp_path):
-    """The accuracy logged on held-out posts is that of the folder written, read back and asked again."""
+def test_the_logged_accuracy_on_tldr_is_that_of_the_saved_reward_model(base, tmp_path):
+    """The accuracy logged on held-out posts is that of the saved model, which is loaded and evaluated again here."""
     config = train_rm.Config(init=base, data=str(TLDR), limit=120, keep="tldr", max_length=160, max_prompt_length=64,
                              batch_size=8, max_steps=6, lr=2e-3, eval_fraction=0.2, eval_every=6, device="cpu",
                              out=str(tmp_path / "rm"))
@@ -189,7 +191,7 @@ def test_reward_model_on_tldr(base, tmp_path):
     assert float(rewards.mean()) == pytest.approx(0, abs=1e-3) and float(rewards.std(correction=0)) == pytest.approx(1, abs=1e-3)
 
 
-def test_tldr_prompts_lose_the_end_of_the_post_only(base):
+def test_tldr_prompts_lose_only_the_end_of_the_post(base):
     tokenizer = load_tokenizer(base)
     longest = max(load_records(TLDR, "prompt"), key=lambda r: len(r["prompt"]))["prompt"]
     cut = truncate_tldr(tokenizer, longest, 128)
@@ -198,8 +200,8 @@ def test_tldr_prompts_lose_the_end_of_the_post_only(base):
     assert len(encode_prompt(tokenizer, longest, 128, "tldr")) <= 128
 
 
-def test_dpo_on_hh(base, tmp_path):
-    """At the start policy and reference agree on every pair; after a few steps on few pairs the margin is positive."""
+def test_dpo_on_hh_starts_at_ln_2_and_raises_the_margin(base, tmp_path):
+    """At the start, policy and reference agree on every pair. After a few steps on few pairs, the margin is positive."""
     train_dpo.train(train_dpo.Config(init=base, data=str(HH), skip_bad=True, limit=40, max_length=160, batch_size=8, epochs=4,
                                      lr=3e-3, warmup_steps=0, eval_fraction=0.2, eval_every=4, device="cpu",
                                      out=str(tmp_path / "dpo")))
@@ -208,15 +210,16 @@ def test_dpo_on_hh(base, tmp_path):
     assert log[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
     assert sum(r["loss"] for r in log[-4:]) < sum(r["loss"] for r in log[:4]) and log[-1]["rewards/margins"] > 0
     right = log[-1]["eval/accuracy"] * len(held_out)
-    assert right == pytest.approx(round(right), abs=1e-6)                     # a share of exactly the held-out pairs
+    assert right == pytest.approx(round(right), abs=1e-6)                     # a fraction of all held-out pairs
     moved = Transformer.from_pretrained(tmp_path / "dpo").state_dict()
     assert any(not torch.equal(moved[k], v) for k, v in Transformer.from_pretrained(base).state_dict().items())
 
 
-# -------------------------------------------------------------------------------------------------------- ranked answers
+# ---- Ranked answers -------------------------------------------------------------------------------------------------
 
-def test_rrhf_on_ranked_answers(base, tmp_path):
-    """The given scores rank the 17 answers of each prompt, the stray next turn is gone, and L_rank falls."""
+
+def test_rrhf_on_ranked_answers_lowers_the_ranking_loss(base, tmp_path):
+    """The given scores rank the 17 answers per prompt, the stray next turn is removed, and L_rank falls."""
     train_rrhf.train(train_rrhf.Config(init=base, data=str(CAI), kind="ranked", reward="given", sampling="none", limit=4,
                                        batch_size=4, max_steps=10, lr=3e-3, warmup_steps=0, max_length=128, rrhf_weight=10.0,
                                        device="cpu", out=str(tmp_path / "rrhf")))

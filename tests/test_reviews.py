@@ -1,4 +1,4 @@
-"""The built-in task: the parser inverts the generator, and the gold reward is what its docstring says."""
+"""Tests of the built-in task: the parser inverts the generator, and the gold reward is what its docstring says."""
 
 import math
 import re
@@ -91,7 +91,7 @@ def test_every_phrase_of_the_world_parses():
             assert 0 < abs(sentiment) <= 1
 
 
-def test_mood_moves_the_whole_text():
+def test_mood_sets_the_reward_of_the_whole_text():
     rng = np.random.default_rng(0)
     for domain in DOMAINS:
         prompt = reviews.make_prompt(domain, "Silent River")
@@ -113,7 +113,7 @@ def test_mood_moves_the_whole_text():
         (" The plot is not bad, yet I did not like the cover.", [("plot", 0.35), ("cover", -0.5)]),
     ],
 )
-def test_sentences_by_hand(text, expected):
+def test_sentences_parse_to_the_expected_clauses(text, expected):
     parsed = parse(text)
     assert [(clause.aspect, clause.sentiment) for clause in parsed.clauses] == expected
     assert parsed.unparsed == 0 and parsed.finished
@@ -122,14 +122,14 @@ def test_sentences_by_hand(text, expected):
 @pytest.mark.parametrize(
     "sentence",
     [
-        "Sadly, the plot was superb",  # opener against the sign
-        "The plot is bad, but the acting is awful",  # contrast without one
+        "Sadly, the plot was superb",  # the opener contradicts the sentiment
+        "The plot is bad, but the acting is awful",  # "but" without a contrast
         "The plot is good and the acting is awful",
         "Although the plot is good, the acting is superb",
         "The plot is good, the acting is superb",
         "The plot is good and the acting is superb and the music is fine",
-        "The plot is tasty",  # an adjective of other aspects
-        "The plot is very superb",  # a limit already
+        "The plot is tasty",  # an adjective for other aspects
+        "The plot is very superb",  # superb takes no intensifier
         "The plot is a bit good",
         "The plot is",
         "The weather is good",
@@ -141,7 +141,7 @@ def test_sentences_by_hand(text, expected):
         "",
     ],
 )
-def test_sentences_that_do_not_parse(sentence):
+def test_ungrammatical_sentences_do_not_parse(sentence):
     parsed = parse(f" {sentence}. The music is good.")
     assert parsed.unparsed == 1 and parsed.finished and [clause.aspect for clause in parsed.clauses] == ["music"]
 
@@ -166,7 +166,7 @@ def test_sentences_that_do_not_parse(sentence):
         (" The plot is superb." * 1000, REWARD_MIN),
     ],
 )
-def test_reward_by_hand(text, expected):
+def test_the_gold_reward_has_the_expected_value(text, expected):
     assert film_reward(text) == pytest.approx(expected)
 
 
@@ -200,7 +200,7 @@ def test_a_stronger_adjective_earns_more():
 
 @pytest.mark.parametrize("adjective", ["awful", "bad", "good", "superb", "gripping"])
 @pytest.mark.parametrize("negation", ["not", "hardly", "never"])
-def test_negation_flips_and_damps(adjective, negation):
+def test_negation_flips_and_weakens_the_sentiment(adjective, negation):
     plain, negated = film_reward(f" The plot is {adjective}."), film_reward(f" The plot is {negation} {adjective}.")
     assert plain * negated < 0 and abs(negated) < abs(plain)
 
@@ -247,11 +247,11 @@ def test_any_string_has_a_reward_in_range(text, prompt):
         ("", " The plot is good.", "neutral"),
     ],
 )
-def test_relation(premise, hypothesis, expected):
+def test_relation_is_entailment_contradiction_or_neutral(premise, hypothesis, expected):
     assert relation(premise, hypothesis) == expected
 
 
-def test_label_ceiling_is_what_a_perfect_judge_reaches(rewards):
+def test_label_ceiling_is_the_accuracy_of_a_perfect_judge(rewards):
     rng = np.random.default_rng(0)
     a, b = rewards[::2], rewards[1::2]
     pairs = [(x, y) for x, y in zip(a, b, strict=True) if x != y]
@@ -271,7 +271,7 @@ def test_label_ceiling_is_what_a_perfect_judge_reaches(rewards):
 def test_rewards_of_demonstrations_are_widely_spread(demonstrations, rewards):
     assert 0.45 < rewards.std() < 0.6 and 0 <= rewards.mean() < 0.15
     spreads = [np.std([c.sentiment for c in parse(row["completion"]).clauses]) for row in demonstrations]
-    assert np.mean(np.array(spreads) < 0.05) < 0.1  # few reviews are all of one strength
+    assert np.mean(np.array(spreads) < 0.05) < 0.1  # few reviews have a single strength
     assert 15 < np.mean([len(row["completion"].split()) for row in demonstrations]) < 30
 
 
@@ -281,11 +281,11 @@ def test_records_depend_on_split_and_seed_only(split):
     assert rows == records(split, 300, seed=3) and rows[:100] == records(split, 100, seed=3)
     assert rows != records(split, 300, seed=4) and all(set(row) == {"prompt", "completion"} for row in rows)
     assert {domain_of(row["prompt"]) for row in rows} == set(FAR_DOMAINS if split == "ood_far" else ID_DOMAINS)
-    assert len({row["prompt"] for row in rows[:150]}) == 150  # no prompt twice while fresh ones are left
+    assert len({row["prompt"] for row in rows[:150]}) == 150  # no prompt repeats while unused ones are left
     assert corpus(50, seed=3) == corpus(50, seed=3) != corpus(50, seed=4)
 
 
-def test_same_data_in_another_process():
+def test_another_process_makes_the_same_data():
     code = "from nanorlhf.reviews import records, corpus; print(records('test', 20, 7), corpus(20, 7))"
     runs = {
         subprocess.run([sys.executable, "-c", code], env={"PYTHONHASHSEED": seed, "PYTHONPATH": path},
@@ -295,7 +295,7 @@ def test_same_data_in_another_process():
     assert runs == {f"{records('test', 20, 7)} {corpus(20, 7)}\n"}
 
 
-def test_unknown_split():
+def test_an_unknown_split_is_rejected():
     with pytest.raises(ValueError, match="unknown split 'valid'.*train"):
         records("valid", 1)
 
@@ -311,7 +311,7 @@ def test_splits_are_disjoint():
     assert title_words(rows["ood_far"]) <= title_words(rows["train"])
 
 
-def test_far_words_are_far_and_the_vocabulary_is_small(demonstrations):
+def test_far_words_occur_only_in_far_domains_and_the_vocabulary_is_small(demonstrations):
     everything = words(corpus(20000, seed=0))
     assert 180 <= len(everything) <= 260
     near = words(row["prompt"] + row["completion"] for s in ("train", "test") for row in records(s, 20000, seed=0))

@@ -26,7 +26,7 @@ import train_rrhf
 import train_sft
 from nanorlhf.tokenizer import load_tokenizer
 from nanorlhf.model import RewardModel, Transformer
-from nanorlhf.options import main
+from nanorlhf.options import main, parse_options
 from conftest import ROOT, SCRIPTS, TRAINERS, entry_of, known_options, loss_of
 from nanorlhf.files import read_jsonl
 from nanorlhf.run import Run
@@ -37,7 +37,8 @@ PIPELINE = (  # defaults elsewhere: each script finds what the one before it mad
     "train_sft --init scratch --kind text --out out/base --width 16 --layers 1 --heads 2 --context 96 --limit 60 --max_steps 3 "
     "--batch_size 4",
     "train_sft --limit 40 --max_steps 3 --batch_size 8",
-    "sample_bon --split train --n 2 --reward gold --label_temperature 0.2 --out out/comparisons --limit 60 --response_length 8 --keep_unfinished",
+    "sample_bon --split train --n 2 --reward gold --label_temperature 0.2 --out out/comparisons --limit 60 --response_length 8 "
+    "--keep_unfinished",
     "train_rm --max_steps 3 --batch_size 8 --eval_fraction 0.2",
     f"train_ppo --max_steps 2 --batch_size 8 --limit 32 {SHORT}",
     f"train_dpo --max_steps=2 --batch_size=8 {SHORT}",
@@ -168,7 +169,8 @@ def test_every_run_folder_is_a_checkpoint_with_its_metrics_options_and_tokenizer
     folder = root / "out" / name
     run = json.loads((folder / "run.json").read_text())
     assert run["finished"] and run["options"]["seed"] == 0 and run["torch"] == torch.__version__
-    load = Transformer if json.loads((folder / "config.json").read_text())["architectures"] == ["GPT2LMHeadModel"] else RewardModel
+    architecture = json.loads((folder / "config.json").read_text())["architectures"]
+    load = Transformer if architecture == ["GPT2LMHeadModel"] else RewardModel
     model, tokenizer = load.from_pretrained(folder), load_tokenizer(folder)
     assert model.config.vocab_size == tokenizer.vocab_size == load_tokenizer("reviews").vocab_size
     assert model.config.eos_id == tokenizer.eos_id != tokenizer.pad_id  # trap 1
@@ -635,6 +637,34 @@ def test_a_killed_process_resumes(root, tmp_path):
     assert [r["step"] for r in rows] == list(range(1, 121))
     go(train_sft, tmp_path / "whole", **{**options, "save_every": 0})
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "x"))
+
+
+RENAMED = [(module, old, new) for module in SCRIPTS.values() for old, new in getattr(module.Config, "renamed", {}).items()]
+
+
+@pytest.mark.parametrize("module, old, new", RENAMED, ids=lambda x: getattr(x, "__name__", x))
+def test_an_old_option_name_works_and_says_the_new_one(module, old, new, capsys):
+    given = getattr(parse_options(module.Config, "", [f"--{old}", "x"]), new)
+    assert given == "x" and capsys.readouterr().err == f"--{old} is now --{new}\n"
+    with pytest.raises(SystemExit):
+        parse_options(module.Config, "", ["--help"])
+    assert f"--{old}" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("module, old, new", RENAMED, ids=lambda x: getattr(x, "__name__", x))
+def test_a_run_folder_with_an_old_option_name_resumes(here, tmp_path, module, old, new):
+    go(module, tmp_path / "x", save_every=2, **{new: "out/comparisons/best.jsonl"})
+    whole, rows = weights(tmp_path / "x"), read_jsonl(tmp_path / "x/metrics.jsonl")
+    run = json.loads((tmp_path / "x/run.json").read_text())
+    run["options"][old] = run["options"].pop(new)
+    (tmp_path / "x/run.json").write_text(json.dumps(dict(run, finished=False)))
+    (tmp_path / "x/model.safetensors").unlink()
+    shutil.rmtree(tmp_path / "x/checkpoints/step-0000004")
+    entry_of(module)(parse_options(module.Config, "", ["--out", str(tmp_path / "x"), "--resume"]))
+    assert same(weights(tmp_path / "x"), whole)
+    again = read_jsonl(tmp_path / "x/metrics.jsonl")
+    assert [{k: v for k, v in r.items() if k != "time"} for r in again] == [
+        {k: v for k, v in r.items() if k != "time"} for r in rows]
 
 
 def test_resuming_a_finished_run_changes_nothing(here, capsys):

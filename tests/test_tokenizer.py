@@ -1,4 +1,4 @@
-"""tokenizer.py: every family against the `tokenizers` library, goldens made by it, transformers, and files that are refused."""
+"""Tests of tokenizer.py: every family against the `tokenizers` library, its goldens and transformers; unsupported files."""
 
 import json
 import random
@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from golden.make_tokenizer_goldens import TEXTS, VARIANTS, variant_of
-from nanorlhf import data
-from nanorlhf import tokenizer as tokenizer_file
+from nanorlhf import data, tokenizer as tokenizer_file
 from nanorlhf.data import load_records
 from nanorlhf.errors import DataError
 from nanorlhf.tokenizer import load_tokenizer
@@ -36,7 +35,7 @@ def library():
 
 @pytest.fixture(scope="module")
 def many():
-    """10,000 varied strings: alphabets that provoke the regexes, whole clusters, any code points, long runs, and English."""
+    """10,000 varied strings: characters that stress the regexes, grapheme clusters, any code points, long runs, English."""
     rng = random.Random(1)
     alphabet = list("  \n\n\t\r'sSdDtTlL09aeiou\u0130\u017fée\u0301中文😀\u200d\u0085\u00a0\u2003.,!?<|>１２\u0660½\ufeffZz▁")
     clusters = ["👨\u200d👩\u200d👧", "🇩🇪", "👍🏽", "e\u0323\u0301", "\u212b", "\u1112\u1161\u11ab", "한국어", "日本語", "ไทย", "Привет",
@@ -57,11 +56,11 @@ def many():
 
 @pytest.fixture(scope="module")
 def strings(many):
-    """Every fourth of them, where what is compared is not the family."""
+    """Every fourth of these strings, for tests that do not compare families."""
     return many[::4]
 
 
-def test_round_trip_of_any_text(tiny):
+def test_decode_inverts_encode_for_any_text(tiny):
     hypothesis = pytest.importorskip("hypothesis", reason="needs hypothesis (the `test` extra)")
 
     @hypothesis.settings(max_examples=300, deadline=None, database=None)
@@ -73,7 +72,7 @@ def test_round_trip_of_any_text(tiny):
     check()
 
 
-def test_special_strings_in_text_are_ordinary_text(tiny):
+def test_special_token_strings_in_text_are_ordinary_text(tiny):
     ids = tiny.encode(SPECIALS)
     assert tiny.decode(ids) == SPECIALS
     assert not {tiny.eos_id, tiny.pad_id} & set(ids)
@@ -102,7 +101,7 @@ def test_decode_never_fails(tiny):
     assert tiny.decode([]) == "" and tiny.encode("") == []
 
 
-def test_hostile_text_is_refused_in_one_line(tiny):
+def test_hostile_text_gives_a_one_line_error(tiny):
     for text in ("ok\ud800", "\udfff", " " * 200_000):
         with pytest.raises(DataError) as e:
             tiny.encode(text)
@@ -110,11 +109,11 @@ def test_hostile_text_is_refused_in_one_line(tiny):
     assert len(tiny.encode("a" * 200_000)) >= 1
 
 
-def test_training_depends_on_counts_only():
+def test_bpe_training_depends_on_counts_only():
     texts = ["low lower lowest", "new newer newest", "wide wider"] * 3
     a, b = tokenizer_file.train_bpe(texts, 270), tokenizer_file.train_bpe(texts[::-1], 270)
     assert a.ranks == b.ranks and len(a.ranks) == 268 and a.vocab_size == 270
-    assert tokenizer_file.train_bpe(["abab abab"], 10_000).vocab_size < 270  # no pair is left that occurs twice
+    assert tokenizer_file.train_bpe(["abab abab"], 10_000).vocab_size < 270  # then no pair occurs twice
     for word, ids in (("abab", [257]), ("ab", [256]), ("abc", [256, 99])):
         assert tokenizer_file.train_bpe(["abab"] * 4, 260).encode(word) == ids
     with pytest.raises(DataError, match="too small"):
@@ -127,13 +126,13 @@ def same(a, b):
     return a.same_ids(b) and all(getattr(a, f) == getattr(b, f) for f in fields)
 
 
-def test_save_and_load_give_the_same_tokenizer_and_the_same_bytes(tiny, strings, tmp_path):
+def test_saving_and_loading_keeps_the_tokenizer_and_its_bytes(tiny, strings, tmp_path):
     tiny.save(tmp_path / "a")
     again = load_tokenizer(tmp_path / "a")
     assert same(again, tiny) and all(again.encode(s) == tiny.encode(s) for s in strings)
     (tmp_path / "a" / "chat_template.jinja").write_text("{{ messages }}")
     own = load_tokenizer(str(tmp_path / "a"))
-    (tmp_path / "a").rename(tmp_path / "gone")  # the source may vanish while a long run lasts
+    (tmp_path / "a").rename(tmp_path / "gone")  # the source may be deleted during a long run
     own.save(tmp_path / "b")
     names = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
     assert {p.name for p in (tmp_path / "b").iterdir()} == names
@@ -155,25 +154,25 @@ def saved_as_transformers_reads_it(tokenizer, strings, folder):
     return theirs
 
 
-def test_saved_trained_tokenizer_in_transformers(tiny, strings, tmp_path):
+def test_transformers_reads_a_saved_trained_tokenizer(tiny, strings, tmp_path):
     saved_as_transformers_reads_it(tiny, strings, tmp_path)
 
 
-def test_saved_gpt2_in_transformers(gpt2, strings, tmp_path):
+def test_transformers_reads_a_saved_gpt2_tokenizer(gpt2, strings, tmp_path):
     assert (gpt2.vocab_size, gpt2.eos_id, gpt2.pad_id, gpt2.bos_id) == (50257, 50256, 0, None)
     assert gpt2.encode("Hello world") == [15496, 995]
     saved_as_transformers_reads_it(gpt2, strings, tmp_path)
 
 
 @needs_data
-def test_saved_rank_file_in_transformers(strings, tmp_path):
+def test_transformers_reads_a_saved_rank_file(strings, tmp_path):
     small = load_tokenizer(DATA / "tokenizers" / "tiktoken_small.model")
     assert (small.vocab_size, small.eos_id, small.pad_id) == (2002, 2000, 2001)
     saved_as_transformers_reads_it(small, strings, tmp_path)
 
 
 @needs_data
-def test_llama3_ids_and_transformers(strings, tmp_path):
+def test_llama3_has_its_published_ids_in_transformers_too(strings, tmp_path):
     llama = load_tokenizer(DATA / "tokenizers" / "llama3_tokenizer.model")
     assert (llama.vocab_size, llama.bos_id, llama.eos_id, llama.pad_id) == (128256, 128000, 128001, 128004)
     assert llama.special["<|eot_id|>"] == 128009 and llama.special["<|reserved_special_token_245|>"] == 128255
@@ -182,7 +181,7 @@ def test_llama3_ids_and_transformers(strings, tmp_path):
     assert theirs.encode("hi") == data.encode_prompt(llama, "hi")
 
 
-def test_tiktokens_own_patterns_survive_saving(tiny, strings, tmp_path):
+def test_tiktoken_patterns_survive_saving(tiny, strings, tmp_path):
     import tiktoken
     import tiktoken_ext.openai_public as public
     cl100k = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$"
@@ -209,7 +208,7 @@ def written(folder, spec, config=None, **more):
 
 
 def spec_of(tokenizer, added=()):
-    """tokenizer.json of `tokenizer` with its special tokens replaced by `added`: [(id, content, special)]."""
+    """Returns the tokenizer.json of `tokenizer`, its special tokens replaced by `added`: [(id, content, special)]."""
     spec = tokenizer_file._to_tokenizer_json(tokenizer.encoding, None, {})
     spec["model"]["vocab"] = {t: i for t, i in spec["model"]["vocab"].items() if t not in tokenizer.special}
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
@@ -228,7 +227,7 @@ def shuffled(vocab, seed):
 
 
 def family_spec(family, tiny):
-    """The options of each family's tokenizer.json around the small vocabulary."""
+    """Returns a tokenizer.json with the options of this family and the small vocabulary."""
     n = len(tiny.ranks)
     spec = spec_of(tiny, [(n, "<|endoftext|>", True)])
     spec["pre_tokenizer"] = BYTE_LEVEL
@@ -237,7 +236,7 @@ def family_spec(family, tiny):
         spec = spec_of(tiny, [(n, "<|endoftext|>", True), (n + 1, "<tool_call>", False), (n + 2, "<tool", False)])
         spec["normalizer"] = {"type": "NFC"}
         spec["model"]["merges"] = [m.split(" ") for m in merges]
-    if family == "pythia":  # special tokens at ids 0 and 1, runs of spaces as overlapping added tokens, looked for after NFC
+    if family == "pythia":  # special tokens at ids 0 and 1; runs of spaces as overlapping added tokens, found after NFC
         spec = spec_of(tiny, [(0, "<|endoftext|>", True), (1, "<|padding|>", True),
                               *((n + 2 + k, " " * (24 - k), False) for k in range(23)), (n + 25, "K!", False)])
         for token in spec["added_tokens"][2:]:
@@ -247,17 +246,17 @@ def family_spec(family, tiny):
     if family == "gptj":
         added += [{**added[0], "id": n + 1 + k, "content": f"<|extratoken_{k}|>", "special": False, "normalized": True}
                   for k in range(12)]
-    if family == "llama3":  # every way to split a token is a merge; a token that none reaches counts as a whole pre-token
+    if family == "llama3":  # every split of a token is a merge; a token that no merge reaches matches as a whole pre-token
         parts = {t: i for t, i in vocab.items() if len(t) > 1}
         spec["model"]["merges"] = [[t[:k], t[k:]] for t in parts for k in range(1, len(t)) if t[:k] in vocab and t[k:] in vocab]
         vocab["Ġsitcat"], added[0]["id"], spec["model"]["ignore_merges"] = n, n + 1, True
         spec["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [
             {"type": "Split", "pattern": {"Regex": tokenizer_file.LLAMA3_PATTERN}, "behavior": "Isolated", "invert": False},
             {**BYTE_LEVEL, "use_regex": False}]}
-    if family == "opt":  # fairseq's ids, and special tokens that the vocabulary has without their being added tokens
+    if family == "opt":  # fairseq's ids; special tokens are in the vocabulary but are not added tokens
         vocab |= {"<s>": n, "<pad>": n + 1, "</s>": n + 2, "madeupword0000": n + 3}
         spec["model"]["vocab"], spec["added_tokens"] = shuffled(vocab, 0), []
-    if family == "any order":  # merges that were never learnt in this order: some tokens are out of reach
+    if family == "any order":  # merges in an order that was never learnt: some tokens cannot be reached
         random.Random(0).shuffle(merges)
     if family == "smollm":
         spec["pre_tokenizer"] = {
@@ -266,7 +265,7 @@ def family_spec(family, tiny):
 
 
 def compare(library, ours, folder, texts):
-    """Ordinary text, text with special tokens, and what each id decodes to, against the library."""
+    """Compares ordinary text, text with special tokens, and the decoding of each id with the library."""
     theirs = library.Tokenizer.from_file(str(folder / "tokenizer.json"))
 
     def ids(encode_special_tokens):
@@ -282,14 +281,14 @@ def compare(library, ours, folder, texts):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_byte_level_files_against_the_tokenizers_library(family, tiny, many, library, tmp_path):
+def test_byte_level_files_agree_with_the_tokenizers_library(family, tiny, many, library, tmp_path):
     names = {"eos_token": "</s>", "pad_token": "<pad>"} if family == "opt" else {"eos_token": "<|endoftext|>"}
     folder = written(tmp_path / family, family_spec(family, tiny), names)
     ours = load_tokenizer(folder)
     texts = many + ["a <tool_call> b<tool><tool_call", "x" + " " * 50 + "y", "  1  23 \n4", "e\u0301 \u212b",
                     "a<|extratoken_1|>0", "a<|extratoken_11|> b<|endoftext|>", " sitcat sitcats sitcatsitcat", "a\u212a! K!",
                     "<|padding|> <|endoftext|>"]
-    if family == "opt":  # which the library learns from transformers alone
+    if family == "opt":  # only transformers tells the library which tokens are special
         spec, n = family_spec(family, tiny), ours.special
         spec["added_tokens"] = [{**tokenizer_file.FLAGS, "id": n[t], "content": t, "special": True} for t in ("</s>", "<pad>")]
         written(folder, spec)
@@ -301,8 +300,8 @@ def test_byte_level_files_against_the_tokenizers_library(family, tiny, many, lib
 
 
 @pytest.mark.parametrize("names", ["plain", "map", "config", "added"])
-def test_folder_of_vocab_and_merges(names, tiny, strings, library, tmp_path):
-    """OPT's and GPT-2's: no tokenizer.json, names in whatever small file there is."""
+def test_a_folder_of_vocab_and_merges_loads_and_saves(names, tiny, strings, library, tmp_path):
+    """OPT and GPT-2 folders have no tokenizer.json; special tokens are named in one of several small files, or in none."""
     spec, folder = family_spec("opt", tiny), tmp_path / "opt"
     vocab = {t: i for t, i in spec["model"]["vocab"].items()}
     if names == "plain":
@@ -330,7 +329,7 @@ def test_folder_of_vocab_and_merges(names, tiny, strings, library, tmp_path):
     compare(library, ours, tmp_path / "saved", strings + ["</s>a<tool>b</s>"])
 
 
-def test_a_saved_opt_folder_in_transformers(tiny, strings, tmp_path):
+def test_transformers_reads_a_saved_opt_folder(tiny, strings, tmp_path):
     transformers = pytest.importorskip("transformers", reason="needs transformers (the `parity` extra)")
     test_names = {"eos_token": "</s>", "bos_token": "</s>", "pad_token": "<pad>", "unk_token": "</s>", "add_bos_token": True,
                   "tokenizer_class": "GPT2Tokenizer", "clean_up_tokenization_spaces": False}
@@ -347,14 +346,16 @@ def test_a_saved_opt_folder_in_transformers(tiny, strings, tmp_path):
     assert theirs.encode("the cat") == data.encode_prompt(ours, "the cat")
 
 
-# ------------------------------------------------------------------------------------------------------- SentencePiece
+# ---- SentencePiece --------------------------------------------------------------------------------------------------
+
+
 def sentencepiece(folder, spec, **more):
     names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": None}
     return load_tokenizer(written(folder, spec, names | more))
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_goldens_of_the_tokenizers_library(name, tmp_path):
+def test_sentencepiece_variants_equal_their_goldens(name, tmp_path):
     ours, golden = sentencepiece(tmp_path, variant_of(GOLDENS["spec"], name)), GOLDENS["cases"][name]
     assert (ours.bos_id, ours.eos_id, ours.pad_id) == (1, 2, 0)
     assert [ours.encode(t) for t in TEXTS] == golden["ids"]
@@ -363,7 +364,7 @@ def test_goldens_of_the_tokenizers_library(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", [*VARIANTS, "any order"])
-def test_sentencepiece_files_against_the_tokenizers_library(name, many, library, tmp_path):
+def test_sentencepiece_files_agree_with_the_tokenizers_library(name, many, library, tmp_path):
     spec = variant_of(GOLDENS["spec"], "llama" if name == "any order" else name)
     if name == "any order":
         random.Random(0).shuffle(spec["model"]["merges"])
@@ -372,8 +373,8 @@ def test_sentencepiece_files_against_the_tokenizers_library(name, many, library,
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_any_list_of_merges(seed, library, tmp_path):
-    """Lists that nobody learnt: any order, other ways to make a token, merges twice, tokens out of reach, ids in any order."""
+def test_any_list_of_merges_agrees_with_the_tokenizers_library(seed, library, tmp_path):
+    """Random lists: any order, several ways to make a token, repeated merges, unreachable tokens, ids in any order."""
     rng, refused = random.Random(seed), 0
     for k in range(40):
         fallback = bool(k % 2)
@@ -415,7 +416,7 @@ def test_any_list_of_merges(seed, library, tmp_path):
 
 
 @needs_data
-def test_stories260k(many, library, strings, tmp_path):
+def test_the_stories260k_tokenizer_agrees_with_both_libraries(many, library, strings, tmp_path):
     ours = load_tokenizer(DATA / "checkpoints" / "stories260K")
     assert data.encode_prompt(ours, "Once upon a time") == [1, 403, 407, 261, 378]
     assert (ours.eos_id, ours.vocab_size) == (2, 512)
@@ -423,22 +424,22 @@ def test_stories260k(many, library, strings, tmp_path):
     ours.save(tmp_path)
     before, after = ({n: (folder / n).read_bytes() for n in ("tokenizer.json", "tokenizer_config.json")}
                      for folder in (DATA / "checkpoints" / "stories260K", tmp_path))
-    assert after["tokenizer.json"] == before["tokenizer.json"]                         # it has no pad, a batch needs one
+    assert after["tokenizer.json"] == before["tokenizer.json"]    # only the config changes: a batch needs a pad token
     assert json.loads(after["tokenizer_config.json"]) == json.loads(before["tokenizer_config.json"]) | {"pad_token": "<unk>"}
     transformers = pytest.importorskip("transformers", reason="needs transformers (the `parity` extra)")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    # transformers 5 makes its own LLaMA tokenizer, which adds no space before one that is there
+    # transformers 5 builds its own LLaMA tokenizer, which adds no space if the text begins with one
     texts = [s for s in strings if "<s>" not in s and "</s>" not in s and s[:1] not in (" ", "▁")]
     assert [theirs.encode(s) for s in texts] == [[1, *ours.encode(s)] for s in texts]
 
 
-@pytest.mark.parametrize("name", [v for v in VARIANTS if "added" not in v])  # after those a space is lost, as in the library
-def test_a_response_goes_on_where_its_prompt_ended(name, strings, tmp_path):
+@pytest.mark.parametrize("name", [v for v in VARIANTS if "added" not in v])  # a space after them is lost, as in the library
+def test_a_response_continues_where_its_prompt_ended(name, strings, tmp_path):
     ours = sentencepiece(tmp_path, variant_of(GOLDENS["spec"], name))
     rng = random.Random(0)
     for prompt in ["the cat", "", *strings]:
         prompt, response = prompt.replace("▁", ""), rng.choice(strings).replace("▁", "")
-        if "metaspace" in name:  # it puts no space before one that is there, and takes one away all the same
+        if "metaspace" in name:  # it adds no space before an existing one, but still removes one when decoding
             prompt = prompt.lstrip(" ")
         first, then = ours.encode(prompt), ours.encode(response, start=False)
         both = first + then
@@ -449,14 +450,14 @@ def test_a_response_goes_on_where_its_prompt_ended(name, strings, tmp_path):
     assert ours.decode(ours.encode("cat", start=False), start=False) == "cat"
 
 
-def test_byte_level_families_know_no_start(tiny):
+def test_byte_level_tokenizers_ignore_start(tiny):
     for text in (" the cat", "the cat", ""):
         assert tiny.encode(text, start=False) == tiny.encode(text) == tiny.encode_marked(text, start=False)
         assert tiny.decode(tiny.encode(text), start=False) == text
 
 
 @pytest.mark.parametrize("text", ["a" * 100_000, " " * 100_000, "中" * 50_000, " \n" * 50_000, "the cat" * 20_000, "\0" * 50_000])
-def test_long_pieces_take_no_minutes(text, tmp_path):
+def test_long_pieces_are_encoded_in_seconds(text, tmp_path):
     import time
     for name in ("llama", "tokens across spaces"):
         ours, begin = sentencepiece(tmp_path, variant_of(GOLDENS["spec"], name)), time.perf_counter()
@@ -464,7 +465,7 @@ def test_long_pieces_take_no_minutes(text, tmp_path):
         assert time.perf_counter() - begin < 10 and ours.decode(ids) == text
 
 
-def test_marks_become_ids_and_what_is_broken_does_not(tiny, tmp_path):
+def test_encode_marked_finds_special_tokens_unless_they_are_broken(tiny, tmp_path):
     eos = tiny.eos_id
     assert tiny.encode_marked("the<|endoftext|> cat") == [*tiny.encode("the"), eos, *tiny.encode(" cat")]
     assert tiny.encode_marked("<\ue000|endoftext|><|endoftext|>", mark="\ue000") == [*tiny.encode("<|endoftext|>"), eos]
@@ -473,14 +474,14 @@ def test_marks_become_ids_and_what_is_broken_does_not(tiny, tmp_path):
     assert ours.encode_marked("<s>cat</s>", start=False) == [1, *ours.encode("cat"), 2]
     assert ours.encode_marked("cat</s>", start=False) == [*ours.encode("cat", start=False), 2]
     spec = variant_of(GOLDENS["spec"], "llama")
-    spec["added_tokens"][1]["rstrip"] = True  # what the library would do with it is not reproduced
+    spec["added_tokens"][1]["rstrip"] = True  # the library's stripping is not supported
     strips = sentencepiece(tmp_path / "b", spec)
     assert strips.encode("<s> cat") == ours.encode("<s> cat") and strips.encode_marked("a") == ours.encode("a")
     with pytest.raises(DataError, match="'<s>' strips the space"):
         strips.encode_marked("<s> cat")
 
 
-def test_chat_template_and_its_variables(tiny, tmp_path):
+def test_the_chat_template_and_its_variables_are_read_and_saved(tiny, tmp_path):
     spec, names = family_spec("gpt2", tiny), {"eos_token": "<|endoftext|>", "bos_token": None, "unk_token": {"content": "<u>"}}
     lists = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": "yes"}]
     for k, (template, found) in enumerate([(None, None), ("{{ x }}", "{{ x }}"), (lists, "yes"), (lists[:1], None)]):
@@ -494,7 +495,7 @@ def test_chat_template_and_its_variables(tiny, tmp_path):
     assert tiny.chat_template is None and tiny.special_text == {"eos_token": "<|endoftext|>"}
 
 
-def test_same_ids_compares_tokens(tiny, tmp_path):
+def test_same_ids_compares_the_id_of_every_token(tiny, tmp_path):
     def opt(seed):
         spec = family_spec("opt", tiny)
         vocab = {t: i for t, i in spec["model"]["vocab"].items() if t not in ("</s>", "<pad>")}
@@ -509,7 +510,7 @@ def test_same_ids_compares_tokens(tiny, tmp_path):
 
 
 def protobuf(fields):
-    """[(number, value)] as a message: ints, bytes and floats."""
+    """Returns [(number, value)] as a protobuf message; values are ints, bytes and floats."""
     def varint(n):
         return bytes([n & 127 | 128]) + varint(n >> 7) if n > 127 else bytes([n])
 
@@ -523,7 +524,7 @@ def protobuf(fields):
 
 
 def model_file(path, kind=2, prefix=1, fallback=1, extra=0, chars=b"", types=(2, 3, 3)):
-    """The golden vocabulary as SentencePiece writes it: an earlier token has a higher score."""
+    """Writes the golden vocabulary as SentencePiece does: an earlier token has a higher score. Returns the path."""
     vocab = GOLDENS["spec"]["model"]["vocab"]
     pieces = []
     for t, i in vocab.items():
@@ -535,8 +536,8 @@ def model_file(path, kind=2, prefix=1, fallback=1, extra=0, chars=b"", types=(2,
     return path
 
 
-def test_sentencepiece_model_files(strings, tmp_path):
-    """Old LLaMA folders have nothing else."""
+def test_a_sentencepiece_model_file_equals_its_tokenizer_json(strings, tmp_path):
+    """Old LLaMA folders have no other tokenizer file."""
     ours = load_tokenizer(model_file(tmp_path / "a" / "tokenizer.model").parent)
     spec = sentencepiece(tmp_path / "b", GOLDENS["spec"])
     assert (ours.bos_id, ours.eos_id, ours.vocab_size) == (1, 2, spec.vocab_size) and ours.same_ids(spec)
@@ -563,20 +564,22 @@ def test_sentencepiece_model_files(strings, tmp_path):
     assert [theirs.decode(ours.encode(s)) for s in strings] == [ours.decode(ours.encode(s)) for s in strings]
 
 
-# ---------------------------------------------------------------------------------------------------- names and refusals
-def test_names_of_the_special_tokens(tiny, tmp_path):
+# ---- Special tokens by name, and unsupported files ------------------------------------------------------------------
+
+
+def test_special_tokens_are_found_by_name_or_id(tiny, tmp_path):
     n = len(tiny.ranks)
     added = [(n, "<s>", True), (n + 1, "</s>", True), (n + 2, "<p>", True), (n + 3, "<|endoftext|>", True)]
     spec = spec_of(tiny, added)
     by_name = load_tokenizer(written(tmp_path / "a", spec, {
         "eos_token": {"content": "</s>"}, "pad_token": "<p>", "bos_token": "<s>"}))
-    assert (by_name.eos_id, by_name.pad_id, by_name.bos_id) == (n + 1, n + 2, None)  # a BOS in name only, as GPT-2's
+    assert (by_name.eos_id, by_name.pad_id, by_name.bos_id) == (n + 1, n + 2, None)  # BOS is named but not used, as in GPT-2
     config = {"eos_token": "</s>", "bos_token": "<s>", "add_bos_token": True}
     flag = load_tokenizer(written(tmp_path / "a", spec, config))
     assert flag.bos_id == n and data.encode_prompt(flag, "the") == [n, *tiny.encode("the")]
     config = {"eos_token_id": [n + 1, n], "pad_token_id": n + 1}
     by_id = load_tokenizer(written(tmp_path / "b", spec, config__json=config))
-    assert (by_id.eos_id, by_id.pad_id) == (n + 1, n)  # the file's pad is its eos: a spare token instead
+    assert (by_id.eos_id, by_id.pad_id) == (n + 1, n)  # the file's pad is EOS, so a spare token is used
     by_id.save(tmp_path / "c")
     assert same(load_tokenizer(tmp_path / "c"), by_id)
     assert load_tokenizer(written(tmp_path / "d", spec)).eos_id == n + 3
@@ -594,7 +597,7 @@ def damaged(spec, where, value):
     return spec
 
 
-def test_what_is_not_supported_is_named(tiny, tmp_path):
+def test_an_unsupported_file_gives_a_one_line_error(tiny, tmp_path):
     spec = family_spec("gpt2", tiny)
     vocab, merges = spec["model"]["vocab"], spec["model"]["merges"]
     for where, value, message in (
@@ -612,7 +615,7 @@ def test_what_is_not_supported_is_named(tiny, tmp_path):
             ("model", 3, "AttributeError"), ("model.merges", 7, "TypeError"), ("added_tokens", [{}], "KeyError")):
         with pytest.raises(DataError, match=message) as e:
             changed = damaged(spec, where, value)
-            if where == "model.ignore_merges":  # "!" + "?" would merge wherever it stands, not only as a whole word
+            if where == "model.ignore_merges":  # "!" and "?" would be merged anywhere, not only as a whole word
                 changed["model"]["vocab"] |= {"!?": 700}
             load_tokenizer(written(tmp_path / "t", changed))
         assert str(e.value).startswith(str(tmp_path)) and "\n" not in str(e.value)
@@ -627,7 +630,7 @@ def test_what_is_not_supported_is_named(tiny, tmp_path):
             load_tokenizer(tmp_path / name)
 
 
-def test_offline_tiktoken_name_is_a_one_line_error(monkeypatch):
+def test_a_tiktoken_name_offline_gives_a_one_line_error(monkeypatch):
     import tiktoken
 
     def offline(name):
@@ -638,7 +641,7 @@ def test_offline_tiktoken_name_is_a_one_line_error(monkeypatch):
     assert "\n" not in str(e.value)
 
 
-def test_what_is_not_supported_of_sentencepiece_is_named(tmp_path):
+def test_an_unsupported_sentencepiece_file_gives_a_one_line_error(tmp_path):
     spec = GOLDENS["spec"]
     vocab, merges, added = spec["model"]["vocab"], spec["model"]["merges"], spec["added_tokens"]
     plain = {**added[1], "id": len(vocab), "content": "<x>", "special": False}
@@ -661,7 +664,7 @@ def test_what_is_not_supported_of_sentencepiece_is_named(tmp_path):
         assert str(e.value).startswith(str(tmp_path)) and "\n" not in str(e.value)
 
 
-def test_builtin_tokenizer(strings, tmp_path):
+def test_the_built_in_tokenizer_is_cached_lossless_and_compact(strings, tmp_path):
     tokenizer = load_tokenizer("reviews")
     assert tokenizer is load_tokenizer("reviews") and tokenizer.vocab_size == 640
     assert all(tokenizer.decode(tokenizer.encode(s)) == s for s in strings)
@@ -670,11 +673,12 @@ def test_builtin_tokenizer(strings, tmp_path):
     saved_as_transformers_reads_it(tokenizer, strings, tmp_path)
 
 
-def test_a_pad_that_is_eos_is_not_saved_as_such(tiny, tmp_path):
-    """transformers fills rows with tokenizer_config.json's pad and a classifier reads before config.json's: they have to be one."""
+def test_a_pad_that_is_eos_is_replaced_when_saved(tiny, tmp_path):
+    """transformers pads with tokenizer_config.json's pad, but its classifiers read before config.json's: both must agree."""
     n, template = len(tiny.ranks), "{{ '<|im_start|>' }}"
     added = [(n, "<|endoftext|>", True), (n + 1, "<|im_start|>", True), (n + 2, "<|unused|>", True)]
-    for some, pad in ((added, "<|unused|>"), (added[:2], "<|im_start|>"), (added[:1], None)):     # of the template's as a last resort
+    # A token that the template uses becomes the pad only if there is no other.
+    for some, pad in ((added, "<|unused|>"), (added[:2], "<|im_start|>"), (added[:1], None)):
         folder = written(tmp_path / "a", spec_of(tiny, some), dict(
             eos_token="<|endoftext|>", pad_token={"content": "<|endoftext|>"}, chat_template=template))
         tokenizer = load_tokenizer(folder)

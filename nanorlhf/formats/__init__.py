@@ -1,1 +1,1 @@
-"""Other people's file formats: data layouts, chat templates, tokenizer files, checkpoints. A reader of the algorithms may skip it."""
+"""Other people's file formats. A reader of the algorithms may skip this folder."""

@@ -1,7 +1,7 @@
-"""Checkpoint folders in and out: what each family of models calls its options and its tensors. model.py is the only user.
+"""Reads and writes checkpoint folders: what each family of models calls its options and its tensors. Only model.py uses it.
 
-Reading is strict: a missing, extra or misshaped tensor, and an option whose mathematics we do not compute, is named. A family
-is one entry of FAMILIES; transformers 4's and 5's spellings are read, 4's is written, which both load.
+Reading is strict: an error names any missing, extra or misshaped tensor, and any option that we do not compute. A family is
+one entry of FAMILIES. The spellings of transformers 4 and 5 are both read; transformers 4's is written, and both load it.
 """
 
 import dataclasses
@@ -22,19 +22,19 @@ ACTIVATION_NAMES = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "
 
 @dataclasses.dataclass
 class Family:
-    causal: str                 # its class in transformers, as `architectures` names it
-    classifier: str             # and the one with a scalar head
-    style: dict                 # what all its models share: fields of ModelConfig, where they differ from its defaults
-    keys: dict                  # what varies: our field -> config.json's key ...
-    defaults: dict              # ... and what a key that is left out stands for (transformers' defaults)
-    prefix: str                 # of the tensors of the trunk
-    block: str                  # of those of a layer
-    names: dict                 # our module -> theirs; several are the parts of one of our matrices, stacked
-    head: str = "lm_head"       # the output head
+    causal: str                 # class name in transformers, as in `architectures`
+    classifier: str             # the same for the class with a scalar head
+    style: dict                 # fields of ModelConfig that all models of the family share, if not its defaults
+    keys: dict                  # fields that vary between models: our name -> config.json's
+    defaults: dict              # their values when the key is absent (transformers' defaults)
+    prefix: str                 # starts the names of the trunk's tensors
+    block: str                  # name of the list of layers
+    names: dict                 # our module -> theirs; several are stacked parts of one of our matrices
+    head: str = "lm_head"       # name of the output head
     transposed: bool = False    # GPT-2's Conv1D stores [in, out]
-    order: str = ""             # how the rows of queries, keys and values lie: see qkv_order
-    only: dict = dataclasses.field(default_factory=dict)      # options with one value that we compute
-    constant: dict = dataclasses.field(default_factory=dict)  # what else is written
+    order: str = ""             # row order of queries, keys and values: see qkv_order
+    only: dict = dataclasses.field(default_factory=dict)      # options with one supported value
+    constant: dict = dataclasses.field(default_factory=dict)  # other keys to write
 
 
 SIZES = dict(context="max_position_embeddings", width="hidden_size", layers="num_hidden_layers", heads="num_attention_heads")
@@ -61,14 +61,17 @@ FAMILIES = {
         prefix="transformer.", block="h", transposed=True, constant=NO_DROPOUT,
         only=dict(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False),
         names={"embed": ["wte"], "positions": ["wpe"], "norm": ["ln_f"], "norm1": ["ln_1"], "norm2": ["ln_2"],
-               "attn.qkv": ["attn.c_attn"], "attn.out": ["attn.c_proj"], "mlp.up": ["mlp.c_fc"], "mlp.down": ["mlp.c_proj"]}),
+               "attn.qkv": ["attn.c_attn"], "attn.out": ["attn.c_proj"],
+               "mlp.up": ["mlp.c_fc"], "mlp.down": ["mlp.c_proj"]}),
     "gptj": Family(
         "GPTJForCausalLM", "GPTJForSequenceClassification", keys=GPT_KEYS | dict(rotary_dim="rotary_dim"),
-        style=dict(positions="rotary", residual="parallel, one norm", qkv_bias=False, out_bias=False, tied=False, head_bias=True),
+        style=dict(positions="rotary", residual="parallel, one norm", qkv_bias=False, out_bias=False, tied=False,
+                   head_bias=True),
         defaults=GPT_DEFAULTS | dict(tied=False, rotary_dim=64), prefix="transformer.", block="h", order="pairs",
         constant=NO_DROPOUT, only=dict(tie_word_embeddings=False),
-        names={"embed": ["wte"], "norm": ["ln_f"], "norm1": ["ln_1"], "attn.qkv": ["attn.q_proj", "attn.k_proj", "attn.v_proj"],
-               "attn.out": ["attn.out_proj"], "mlp.up": ["mlp.fc_in"], "mlp.down": ["mlp.fc_out"]}),
+        names={"embed": ["wte"], "norm": ["ln_f"], "norm1": ["ln_1"],
+               "attn.qkv": ["attn.q_proj", "attn.k_proj", "attn.v_proj"], "attn.out": ["attn.out_proj"],
+               "mlp.up": ["mlp.fc_in"], "mlp.down": ["mlp.fc_out"]}),
     "gpt_neox": Family(
         "GPTNeoXForCausalLM", "GPTNeoXForSequenceClassification",
         style=dict(positions="rotary", residual="parallel", activation="gelu", tied=False),
@@ -77,24 +80,25 @@ FAMILIES = {
         prefix="gpt_neox.", block="layers", head="embed_out", order="heads",
         constant=dict(attention_dropout=0.0, hidden_dropout=0.0),
         names={"embed": ["embed_in"], "norm": ["final_layer_norm"], "norm1": ["input_layernorm"],
-               "norm2": ["post_attention_layernorm"], "attn.qkv": ["attention.query_key_value"], "attn.out": ["attention.dense"],
-               "mlp.up": ["mlp.dense_h_to_4h"], "mlp.down": ["mlp.dense_4h_to_h"]}),
+               "norm2": ["post_attention_layernorm"], "attn.qkv": ["attention.query_key_value"],
+               "attn.out": ["attention.dense"], "mlp.up": ["mlp.dense_h_to_4h"], "mlp.down": ["mlp.dense_4h_to_h"]}),
     "opt": Family(
         "OPTForCausalLM", "OPTForSequenceClassification", style=dict(position_offset=2, activation="relu"),
         keys=SIZES | dict(ffn="ffn_dim", activation="activation_function"), defaults=dict(activation="relu"),
         prefix="model.decoder.", block="layers", constant=dict(dropout=0.0, attention_dropout=0.0),
-        only=dict(do_layer_norm_before=True, enable_bias=True, layer_norm_elementwise_affine=True,   # False: OPT-350M's
-                  _remove_final_layer_norm=False),
+        only=dict(do_layer_norm_before=True,  # False in OPT-350M
+                  enable_bias=True, layer_norm_elementwise_affine=True, _remove_final_layer_norm=False),
         names={"embed": ["embed_tokens"], "positions": ["embed_positions"], "norm": ["final_layer_norm"],
                "norm1": ["self_attn_layer_norm"], "norm2": ["final_layer_norm"], "attn.out": ["self_attn.out_proj"],
-               "attn.qkv": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], "mlp.up": ["fc1"], "mlp.down": ["fc2"]}),
+               "attn.qkv": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+               "mlp.up": ["fc1"], "mlp.down": ["fc2"]}),
     "llama": Family(
         "LlamaForCausalLM", "LlamaForSequenceClassification", style=LLAMA_STYLE,
         keys=LLAMA_KEYS | ATTENTION_BIAS | dict(mlp_bias="mlp_bias"), defaults=LLAMA_DEFAULTS,
         prefix="model.", block="layers", names=LLAMA_NAMES),
     "mistral": Family(
-        "MistralForCausalLM", "MistralForSequenceClassification", style=LLAMA_STYLE, keys=LLAMA_KEYS, defaults=LLAMA_DEFAULTS,
-        prefix="model.", block="layers", names=LLAMA_NAMES, constant=dict(sliding_window=None)),
+        "MistralForCausalLM", "MistralForSequenceClassification", style=LLAMA_STYLE, keys=LLAMA_KEYS,
+        defaults=LLAMA_DEFAULTS, prefix="model.", block="layers", names=LLAMA_NAMES, constant=dict(sliding_window=None)),
     "qwen2": Family(
         "Qwen2ForCausalLM", "Qwen2ForSequenceClassification", style=LLAMA_STYLE | dict(qkv_bias=True), only=NO_WINDOW,
         keys={k: v for k, v in LLAMA_KEYS.items() if k != "head_dim"}, defaults=LLAMA_DEFAULTS | dict(qkv_bias=True),
@@ -104,15 +108,15 @@ FAMILIES = {
         keys=LLAMA_KEYS | ATTENTION_BIAS, defaults=LLAMA_DEFAULTS | dict(head_dim=128),
         prefix="model.", block="layers", names=LLAMA_NAMES, constant=NO_WINDOW),
 }
-STALE = (".attn.bias", ".attention.bias", ".masked_bias", ".rotary_emb.inv_freq", ".embed_positions")  # old files' buffers
+STALE = (".attn.bias", ".attention.bias", ".masked_bias", ".rotary_emb.inv_freq", ".embed_positions")  # buffers in old files
 LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
 def read_rope(name, raw):
-    """(base, scaling or None, share of the head that is turned), in transformers 4's spelling or 5's."""
+    """Returns (base, scaling or None, share of each head that is rotated), from the spelling of transformers 4 or 5."""
     top = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
     rope = {k: raw[k] for k in top if raw.get(k) is not None}
-    if name == "gpt_neox":                        # which has names of its own
+    if name == "gpt_neox":                        # has its own names
         rope = {"rope_theta": raw.get("rotary_emb_base", 10000.0)} | rope | {
             "partial_rotary_factor": raw.get("rotary_pct", 0.25)}
     rope = {"rope_theta": 10000.0} | rope | (raw.get("rope_scaling") or {}) | (raw.get("rope_parameters") or {})
@@ -128,9 +132,10 @@ def read_rope(name, raw):
 
 
 def read_fields(name, raw):
-    """The fields of a ModelConfig that config.json determines."""
+    """Returns the fields of a ModelConfig that config.json determines."""
     family = FAMILIES[name]
-    given = {ours: raw[key] for ours, key in {**family.keys, "tied": "tie_word_embeddings"}.items() if raw.get(key) is not None}
+    given = {ours: raw[key] for ours, key in {**family.keys, "tied": "tie_word_embeddings"}.items()
+             if raw.get(key) is not None}
     fields = family.style | family.defaults | given
     needed = [key for ours, key in family.keys.items() if ours in ("context", "width", "layers", "heads", "ffn")]
     if missing := [k for k in [*needed, "vocab_size"] if raw.get(k) is None and k != "n_inner"]:
@@ -148,25 +153,26 @@ def read_fields(name, raw):
         fields["rotary_dim"] = read_rotary(fields, int(fields["head_dim"] * share))
     if name == "gpt_neox":
         fields["residual"] = "parallel" if raw.get("use_parallel_residual") in (None, True) else "sequential"
-    if name == "mistral":                         # up to its window sliding attention is plain attention: take no more
+    if name == "mistral":                         # within its window, sliding attention is plain attention: go no further
         fields["context"] = min(fields["context"], raw.get("sliding_window", 4096) or fields["context"])
     if name == "opt" and raw.get("word_embed_proj_dim") not in (None, fields["width"]):
-        raise UserError(f"word_embed_proj_dim {raw['word_embed_proj_dim']!r} apart from hidden_size (OPT-350M) is not supported")
+        raise UserError(f"word_embed_proj_dim {raw['word_embed_proj_dim']!r} other than hidden_size (OPT-350M) "
+                        "is not supported")
     if "sliding_attention" in (raw.get("layer_types") or []):
         raise UserError("layer_types with sliding_attention is not supported")
     return fields
 
 
 def read_rotary(fields, R):
-    """ModelConfig.rotary_dim of a head of which R dimensions are turned."""
+    """Returns ModelConfig.rotary_dim for a head with R rotary dimensions."""
     E = fields["head_dim"]
     if R % 2 or not 0 < R <= E:
-        raise UserError(f"{R} rotary dimensions in a head width {E} are not supported (an even number, at most all)")
+        raise UserError(f"{R} rotary dimensions with head width {E} are not supported (an even number from 2 to {E} is)")
     return R if R != E else 0
 
 
 def read_config(folder):
-    """config.json -> (fields of a ModelConfig, the raw dictionary)."""
+    """Reads config.json. Returns (fields of a ModelConfig, the raw dictionary)."""
     path = local_folder(folder) / "config.json"
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
@@ -189,7 +195,8 @@ def read_config(folder):
     except (TypeError, AttributeError, ArithmeticError, ValueError) as error:
         raise UserError(f"{path}: a value is of the wrong kind: {error}")
     fields["activation"] = ACTIVATION_NAMES[fields["activation"]]
-    return dict(fields, family=kind, bos_id=raw.get("bos_token_id"), pad_id=raw.get("pad_token_id"), eos_id=first_eos(raw)), raw
+    return dict(fields, family=kind, bos_id=raw.get("bos_token_id"), pad_id=raw.get("pad_token_id"),
+                eos_id=first_eos(raw)), raw
 
 
 def first_eos(raw):
@@ -198,7 +205,7 @@ def first_eos(raw):
 
 
 def check_values(fields, raw):
-    """Values that would be computed with, to no good end."""
+    """Rejects values that would load but make no sense."""
     for k in ("vocab_size", "context", "width", "layers", "heads", "kv_heads", "head_dim", "ffn"):
         if type(fields[k]) is not int or not 0 < fields[k] < 2**31:
             raise UserError(f"{k} {fields[k]!r} is not a positive number")
@@ -209,11 +216,12 @@ def check_values(fields, raw):
     for k in ("bos_token_id", "pad_token_id", "eos_token_id"):
         token = first_eos(raw) if k == "eos_token_id" else raw.get(k)
         if type(token) not in (int, type(None)) or not -2**31 < (token or 0) < 2**31:
-            raise UserError(f"{k} {token!r} is not a token's number")
+            raise UserError(f"{k} {token!r} is not a token id")
     if str(fields["activation"]) not in ACTIVATION_NAMES:
-        raise UserError(f"activation {fields['activation']!r} is not one that nanorlhf computes: {', '.join(ACTIVATION_NAMES)}")
+        raise UserError(f"activation {fields['activation']!r} is not one that nanorlhf computes: "
+                        f"{', '.join(ACTIVATION_NAMES)}")
     if fields["heads"] % fields["kv_heads"]:
-        raise UserError(f"{fields['heads']} heads, {fields['kv_heads']} key-value heads: the one must divide the other")
+        raise UserError(f"{fields['heads']} heads, {fields['kv_heads']} key-value heads: the second must divide the first")
 
 
 def check_positive(name, value):
@@ -222,7 +230,7 @@ def check_positive(name, value):
 
 
 def read_constants(folder, raw):
-    """The mean and standard deviation of a reward model's rewards, which config.json keeps."""
+    """Returns the mean and standard deviation of a reward model's rewards, which are kept in config.json."""
     mean, std = raw.get("reward_mean", 0.0), raw.get("reward_std", 1.0)
     if type(mean) not in (int, float) or not math.isfinite(mean):
         raise UserError(f"{folder}: reward_mean {mean!r} is not a number")
@@ -231,7 +239,7 @@ def read_constants(folder, raw):
 
 
 def tensor_index(folder):
-    """Name of each tensor of a folder -> (the file that holds it, its shape): of model.safetensors, or its index's shards."""
+    """Returns {tensor name: (its file, its shape)} for a folder's model.safetensors, or for the shards in its index."""
     folder = local_folder(folder)
     files = [folder / "model.safetensors"]
     if (index := folder / "model.safetensors.index.json").exists() and not files[0].exists():
@@ -243,30 +251,31 @@ def tensor_index(folder):
         if outside:
             raise UserError(f"{index}: {outside[0]!r} is not a safetensors file of this folder")
         files = [folder / n for n in names]
-    found = {}
+    tensors = {}
     for file in files:
         try:
             with safe_open(file, framework="pt") as f:
                 for name in f.keys():
-                    if name in found:
-                        raise UserError(f"{file}: {name} is in {found[name][0].name} too")
-                    found[name] = file, list(f.get_slice(name).get_shape())
+                    if name in tensors:
+                        raise UserError(f"{file}: {name} is in {tensors[name][0].name} too")
+                    tensors[name] = file, list(f.get_slice(name).get_shape())
         except FileNotFoundError:
             pickled = [p.name for p in folder.glob("pytorch_model*.bin")]
-            raise UserError(f"{file} is missing" + (f"; {pickled[0]} is a pickle, which could run any code, and is not read: "
-                            f"convert it (transformers' save_pretrained writes safetensors)" if pickled else ""))
+            raise UserError(f"{file} is missing" + (
+                f"; {pickled[0]} is a pickle, which could run any code, and is not read: "
+                f"convert it (transformers' save_pretrained writes safetensors)" if pickled else ""))
         except (SafetensorError, OSError) as error:
             raise UserError(f"{file} is damaged: {error}")
-    return found
+    return tensors
 
 
 def qkv_order(config):
-    """Row of the file's stacked queries, keys and values [3 * H * E] at each of our rows; None where they lie alike."""
+    """Returns the file's row for each of our rows of stacked queries, keys and values [3 * H * E]; None if they agree."""
     order, (H, E, R) = FAMILIES[config.family].order, (config.heads, config.head_dim, config.rotary_dim or config.head_dim)
     rows = torch.arange(3 * H * E) if order else None
-    if order == "heads":                          # GPT-NeoX: query, key and value of each head together
+    if order == "heads":                          # GPT-NeoX stores query, key and value of each head together
         return rows.view(H, 3, E).transpose(0, 1).flatten()
-    if order == "pairs":                          # GPT-J turns dimensions (2i, 2i+1) together, we (i, i + R/2): same products
+    if order == "pairs":                          # GPT-J rotates dimensions (2i, 2i+1), we (i, i + R/2): same products
         halves = torch.cat([torch.arange(0, R, 2), torch.arange(1, R, 2), torch.arange(R, E)])
         rows = rows.view(3, H, E)
         return torch.cat([rows[:2, :, halves], rows[2:]]).flatten()
@@ -274,8 +283,8 @@ def qkv_order(config):
 
 
 def tensor_layout(model, head, prefix):
-    """Where each of our parameters lies in the family's files: (their name, their shape, our name, our rows, transposed). `head`
-    is what the output or scalar head is called there, `prefix` what the trunk's tensors begin with."""
+    """Yields (their name, their shape, our name, our rows, transposed) for each tensor of the family's files. `head` is
+    their name of the output or scalar head; `prefix` starts the names of the trunk's tensors."""
     config, family, order = model.config, FAMILIES[model.config.family], qkv_order(model.config)
     for name, parameter in model.named_parameters():
         module, leaf = name.removeprefix("trunk.").rsplit(".", 1)
@@ -294,19 +303,22 @@ def tensor_layout(model, head, prefix):
         else:
             split = rows.chunk(len(parts))
         transposed = family.transposed and module.startswith(("attn", "mlp")) and leaf == "weight"
-        for part, own in zip(parts, split):
-            run = slice(int(own[0]), int(own[-1]) + 1)                                 # a view where the rows are neighbours
-            shape = [len(own), *parameter.shape[1:]][::-1 if transposed else 1]
-            own = run if torch.equal(own, torch.arange(run.start, run.stop)) else own
-            yield f"{prefix}{block}{part}.{leaf}", shape, name, own, transposed
+        for part, part_rows in zip(parts, split):
+            shape = [len(part_rows), *parameter.shape[1:]]
+            if transposed:
+                shape.reverse()
+            start, stop = int(part_rows[0]), int(part_rows[-1]) + 1
+            if torch.equal(part_rows, torch.arange(start, stop)):
+                part_rows = slice(start, stop)                                         # neighbouring rows: a view, no copy
+            yield f"{prefix}{block}{part}.{leaf}", shape, name, part_rows, transposed
 
 
 def load_weights(model, folder, head):
-    """Fills a model built on the meta device from a folder, a file and a tensor at a time, from a memory map. head: `causal`,
-    `score` (a reward model's) or None (the trunk alone)."""
+    """Fills a model built on the meta device from a folder, one file and one tensor at a time, through a memory map. head:
+    `causal`, `score` (a reward model's) or None (only the trunk)."""
     config, family, index = model.config, FAMILIES[model.config.family], tensor_index(folder)
-    # The hub has files without the prefix (GPT-2's `wte.weight`) or all of it (OPT's `decoder.embed_tokens.weight`); and
-    # transformers calls every family's head lm_head from version 5.24 on.
+    # Some files on the hub lack the prefix (GPT-2's `wte.weight`) or a part of it (OPT's `decoder.embed_tokens.weight`).
+    # From version 5.24 on, transformers calls every family's head lm_head.
     prefixes = (family.prefix, family.prefix.removeprefix("model."))
     prefix = next((p for p in prefixes if p and any(n.startswith(p) for n in index)), "")
     head_names = {"score": "score", "causal": family.head if f"{family.head}.weight" in index else "lm_head", None: ""}
@@ -338,7 +350,7 @@ def load_weights(model, folder, head):
 
 
 def check_tied(folder, index, embed, heads):
-    """A head beside a tied model's embedding has to be the same: where it is not, one of the two files is wrong."""
+    """Checks that a head stored next to a tied model's embedding equals it. If not, one of the two files is wrong."""
     for head in heads & index.keys():
         with safe_open(index[head][0], framework="pt") as f, safe_open(index[embed][0], framework="pt") as g:
             if not torch.equal(f.get_tensor(head), g.get_tensor(embed)):
@@ -355,19 +367,19 @@ def save_weights(model, folder, classifier=False, extra=None):
     folder = Path(folder)
     with atomic_write(folder / "model.safetensors") as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
-    if (index := folder / "model.safetensors.index.json").exists():                    # of an older checkpoint in shards, which
+    if (index := folder / "model.safetensors.index.json").exists():                    # an older checkpoint's shards, which
         index.unlink()                                                                 # some readers would prefer
         for shard in folder.glob("model-*-of-*.safetensors"):
             shard.unlink()
     write_json(folder / "config.json", dict(
         model_type=config.family, architectures=[family.classifier if classifier else family.causal],
-        vocab_size=config.vocab_size, tie_word_embeddings=config.tied, bos_token_id=config.bos_id, eos_token_id=config.eos_id,
-        pad_token_id=config.pad_id, torch_dtype="float32", initializer_range=config.init_std, **family.constant,
-        **written_fields(config, family), **(extra or {})))
+        vocab_size=config.vocab_size, tie_word_embeddings=config.tied, bos_token_id=config.bos_id,
+        eos_token_id=config.eos_id, pad_token_id=config.pad_id, torch_dtype="float32",
+        initializer_range=config.init_std, **family.constant, **written_fields(config, family), **(extra or {})))
 
 
 def written_fields(config, family):
-    """The family's keys in config.json, as transformers 4 spells them."""
+    """Returns the family's keys of config.json in transformers 4's spelling."""
     fields = {key: getattr(config, ours) for ours, key in family.keys.items()}
     activation = next(k for k, v in ACTIVATION_NAMES.items() if v == config.activation)
     fields |= {family.keys["activation"]: activation}

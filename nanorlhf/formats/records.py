@@ -1,9 +1,9 @@
-"""Rows of every layout that preference data come in -> records, which are dicts of one of these kinds (fields as in TRL).
+"""Reads every common layout of preference data. A record is a dict of one kind of FIELDS (field names as in TRL).
 
-    records_of(row, kind) -> list of records       a JSON row, recognised by its fields, as the kind asked for
+    records_of(row, kind) -> list of records       recognises a JSON row by its fields; returns records of the kind asked for
 
-"group", where a record has one, names the post it is about. Prompts and responses are strings; a conversation is a transcript
-(chat.py).
+If a record has a "group", it names the post that the record is about. Prompts and responses are strings; a conversation is
+a transcript (chat.py).
 """
 
 import itertools
@@ -26,26 +26,26 @@ ALPACA_INPUT_PROMPT = ("Below is an instruction that describes a task, paired wi
 
 
 class Record(dict):
-    """A dict of one kind of FIELDS. `row` is the JSON object it was read from, with all its fields; None if it was made here."""
+    """A dict of one kind of FIELDS. `row` is the JSON object it was read from, with all its fields, or None."""
     row = None
 
 
 def columns_of(records):
-    """Returns {name: [value in each record's row, or None]} of all fields that the rows of these records have."""
+    """Returns {name: [value in each record's row, or None]} for every field that a row of these records has."""
     rows = [r if getattr(r, "row", None) is None else r.row for r in records]
     names = dict.fromkeys(name for row in rows for name in row)
     return {name: [row.get(name) for row in rows] for name in names}
 
 
 def other_columns(record):
-    """The fields of a record's row that no reader here takes, such as `answer`: they are safe to write beside new fields."""
+    """Returns the fields of a record's row that no reader here uses, such as `answer`: safe to write beside new fields."""
     taken = {name for fields, _, _ in READERS for name in fields} | {"input", "system", "group", "score", "score_chosen",
                                                                      "score_rejected"}
     return {name: value for name, value in (record.row or {}).items() if name not in taken}
 
 
 def records_of(row, kind):
-    """Records of `kind` made from one row; a DataError says what is wrong with it."""
+    """Returns the records of `kind` that one row makes. Raises a DataError that says what is wrong with the row."""
     if isinstance(row, bytes):
         try:
             row = json.loads(row.decode())
@@ -59,19 +59,19 @@ def records_of(row, kind):
     fits = [reader for reader in fits if not any(set(reader[0]) < set(other[0]) for other in fits)]
     if not fits:
         raise DataError(f"no known record in the fields {one_line(', '.join(row)) or '(none)'}")
-    # The kind asked for, else the first that fits; a prompt from the fullest reading, which has a reference answer.
-    _, found, read = min(fits, key=lambda reader: reader[1] == "text" if kind == "prompt" else reader[1] != kind)
+    # Prefer the kind asked for, else the first that fits. A prompt is read by the fullest layout: it has a reference answer.
+    _, row_kind, read = min(fits, key=lambda reader: reader[1] == "text" if kind == "prompt" else reader[1] != kind)
     record = read(row)
     for field in ("text", "completion", "chosen", "rejected"):
         if field in record and not record[field].strip():
             raise DataError(f"empty {field}")
-    if found == "preference" and record["chosen"] == record["rejected"]:
+    if row_kind == "preference" and record["chosen"] == record["rejected"]:
         raise DataError("chosen equals rejected")
     if isinstance(row.get("group"), (str, int)):
         record["group"] = row["group"]
-    converted = convert(found, record, kind)
+    converted = convert(row_kind, record, kind)
     if converted is None:
-        raise DataError(f"no {kind} record ({', '.join(FIELDS[kind])}) can be made of a {found} record, "
+        raise DataError(f"no {kind} record ({', '.join(FIELDS[kind])}) can be made of a {row_kind} record, "
                         f"fields {one_line(', '.join(row))}")
     converted = [Record(r) for r in converted]
     for r in converted:
@@ -80,7 +80,7 @@ def records_of(row, kind):
 
 
 def convert(found, record, kind):
-    """[record, ...] of another kind, or None where there is no honest way."""
+    """Converts one record of kind `found` to a list of records of `kind`. Returns None if there is no honest way."""
     group = {"group": record["group"]} if "group" in record else {}
     if kind == found or (kind, found) == ("prompt", "completion"):
         return [record]
@@ -94,7 +94,7 @@ def convert(found, record, kind):
     if kind == "ranked" and found == "preference":
         return [{"prompt": record["prompt"], "responses": [record["chosen"], record["rejected"]],
                  "scores": [1.0, 0.0], **group}]
-    if kind == "preference" and found == "ranked":  # every pair that is not a tie
+    if kind == "preference" and found == "ranked":  # every pair of different texts that is not a tie
         pairs = itertools.permutations(zip(record["responses"], record["scores"]), 2)
         return [{"prompt": record["prompt"], "chosen": a, "rejected": b, **group}
                 for (a, s), (b, t) in pairs if s > t and a != b]
@@ -108,13 +108,13 @@ def convert(found, record, kind):
 
 
 def _dialogue(prompt, response, field):
-    """(prompt, response) as strings. Lists of messages become a transcript, of which the last turn is the response; next to a
-    list, a string is one turn; a response that begins with another role than the assistant's carries its own prompt."""
+    """Returns (prompt, response) as strings. Lists of messages become a transcript, whose last turn is the response. A
+    string beside a list is one turn. A response that begins with another role than the assistant's contains its prompt."""
     response = [response] if isinstance(response, dict) and "role" in response else response
     if not isinstance(prompt, list) and not isinstance(response, list):
         return string(prompt, "prompt"), string(response, field)
     prompt = prompt if isinstance(prompt, list) else [{"role": "user", "content": string(prompt, "prompt")}]
-    if not isinstance(response, list):            # a transcript's response has its space already
+    if not isinstance(response, list):            # transcript() adds the space
         response = [{"role": "assistant", "content": string(response, field).removeprefix(" ")}]
     if not transcript(response[:1], field).startswith(ASSISTANT):
         prompt = []
@@ -125,7 +125,7 @@ def _dialogue(prompt, response, field):
 
 
 def _prompt(row):
-    """The prompt of a row: a string, or a list of messages."""
+    """Returns the prompt of a row: a string or a list of messages."""
     if "instruction" in row:
         instruction, extra = string(row["instruction"], "instruction"), string(row.get("input") or "", "input")
         template = ALPACA_INPUT_PROMPT if extra else ALPACA_PROMPT
@@ -145,7 +145,7 @@ def _read_completion(row):
 
 
 def _read_messages(row):
-    """A whole conversation, OpenAI's way; the last message is the response."""
+    """Reads a whole conversation in OpenAI's layout. The last message is the response."""
     if not isinstance(row["messages"], list):
         raise DataError("messages is not a list")
     prompt, completion = _dialogue([], row["messages"], "messages")
@@ -153,19 +153,19 @@ def _read_messages(row):
 
 
 def _sharegpt(row):
-    """The same conversation as messages; `chosen` and `rejected`, where there are any, are its next turn."""
+    """Reads a whole conversation in ShareGPT's layout. `chosen` and `rejected`, if present, are its next turn."""
     def message(turn):
         roles = {"human": "user", "gpt": "assistant"}
         return {"role": roles.get(turn.get("from"), turn.get("from")), "content": turn.get("value")}
     try:
-        said = {k: message(row[k]) for k in ("chosen", "rejected") if k in row}
+        turns = {k: message(row[k]) for k in ("chosen", "rejected") if k in row}
         system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
-        said["messages"] = system + [message(turn) for turn in row["conversations"]]
+        turns["messages"] = system + [message(turn) for turn in row["conversations"]]
     except (AttributeError, TypeError):
         raise DataError("conversations are not lists of {from, value}") from None
-    if len(said) == 3:
-        return _read_preference({"prompt": said["messages"], "chosen": [said["chosen"]], "rejected": [said["rejected"]]})
-    return _read_messages(said)
+    if len(turns) == 3:
+        return _read_preference({"prompt": turns["messages"], "chosen": [turns["chosen"]], "rejected": [turns["rejected"]]})
+    return _read_messages(turns)
 
 
 def _read_preference(row):
@@ -177,7 +177,7 @@ def _read_preference(row):
 
 
 def _read_transcripts(row):
-    """Two whole conversations; the prompt is what they share up to and including the last "\\n\\nAssistant:"."""
+    """Reads two whole conversations. The prompt is what they share, up to and including the last "\\n\\nAssistant:"."""
     if isinstance(row["chosen"], list):
         return _read_preference({"prompt": [], **row})
     texts = [string(row[field], field) for field in ("chosen", "rejected")]
@@ -187,7 +187,7 @@ def _read_transcripts(row):
     (head, _, chosen), (other, _, rejected) = [text.rpartition(ASSISTANT) for text in texts]
     if head != other:
         raise DataError("prompts differ")
-    # Rows that open with the same question are often one conversation at different lengths: they belong to one group.
+    # Rows that open with the same question are often one conversation at different lengths, so they form one group.
     question = (head + ASSISTANT).partition(ASSISTANT)[0]
     return {"prompt": head + ASSISTANT, "chosen": chosen, "rejected": rejected, "group": question}
 
@@ -202,14 +202,14 @@ def _read_ranked(row):
         raise DataError("fewer than 2 responses")
     if any(isinstance(s, bool) or not isinstance(s, (int, float)) for s in scores):
         raise DataError("scores are not all numbers")
-    if not all(-sys.float_info.max <= s <= sys.float_info.max for s in scores):  # NaN compares false
+    if not all(-sys.float_info.max <= s <= sys.float_info.max for s in scores):  # NaN compares false, so it fails
         raise DataError("scores are not all finite")
     pairs = [_dialogue(_prompt(row), r, "responses") for r in responses]
     return {"prompt": pairs[0][0], "responses": [r for _, r in pairs], "scores": [float(s) for s in scores]}
 
 
 def _read_summaries(row):
-    """openai/summarize_from_feedback: `choice` is the index of the better summary."""
+    """Reads openai/summarize_from_feedback. `choice` is the index of the better summary."""
     info, summaries = row["info"], row["summaries"]
     if not isinstance(info, dict) or not isinstance(summaries, list) or len(summaries) != 2:
         raise DataError("info is not an object or summaries is not a list of two")
@@ -224,8 +224,8 @@ def _read_summaries(row):
 
 
 def _read_sampled_answers(row):
-    """Anthropic's scored samples. They are sorted by score, so their order gives the score away: never let a model see
-    it. Most end with the next turn's stray "Human:", which is cut."""
+    """Reads Anthropic's scored samples. They are sorted by score, so their order reveals the score: never let a model
+    see it. Most end with a stray "Human:" of the next turn, which is removed."""
     try:
         strings = [string(a["sampled_string"], "sampled_string") for a in row["sampled_answers"]]
         scores = [a["pm_scores"][0]["pm_score"] for a in row["sampled_answers"]]
@@ -235,7 +235,7 @@ def _read_sampled_answers(row):
     return _read_ranked({"prompt": row["rl_prompt"], "responses": responses, "scores": scores})
 
 
-READERS = (  # fields that make a row what it is -> kind, reader; earlier ones first
+READERS = (  # (fields that identify a row, its kind, its reader); earlier ones first
     (("info", "summaries", "choice"), "preference", _read_summaries),
     (("rl_prompt", "sampled_answers"), "ranked", _read_sampled_answers),
     (("conversations", "chosen", "rejected"), "preference", _sharegpt),

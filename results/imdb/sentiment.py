@@ -8,6 +8,7 @@ Both see the completion alone and are logistic regressions on which words and wo
 They are fitted at first use from the files in $DATA and kept in $OUT. `python sentiment.py` prints their accuracies.
 """
 
+import functools
 import gzip
 import json
 import os
@@ -69,13 +70,12 @@ def read(name):
     return [r["text"] for r in rows], [int(r["label"] == "pos") for r in rows]
 
 
-def classifier(name, loaded={}):
-    if name not in loaded:
-        cache = Path(os.environ["OUT"]) / f"{name}.json"
-        if not cache.exists():
-            cache.write_text(json.dumps(fit(*read(name))))
-        loaded[name] = json.loads(cache.read_text())
-    return loaded[name]
+@functools.lru_cache
+def classifier(name):
+    cache = Path(os.environ["OUT"]) / f"{name}.json"
+    if not cache.exists():
+        cache.write_text(json.dumps(fit(*read(name))))
+    return json.loads(cache.read_text())
 
 
 def scores(name, texts):

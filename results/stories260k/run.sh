@@ -13,11 +13,11 @@ comparisons() { python sample_bon.py --init "$OUT/sft" --reward "$happy" --data 
     --response_length 80 --out "$OUT/comparisons"; }
 rm_() { python train_rm.py --init "$OUT/sft" --data "$OUT/comparisons/comparisons.jsonl" --out "$OUT/rm" --lr 1e-3; }
 ppo() { python train_ppo.py --init "$OUT/sft" --reward "$OUT/rm" --data "$OUT/prompts.jsonl" --out "$OUT/ppo" $rollouts \
-    --eval_data "$OUT/heldout.jsonl" --lr 3e-4 --max_steps 60 --kl_coef 0.05; }
+    --eval_prompts "$OUT/heldout.jsonl" --lr 3e-4 --max_steps 60 --kl_coef 0.05; }
 dpo() { python train_dpo.py --init "$OUT/sft" --data "$OUT/comparisons/comparisons.jsonl" --out "$OUT/dpo" $rollouts \
     --eval_prompts "$OUT/heldout.jsonl" --lr 2e-4 --beta 0.3 --max_steps 120; }
 rrhf() { python train_rrhf.py --init "$OUT/sft" --reward "$OUT/rm" --data "$OUT/prompts.jsonl" --out "$OUT/rrhf" $rollouts \
-    --eval_data "$OUT/heldout.jsonl" --lr 3e-4; }
+    --eval_prompts "$OUT/heldout.jsonl" --lr 3e-4; }
 bon() { python sample_bon.py --init "$OUT/sft" --reward "$OUT/rm" --eval_reward "$happy" --data "$OUT/heldout.jsonl" --n 16 \
     --response_length 80 --out "$OUT/bon"; }
 table() { python -m nanorlhf.evaluate "$OUT/ppo" "$OUT/dpo" "$OUT/rrhf" --reference "$OUT/sft" --reward "$OUT/rm" --gold "$happy" \

@@ -1,7 +1,7 @@
-"""Logits of tiny models computed by transformers: `python tests/golden/make_goldens.py` rewrites model.json beside it.
+"""Computes logits of tiny models with transformers: `python tests/golden/make_goldens.py` rewrites model.json beside it.
 
-The weights come from a seeded numpy generator (weights_of), so only names, shapes and logits are committed, and the parity
-of the model file is tested where transformers is not installed.
+The weights come from a seeded numpy generator (weights_of), so only names, shapes and logits are committed, and parity with
+transformers is tested even if it is not installed.
 """
 
 import json
@@ -28,7 +28,7 @@ QWEN2 = {**LLAMA, "model_type": "qwen2", "num_attention_heads": 6, "use_sliding_
 QWEN3 = {**LLAMA, "model_type": "qwen3", "num_attention_heads": 5, "num_key_value_heads": 1, "head_dim": 6, "attention_bias": True}
 V5_LLAMA = {k: v for k, v in LLAMA.items() if k != "rope_theta"} | {"dtype": "float32"}
 V5_NEOX = {k: v for k, v in NEOX.items() if k not in ("rotary_pct", "rotary_emb_base")} | {"dtype": "float32"}
-CASES = {  # config.json as it stands on disk
+CASES = {  # name -> config.json
     "gpt2": GPT2,
     "gpt2 other inner width, exact gelu, eps": {**GPT2, "n_inner": 56, "activation_function": "gelu", "layer_norm_epsilon": 1e-3},
     "gpt2 untied": {**GPT2, "tie_word_embeddings": False},
@@ -63,7 +63,7 @@ CASES = {  # config.json as it stands on disk
 
 
 def weights_of(shapes, seed=0):
-    """{name: float32 array} for {name: shape}: norm scales near 1, everything else around 0."""
+    """Returns {name: float32 array} for {name: shape}: norm scales near 1, everything else around 0."""
     random, out = np.random.default_rng(seed), {}
     for name in sorted(shapes):
         scale = len(shapes[name]) == 1 and name.endswith("weight")
@@ -80,7 +80,7 @@ def main():
         with tempfile.TemporaryDirectory() as folder:
             Path(folder, "config.json").write_text(json.dumps(config))
             model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
-            model.save_pretrained(folder)             # for the names that its files have, which are not always the modules'
+            model.save_pretrained(folder)             # for the tensor names in its files, not always the modules'
             shapes = {k: list(v.shape) for k, v in load_file(Path(folder, "model.safetensors")).items()}
             Path(folder, "config.json").write_text(json.dumps(config))
             save_file({k: torch.from_numpy(v) for k, v in weights_of(shapes).items()}, Path(folder, "model.safetensors"),

@@ -1,8 +1,8 @@
-"""What the `tokenizers` library makes of a small SentencePiece-style vocabulary: `python tests/golden/make_tokenizer_goldens.py`
-rewrites tokenizer.json beside it, so that the check runs where the library is not installed.
+"""Encodes texts with the `tokenizers` library and a small SentencePiece-style vocabulary, so that the check runs without the
+library: `python tests/golden/make_tokenizer_goldens.py` rewrites tokenizer.json beside it.
 
-The vocabulary is learnt here by byte-pair encoding over characters, spaces written "▁", and gets every way to split a token as
-a merge, as converted LLaMA files have. The variants are the ways in which such files say where a space goes.
+The vocabulary is learnt here by byte-pair encoding over characters, with spaces written "▁". Every way to split a token is a
+merge, as in converted LLaMA files. The variants are the ways in which such files say where a space goes.
 """
 
 import collections
@@ -24,7 +24,7 @@ def metaspace(**options):
     return {"normalizer": None, "pre_tokenizer": {"type": "Metaspace", "replacement": "▁", **options}}
 
 
-VARIANTS = {  # changes to the spec; "added" marks the plain added tokens, "normalized" the special ones
+VARIANTS = {  # changes to the spec; "added" adds non-special tokens, "normalized" is a flag of the special ones
     "llama": {},
     "llama 1": {"normalized": True},
     "plain added tokens": {"added": True},
@@ -48,7 +48,7 @@ TEXTS = ["", " ", "  ", "the cat", " the cat", "the  cat   sat ", "cat\nsat\n\n 
 
 
 def learnt_spec():
-    """The tokenizer.json, with everything as in LLaMA's."""
+    """Returns the tokenizer.json, with everything as in LLaMA's."""
     words = [("▁" + w) for w in CORPUS.split(" ")]
     counts = collections.Counter(map(tuple, map(list, words)))
     tokens = ["▁▁", "▁▁▁▁"]

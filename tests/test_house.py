@@ -1,0 +1,117 @@
+"""The layout: arrows between modules point downwards only, and the table from the papers to the code is true."""
+
+import ast
+import re
+import sys
+
+import pytest
+from conftest import ROOT, SCRIPTS
+
+# A module may import modules of the lines above its own.
+ORDER = """
+errors
+files options training reviews
+formats.chat formats.tokenizer_files formats.checkpoints
+formats.records
+tokenizer
+data
+kernels
+model
+generate
+rewards metrics
+evaluate
+run
+train_sft train_rm train_ppo train_dpo train_rrhf sample_bon
+bench __main__
+"""
+LEVEL = {name: level for level, line in enumerate(ORDER.strip().split("\n")) for name in line.split()}
+CORE = {"torch", "tiktoken", "numpy", "safetensors", "regex", "jinja2"}                # regex and jinja2 come with the first two
+
+
+def files():
+    """{module's short name: path} of the package and the scripts."""
+    package = {".".join(p.relative_to(ROOT / "nanorlhf").with_suffix("").parts): p for p in (ROOT / "nanorlhf").rglob("*.py")}
+    return {name: p for name, p in package.items() if not name.endswith("__init__")} | {
+        name: ROOT / f"{name}.py" for name in SCRIPTS}
+
+
+def imports(path):
+    """(module, line, whether it is inside a function) of every import in a file."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    inside = {id(n) for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for n in ast.walk(f)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [a.name for a in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{a.name}" for a in node.names] if node.module in ("nanorlhf", "nanorlhf.formats") else [
+                node.module]
+        else:
+            continue
+        for name in names:
+            yield name, node.lineno, id(node) in inside
+
+
+@pytest.mark.parametrize("name", files())
+def test_a_module_imports_only_what_lies_below_it(name):
+    level = LEVEL.get(name, LEVEL["train_sft"])                                        # a new script lies beside the others
+    for imported, line, _ in imports(files()[name]):
+        short = imported.removeprefix("nanorlhf.")
+        if short in LEVEL:
+            if name in SCRIPTS:
+                assert short not in SCRIPTS, f"{name}:{line} imports another script"
+            assert LEVEL[short] < level or short == name, f"{name}.py:{line} imports {imported}, which lies above it"
+
+
+def test_only_scripts_and_programs_know_the_run_folder():
+    for name, path in files().items():
+        if name not in SCRIPTS and name not in ("run", "bench", "__main__"):
+            assert "nanorlhf.run" not in [m for m, *_ in imports(path)], name
+        if name not in SCRIPTS and name not in ("run", "evaluate", "__main__"):
+            assert "nanorlhf.options" not in [m for m, *_ in imports(path)], name
+
+
+@pytest.mark.parametrize("name", files())
+def test_optional_packages_are_imported_where_they_are_used(name):
+    for imported, line, inside in imports(files()[name]):
+        top = imported.split(".")[0]
+        known = top in CORE or top in sys.stdlib_module_names or top == "nanorlhf" or top in SCRIPTS
+        assert known or inside, f"{name}.py:{line} imports {imported} at the top"
+
+
+def test_every_module_has_its_place_in_the_order():
+    assert set(files()) - set(SCRIPTS) <= set(LEVEL)
+
+
+def test_no_module_hands_on_names_of_another():
+    """A thing is imported from where it lives; data.load_tokenizer is the one exception, because others call it by that name."""
+    for name, path in files().items():
+        assert "noqa" not in path.read_text(encoding="utf-8"), name
+    from nanorlhf.data import load_tokenizer
+    from nanorlhf.tokenizer import load_tokenizer as its_own
+    assert load_tokenizer is its_own
+
+
+# ---- From the papers to the code ------------------------------------------------------------------------------------
+TABLE = (ROOT / "nanorlhf" / "README.md").read_text(encoding="utf-8")
+ROWS = re.findall(r"^\| .*\| `([\w/]+\.py)` \| `([\w.]+)` \| `(.+)` \|$", TABLE, re.MULTILINE)
+
+
+def source_of(path, name):
+    """Source of a function, or of Class.method."""
+    text = path.read_text(encoding="utf-8")
+    nodes = ast.parse(text).body
+    for part in name.split("."):
+        node = next((n for n in nodes if getattr(n, "name", None) == part), None)
+        assert node is not None, f"{path.name} has no {name}"
+        nodes = node.body
+    return ast.get_source_segment(text, node)
+
+
+@pytest.mark.parametrize("file, function, code", ROWS, ids=[f"{f} {n}" for f, n, _ in ROWS])
+def test_the_table_names_the_function_that_holds_the_code(file, function, code):
+    path = ROOT / file if (ROOT / file).exists() else ROOT / "nanorlhf" / file
+    assert code.replace("\\|", "|") in source_of(path, function)
+
+
+def test_the_table_is_whole():
+    assert len(ROWS) >= 28

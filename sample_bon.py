@@ -121,10 +121,8 @@ def sample(config):
     if run.finished:
         return
     init = require_folder(config.init, "python train_sft.py")
-    if config.reward == "out/rm":
-        require_folder(config.reward, "python train_rm.py")
     if config.n < (2 if config.label_temperature >= 0 else 1):
-        raise UserError(f"--n {config.n}: at least one sample a prompt, and two to compare")
+        raise UserError(f"--n {config.n}: at least one sample per prompt, and two to compare")
     tokenizer = load_tokenizer(init)
     policy = run.prepare(Transformer.from_pretrained(init), tokenizer)
     limit, skip_bad = config.limit or None, config.skip_bad

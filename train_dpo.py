@@ -24,14 +24,14 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from nanorlhf.data import collate, load_records, make_group, micro_batches, split_records
+from nanorlhf.data import collate, load_and_hold_out, make_group, micro_batches
 from nanorlhf.errors import UserError
 from nanorlhf.evaluate import eval_sampler
 from nanorlhf.files import require_file, require_folder
-from nanorlhf.model import Transformer, check_same_vocabulary
+from nanorlhf.model import Transformer
 from nanorlhf.options import main
 from nanorlhf.run import MAKE_COMPARISONS, Run
-from nanorlhf.tokenizer import check_same_ids, load_tokenizer
+from nanorlhf.tokenizer import load_tokenizer
 from nanorlhf.training import batch_indices, learning_rate, make_optimizer, optimizer_step, steps_of
 
 
@@ -162,21 +162,11 @@ def train(config):
         return
     init = require_folder(config.init, "python train_sft.py")
     require_file(config.data, MAKE_COMPARISONS)
-    if not 0 <= config.label_smoothing < 0.5:
-        raise UserError(f"--label_smoothing {config.label_smoothing}: must lie in [0, 0.5)")
     tokenizer = load_tokenizer(init)
-    check_same_ids("--reference", config.reference or init, tokenizer)
     model = run.prepare(Transformer.from_pretrained(init), tokenizer)
-    reference = run.prepare(Transformer.from_pretrained(config.reference or init), tokenizer)
-    reference.requires_grad_(False)
-    check_same_vocabulary(f"--reference {config.reference}", reference, model)
+    reference = run.load_reference(config.reference or init, model, tokenizer)
 
-    records = load_records(config.data, "preference", limit=config.limit or None, skip_bad=config.skip_bad,
-                           tokenizer=tokenizer)
-    if config.eval_data:
-        held_out = load_records(config.eval_data, "preference", skip_bad=config.skip_bad, tokenizer=tokenizer)
-    else:
-        records, held_out = split_records(records, config.eval_fraction, config.seed)
+    records, held_out = load_and_hold_out(config, "preference", tokenizer)
     groups = to_groups(records, tokenizer, config, model.config.context)
     eval_groups = to_groups(held_out, tokenizer, config, model.config.context)
     sample = eval_sampler(config, records, tokenizer, model, reference, {}, run)

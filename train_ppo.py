@@ -213,16 +213,11 @@ def train(config):
     if run.finished:
         return
     init = require_folder(config.init, "python train_sft.py")
-    if config.reward == "out/rm":
-        require_folder(config.reward, "python train_rm.py")
     if config.temperature <= 0:
         raise UserError(f"--temperature {config.temperature}: PPO needs samples, so it must be above 0")
     tokenizer = load_tokenizer(init)
-    check_same_ids("--reference", config.reference or init, tokenizer)
     policy = run.prepare(Transformer.from_pretrained(init), tokenizer)
-    reference = run.prepare(Transformer.from_pretrained(config.reference or init), tokenizer)
-    reference.requires_grad_(False)
-    check_same_vocabulary(f"--reference {config.reference}", reference, policy)
+    reference = run.load_reference(config.reference or init, policy, tokenizer)
 
     records = load_records(config.data, "prompt", limit=config.limit or None, skip_bad=config.skip_bad,
                            tokenizer=tokenizer)
@@ -284,8 +279,9 @@ def train(config):
         for epoch in range(config.num_ppo_epochs):
             order = epoch_order(size, seed_for(config.seed, "minibatches", step), epoch)
             for minibatch in np.array_split(order, min(config.num_mini_batches, size)):
-                count, loss_sum = mask[torch.from_numpy(minibatch.copy())].sum(), 0.0
-                for part in micro_batches(minibatch.tolist(), run.micro_batch_size, lengths.__getitem__):
+                minibatch = minibatch.tolist()
+                count, loss_sum = mask[minibatch].sum(), 0.0
+                for part in micro_batches(minibatch, run.micro_batch_size, lengths.__getitem__):
                     T = max(lengths[i] for i in part)                        # this part needs no more padding
                     with run.autocast():
                         logprobs = policy.logprobs(tokens[part, :T], mask[part, :T], config.temperature)

@@ -200,16 +200,13 @@ def train(config):
     if run.finished:
         return
     init = require_folder(config.init, "python train_sft.py")
-    if config.reward == "out/rm":
-        require_folder(config.reward, "python train_rm.py")
     own_responses_only = config.kind == "ranked" and config.sampling == "none" and config.from_data
     if config.reward == "given" and not own_responses_only:
         raise UserError("--reward given ranks the data's own responses by their scores: it needs --kind "
                         "ranked --sampling none")
     tokenizer = load_tokenizer(init)
     model = run.prepare(Transformer.from_pretrained(init), tokenizer)
-    reference = run.prepare(Transformer.from_pretrained(init), tokenizer)    # only to measure KL
-    reference.requires_grad_(False)
+    reference = run.load_reference(init, model, tokenizer)                   # only to measure KL
 
     records = load_records(config.data, config.kind, limit=config.limit or None, skip_bad=config.skip_bad,
                            tokenizer=tokenizer)

@@ -18,13 +18,12 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from nanorlhf.data import (Group, collate, load_records, make_all_turns_example, make_example, micro_batches,
-                           pack_texts, split_records)
-from nanorlhf.errors import UserError
+from nanorlhf.data import (Group, collate, load_and_hold_out, make_all_turns_example, make_example,
+                           micro_batches, pack_texts)
 from nanorlhf.files import require_folder
-from nanorlhf.model import ModelConfig, Transformer
+from nanorlhf.model import Transformer
 from nanorlhf.options import main
-from nanorlhf.run import Run
+from nanorlhf.run import MAKE_BASE, Run, new_model
 from nanorlhf.tokenizer import load_tokenizer
 from nanorlhf.training import batch_indices, learning_rate, make_optimizer, optimizer_step, steps_of
 
@@ -130,43 +129,21 @@ def evaluate(model, groups, tokenizer, run):
     return {"eval/loss": total / count} if count else {}
 
 
-def new_model(config):
-    """--init scratch: (tokenizer, a model with random weights)."""
-    tokenizer = load_tokenizer(config.tokenizer)
-    width, layers, heads = config.width, config.layers, config.heads
-    kv_heads = config.kv_heads or heads
-    if min(width, layers, heads, kv_heads) < 1 or width % heads or heads % kv_heads:
-        raise UserError(f"--width {width} --layers {layers} --heads {heads} --kv_heads {kv_heads}: "
-                        f"the heads must divide the width, and the kv_heads the heads")
-    shape = ModelConfig.for_family(
-        family=config.family, vocab_size=tokenizer.vocab_size, context=config.context, width=width,
-        layers=layers, heads=heads, kv_heads=kv_heads, head_dim=width // heads, bos_id=tokenizer.bos_id,
-        eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
-    return tokenizer, Transformer(shape, config.seed)
-
-
-def pretrained_model(config):
-    init = require_folder(config.init, "python train_sft.py --init scratch --kind text --lr 5e-3 "
-                                       "--batch_size 16 --out out/base")
-    return load_tokenizer(init), Transformer.from_pretrained(init)
-
-
 def train(config):
     run = Run(config, "sft")
     if run.finished:
         return
-    tokenizer, model = new_model(config) if config.init == "scratch" else pretrained_model(config)
+    if config.init == "scratch":
+        tokenizer, model = new_model(config)
+    else:
+        init = require_folder(config.init, MAKE_BASE)
+        tokenizer, model = load_tokenizer(init), Transformer.from_pretrained(init)
     run.prepare(model, tokenizer)
 
-    limit = config.limit or None
+    limit = config.limit
     if config.data == "reviews" and not limit:
         limit = {"text": 40000, "completion": 8000}[config.kind]
-    records = load_records(config.data, config.kind, limit=limit, skip_bad=config.skip_bad,
-                           tokenizer=tokenizer)
-    if config.eval_data:
-        held_out = load_records(config.eval_data, config.kind, skip_bad=config.skip_bad, tokenizer=tokenizer)
-    else:
-        records, held_out = split_records(records, config.eval_fraction, config.seed)
+    records, held_out = load_and_hold_out(config, config.kind, tokenizer, limit)
     groups = to_groups(records, tokenizer, config, model.config.context)
     eval_groups = to_groups(held_out, tokenizer, config, model.config.context)
 

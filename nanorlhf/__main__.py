@@ -20,7 +20,7 @@ import train_rm
 import train_rrhf
 import train_sft
 from nanorlhf.evaluate import Options as EvaluateOptions
-from nanorlhf.evaluate import columns_of, evaluate_policies, markdown_table
+from nanorlhf.evaluate import table_columns, evaluate_policies, markdown_table
 from nanorlhf.errors import UserError
 from nanorlhf.files import read_json, read_jsonl, write_json, write_records, write_text
 from nanorlhf.options import parse_options
@@ -101,17 +101,19 @@ def reward_model_rows(out):
     for split in ("test", "ood_near", "ood_far"):
         pairs = read_jsonl(out / f"comparisons_{split}" / "comparisons.jsonl")
         accuracy, n = last[f"eval/{split}/accuracy"], last[f"eval/{split}/pairs"]
+        ceiling = sample_bon.label_ceiling([p["score_chosen"] for p in pairs], [p["score_rejected"] for p in pairs],
+                                           LABEL_TEMPERATURE)
         row = {"method": split, "accuracy": (accuracy, 1.96 * math.sqrt(accuracy * (1 - accuracy) / n)),
-               "ceiling": (sample_bon.label_ceiling([p["score_chosen"] for p in pairs], [p["score_rejected"] for p in pairs],
-                                         LABEL_TEMPERATURE), None)}
+               "ceiling": (ceiling, None)}
         quarters = {f"q{k}": last.get(f"eval/{split}/accuracy_q{k}") for k in range(1, 5)}
         row |= {k: (v, None) for k, v in quarters.items() if v is not None}
         rows.append(row)
     return rows
 
 
-JUDGE_COLUMNS = {"accuracy": ("accuracy", ".0%"), "ceiling": ("ceiling", ".0%"), "q1": ("least sure quarter", ".0%"),
-                 "q2": ("second", ".0%"), "q3": ("third", ".0%"), "q4": ("surest quarter", ".0%")}
+REWARD_MODEL_COLUMNS = {
+    "accuracy": ("accuracy", ".0%"), "ceiling": ("ceiling", ".0%"), "q1": ("least sure quarter", ".0%"),
+    "q2": ("second", ".0%"), "q3": ("third", ".0%"), "q4": ("surest quarter", ".0%")}
 
 
 def run_seed(out, seed, scale):
@@ -170,7 +172,7 @@ def plot_frontier(lines, sft_gold, file):
     for i, (method, seeds) in enumerate(lines.items()):
         for k, line in enumerate(seeds):
             axes.plot(*zip(*line), "o-", color=f"C{i}", markersize=3, linewidth=0.8, alpha=0.8, label=None if k else method)
-    axes.set(xlabel="KL(policy || SFT), nats a sequence", ylabel="gold reward on held-out prompts", xscale="symlog")
+    axes.set(xlabel="KL(policy || SFT), nats per sequence", ylabel="gold reward on held-out prompts", xscale="symlog")
     axes.set(xlim=(0, None), ylim=(-2.05, 1))
     axes.legend(fontsize=8)
     figure.savefig(file, dpi=120, bbox_inches="tight")
@@ -203,8 +205,8 @@ def main():
     rows, lines = over_seeds(tables), frontier(folders)
     intervals = "Student's t over the seeds" if options.seeds > 1 else "normal, over the prompts"
     judge = over_seeds([reward_model_rows(folder) for folder in folders])
-    judged = markdown_table(judge, JUDGE_COLUMNS).replace("| method ", "| reward model on ", 1)
-    table = (f"{markdown_table(rows, columns_of(rows))}\n\n{judged}\n\n"
+    reward_model = markdown_table(judge, REWARD_MODEL_COLUMNS).replace("| method ", "| reward model on ", 1)
+    table = (f"{markdown_table(rows, table_columns(rows))}\n\n{reward_model}\n\n"
              f"{options.seeds} seed(s); ± is half of a 95% interval ({intervals}).\n")
     write_text(root / "table.md", table)
     write_json(root / "table.json", dict(rows=rows, judge=judge, seeds=tables, commit=git_commit(), frontier=lines,

@@ -102,6 +102,16 @@ def _rows(path):
     return [(number, line) for number, line in lines if line.strip()]
 
 
+def load_and_hold_out(config, kind, tokenizer, limit=None):
+    """Reads --data and --eval_data: returns (training records, held-out records). Without --eval_data, --eval_fraction of --data
+    is held out. limit: of the training records, if not --limit."""
+    records = load_records(config.data, kind, limit=limit or config.limit or None, skip_bad=config.skip_bad,
+                           tokenizer=tokenizer)
+    if config.eval_data:
+        return records, load_records(config.eval_data, kind, skip_bad=config.skip_bad, tokenizer=tokenizer)
+    return split_records(records, config.eval_fraction, config.seed)
+
+
 def split_records(records, fraction, seed=0):
     """Returns (train, held_out). About `fraction` of the posts (records with one "group", else one prompt or text) are held out,
     each with all its records. A hash decides, so the side of a post depends on the post, fraction and seed only."""

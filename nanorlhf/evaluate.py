@@ -94,21 +94,21 @@ def sampled_kl(policy, reference, tokenizer, prompts, responses, temperature, ba
 
 @dataclasses.dataclass
 class Options:
-    reference: str = "out/sft"       # folder that KL and win rate are taken against, and that best-of-N samples
-    reward: str = "out/rm"           # learned reward: folder, gold or file.py:function; chooses in best-of-N
-    gold: str = ""                   # the true reward, or the nearest thing; '' = gold on `reviews`, else none: --reward judges
-    data: str = "reviews"            # prompts: `reviews` (its ID, OOD-near and OOD-far splits), or files NAME=FILE,NAME=FILE
-    bon: int = 0                     # add a row for best-of-N of the reference, N = this
+    reference: str = "out/sft"       # policy that KL and win rate compare with, and that best-of-N samples
+    reward: str = "out/rm"           # learned reward, which chooses in best-of-N: folder, gold or file.py:function
+    gold: str = ""                   # true reward, or the nearest thing, which judges; '' = gold on reviews, else --reward
+    data: str = "reviews"            # `reviews` (ID, OOD-near and OOD-far), or record files NAME=FILE,NAME=FILE
+    bon: int = 0                     # add a row for best-of-N of the reference with this N; 0 = none
     skip_bad: bool = False           # skip bad rows and count them, instead of stopping at the first
-    num_prompts: int = 250           # prompts a split, one sample each
-    diversity_prompts: int = 50      # of the first split, with num_samples samples each (Kirk 2023: 500)
-    num_samples: int = 16            # samples a prompt for per-input diversity (Kirk 2023: 16)
+    num_prompts: int = 250           # prompts per split, one sample each
+    diversity_prompts: int = 50      # prompts of the first split for per-input diversity (Kirk 2023: 500)
+    num_samples: int = 16            # samples for each of them (Kirk 2023: 16)
     sbert: bool = False              # SBERT diversity too (extra `eval`, downloads a model)
-    nli: bool = False                # NLI diversity by roberta-large-mnli (likewise) instead of the exact one of `reviews`
-    response_length: int = 48        # longest response in tokens
+    nli: bool = False                # NLI diversity by roberta-large-mnli (extra `eval`), also on reviews
+    response_length: int = 48        # longest sampled response in tokens
     temperature: float = 1.0         # of all samples
     seed: int = 0                    # of the samples
-    device: str = "auto"             # cpu, cuda, cuda:1, ...; auto takes a GPU if there is one
+    device: str = "auto"             # cpu, cuda, cuda:1, ...; auto = a GPU if there is one
     out: str = "out/evaluation"      # folder for table.md, table.json and samples.jsonl
 
 
@@ -158,38 +158,45 @@ class Evaluation:
 def table_row(evaluation, name, model, n=1):
     """Returns (row, texts) of one policy, or of best-of-n of it. row: {"method": name, column: (value, half width of its 95%
     interval over prompts, or None)}; its "scores" are the first split's rewards by the judge, one per prompt."""
-    row, texts = {"method": name}, []
-    for split, prompts in evaluation.prompts.items():
-        responses = [own[0] for own in evaluation.draw(model, split, 1, n, split)]
-        records = evaluation.records[split]
-        scores = {k: reward(prompts, responses, records) for k, reward in evaluation.rewards.items()}
+    e, row, texts = evaluation, {"method": name}, []
+    for split, prompts in e.prompts.items():
+        records = e.records[split]
+        responses = [drawn[0] for drawn in e.draw(model, split, 1, n, split)]
+        scores = {k: reward(prompts, responses, records) for k, reward in e.rewards.items()}
         row |= {f"{k}/{split}": mean_and_interval(s) for k, s in scores.items()}
-        texts += [dict(method=name, split=split, prompt=r["prompt"],
-                       completion=decode_response(evaluation.tokenizer, y, r["prompt"]),
-                       **{k: float(s[i]) for k, s in scores.items()}) for i, (r, y) in enumerate(zip(records, responses))]
-        if split == evaluation.first:
-            row["scores"] = scores[evaluation.judge]
-            row["kl"] = (bon_kl(n), None) if n > 1 else mean_and_interval(
-                sampled_kl(model, evaluation.reference, evaluation.tokenizer, prompts, responses, evaluation.options.temperature))
-            if evaluation.written_scores is not None:
-                row["win_reference"] = win_rate(scores[evaluation.judge], evaluation.written_scores)
-            row["ead_across"] = (across_input_diversity([[evaluation.tokenizer.decode(y, start=False)] for y in responses],
-                                                        expectation_adjusted_distinct), None)
-            row["length"] = mean_and_interval([len(y) for y in responses])
-            row["ended"] = mean_and_interval([y[-1] == evaluation.tokenizer.eos_id for y in responses])
+        if split == e.first:
+            row |= first_split_columns(e, model, n, responses, scores[e.judge])
         else:
-            ours, there = row[f"{evaluation.judge}/{evaluation.first}"][0], row[f"{evaluation.judge}/{split}"][0]
-            row[f"gap/{split}"] = (ours - there, None)                                 # OOD gap: ID - OOD
-    o = evaluation.options
-    outputs = evaluation.draw(model, evaluation.first, o.num_samples, n, "diversity", o.diversity_prompts)
-    outputs = [[evaluation.tokenizer.decode(y, start=False) for y in own] for own in outputs]
+            here, there = row[f"{e.judge}/{e.first}"][0], row[f"{e.judge}/{split}"][0]
+            row[f"gap/{split}"] = (here - there, None)                  # OOD gap: ID - OOD
+        texts += [dict(method=name, split=split, prompt=r["prompt"], completion=decode_response(e.tokenizer, y, r["prompt"]),
+                       **{k: float(s[i]) for k, s in scores.items()}) for i, (r, y) in enumerate(zip(records, responses))]
+    outputs = e.draw(model, e.first, e.options.num_samples, n, "diversity", e.options.diversity_prompts)
+    outputs = [[e.tokenizer.decode(y, start=False) for y in drawn] for drawn in outputs]
     metrics = {"ead": expectation_adjusted_distinct}
-    if o.nli or evaluation.on_reviews:
-        metrics["nli"] = functools.partial(nli_diversity, relation=mnli_relation() if o.nli else reviews.relation)
-    if o.sbert:
+    if e.options.nli or e.on_reviews:
+        relation = mnli_relation() if e.options.nli else reviews.relation
+        metrics["nli"] = functools.partial(nli_diversity, relation=relation)
+    if e.options.sbert:
         metrics["sbert"] = sbert_diversity
-    row |= {f"{k}_per_input": mean_and_interval([metric(own) for own in outputs]) for k, metric in metrics.items()}
-    return row, texts
+    return row | {f"{k}_per_input": mean_and_interval(list(map(metric, outputs))) for k, metric in metrics.items()}, texts
+
+
+def first_split_columns(evaluation, model, n, responses, scores):
+    """Columns of a row that are measured on the first split only."""
+    e, columns = evaluation, {"scores": scores}
+    if n > 1:
+        columns["kl"] = bon_kl(n), None
+    else:
+        columns["kl"] = mean_and_interval(sampled_kl(model, e.reference, e.tokenizer, e.prompts[e.first], responses,
+                                                     e.options.temperature))
+    if e.written_scores is not None:
+        columns["win_reference"] = win_rate(scores, e.written_scores)
+    outputs = [[e.tokenizer.decode(y, start=False)] for y in responses]
+    columns["ead_across"] = across_input_diversity(outputs, expectation_adjusted_distinct), None
+    columns["length"] = mean_and_interval([len(y) for y in responses])
+    columns["ended"] = mean_and_interval([y[-1] == e.tokenizer.eos_id for y in responses])
+    return columns
 
 
 def evaluate_policies(folders, options):
@@ -233,7 +240,7 @@ def markdown_table(rows, columns):
     return "\n".join(lines)
 
 
-def columns_of(rows):
+def table_columns(rows):
     """Headings and formats of the columns that these rows have, in reading order."""
     names = {"test": "ID"} | {s: s.replace("ood_", "OOD-") for s in ("ood_near", "ood_far")}
     splits = [c.removeprefix("reward/") for c in rows[0] if c.startswith("reward/")]
@@ -257,7 +264,7 @@ def main():
         rows, samples = evaluate_policies({name if names.count(name) == 1 else f: f for name, f in zip(names, folders)}, options)
     except UserError as error:
         raise SystemExit(f"error: {error}")
-    table = markdown_table(rows, columns_of(rows))
+    table = markdown_table(rows, table_columns(rows))
     print(table)
     write_json(Path(options.out) / "table.json", rows)
     write_records(Path(options.out) / "samples.jsonl", samples)

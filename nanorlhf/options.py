@@ -17,11 +17,17 @@ HOW_TO_BEGIN = ("out", "resume", "overwrite")     # never taken from the run tha
 
 
 def parse_options(Config, description="", argv=None):
-    """Command line -> Config. Each field is an option and the comment behind it is its help. --lr 1e-5 and --lr=1e-5 both work.
+    """Command line -> Config. Each field is an option, the comment behind it is its help, and a comment line above fields is
+    their heading in --help. --lr 1e-5 and --lr=1e-5 both work.
 
     Config.renamed, {old option: new option}, keeps old names working; each use prints one line that says the new name.
     """
-    help_of = dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.*)$", inspect.getsource(Config), re.MULTILINE))
+    help_of, heading_of, heading = {}, {}, "Options"
+    for line in inspect.getsource(Config).split("\n"):
+        if match := re.match(r"    # (.+)$", line):
+            heading = match[1]
+        elif match := re.match(r"    (\w+):[^#]*#\s*(.*)$", line):
+            help_of[match[1]], heading_of[match[1]] = match[2], heading
     renamed = getattr(Config, "renamed", {})
 
     class OneLineParser(argparse.ArgumentParser):
@@ -35,13 +41,15 @@ def parse_options(Config, description="", argv=None):
 
     parser = OneLineParser(description=description, allow_abbrev=False,
                            formatter_class=argparse.RawDescriptionHelpFormatter)
+    headings = {heading: parser.add_argument_group(heading) for heading in heading_of.values()}
     for field in dataclasses.fields(Config):
+        group = headings.get(heading_of.get(field.name), parser)
         text = f"{help_of.get(field.name, '')} (default: {field.default!r})".replace("%", "%%")
         if field.type is bool:
             kind = dict(type=_boolean, nargs="?", const=True, metavar="BOOL")
         else:
             kind = dict(type=str if get_origin(field.type) is Literal else field.type, metavar=metavar_of(field))
-        parser.add_argument(f"--{field.name}", default=field.default, help=text, **kind)
+        group.add_argument(f"--{field.name}", default=field.default, help=text, **kind)
         for old in (old for old, new in renamed.items() if new == field.name):
             parser.add_argument(f"--{old}", dest=field.name, default=field.default, action=Renamed, help=argparse.SUPPRESS)
     given = parser.parse_args(argv)
@@ -92,8 +100,9 @@ def check_options(config):
     for option, minimum in MINIMUM.items():
         if (value := getattr(config, option, minimum)) < minimum:
             raise UserError(f"--{option} {value}: must be at least {minimum}")
-    if not 0 <= getattr(config, "eval_fraction", 0.0) < 1:
-        raise UserError(f"--eval_fraction {config.eval_fraction}: must lie in [0, 1)")
+    for option, end in (("eval_fraction", 1), ("label_smoothing", 0.5)):
+        if not 0 <= getattr(config, option, 0.0) < end:
+            raise UserError(f"--{option} {getattr(config, option)}: must lie in [0, {end})")
     for option in ("epochs", "beta", "top_p"):
         if getattr(config, option, 1.0) <= 0:
             raise UserError(f"--{option} {getattr(config, option)}: must be above 0")

@@ -53,7 +53,8 @@ class ModelReward:
         except UserError as error:
             raise UserError(f"--reward {spec}: neither `gold`, nor file.py:function, nor a reward model: {error}")
         if not (folder / "config.json").exists():
-            raise UserError(f"--reward {spec}: not a reward-model folder (train_rm.py makes one), `gold` or file.py:function")
+            raise UserError(f"--reward {spec}: not a reward-model folder (python train_rm.py makes one), `gold` or "
+                            f"file.py:function")
         self.model, self.own = RewardModel.from_pretrained(folder).to(device).eval(), tokenizer_of(folder, tokenizer)
         check_fit(self.model, self.own)
         self.policy, self.device, self.batch_size = tokenizer, device, batch_size

@@ -21,12 +21,14 @@ from safetensors.torch import load_file, save_file
 
 from nanorlhf.errors import UserError
 from nanorlhf.files import atomic_write, read_json, read_jsonl, sha256_of, write_json, write_records
-from nanorlhf.model import check_fit, pick_device
+from nanorlhf.model import ModelConfig, Transformer, check_fit, check_same_vocabulary, pick_device
 from nanorlhf.options import HOW_TO_BEGIN, check_options, read_options
+from nanorlhf.tokenizer import check_same_ids, load_tokenizer
 
 MAY_CHANGE_ON_RESUME = (*HOW_TO_BEGIN, "device", "compile", "micro_batch_size", "eval_every", "save_every")
 MAKE_COMPARISONS = ("python sample_bon.py --split train --limit 8000 --n 2 --reward gold --label_temperature 0.2 "
                     "--out out/comparisons")      # makes the default --data of train_rm.py and train_dpo.py
+MAKE_BASE = "python train_sft.py --init scratch --kind text --lr 5e-3 --batch_size 16 --out out/base"
 
 
 class Run:
@@ -111,6 +113,13 @@ class Run:
             trunk.stack = torch.compile(trunk.stack, dynamic=True)
         return model
 
+    def load_reference(self, folder, policy, tokenizer):
+        """Returns the reference policy of a folder, which takes no gradients; UserError if its ids are not the policy's."""
+        check_same_ids("--reference", folder, tokenizer)
+        reference = self.prepare(Transformer.from_pretrained(folder), tokenizer).requires_grad_(False)
+        check_same_vocabulary(f"--reference {folder}", reference, policy)
+        return reference
+
     @staticmethod
     def due(every, step, total):
         """True if something done every so many steps (0 = never), and once after the last step, is due after `step` steps."""
@@ -187,6 +196,19 @@ class Run:
         """Marks the run finished."""
         self._write_run_json(finished=True)
         print(f"{self.name} done: {self.out}", flush=True)
+
+
+def new_model(config):
+    """Returns (tokenizer, model with random weights) for --init scratch, from the options --tokenizer, --family, --width, ..."""
+    tokenizer = load_tokenizer(config.tokenizer)
+    width, layers, heads, kv_heads = config.width, config.layers, config.heads, config.kv_heads or config.heads
+    if min(width, layers, heads, kv_heads) < 1 or width % heads or heads % kv_heads:
+        raise UserError(f"--width {width} --layers {layers} --heads {heads} --kv_heads {kv_heads}: "
+                        f"the heads must divide the width, and the kv_heads the heads")
+    shape = ModelConfig.for_family(
+        family=config.family, vocab_size=tokenizer.vocab_size, context=config.context, width=width, layers=layers, heads=heads,
+        kv_heads=kv_heads, head_dim=width // heads, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
+    return tokenizer, Transformer(shape, config.seed)
 
 
 def checked_state(folder):

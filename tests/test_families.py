@@ -13,7 +13,7 @@ import train_rrhf
 import train_sft
 from conftest import entry_of
 from nanorlhf.data import collate, make_examples
-from nanorlhf.evaluate import Options, columns_of, evaluate_policies
+from nanorlhf.evaluate import Options, table_columns, evaluate_policies
 from nanorlhf.files import read_jsonl
 from nanorlhf.formats.checkpoints import FAMILIES, read_config, tensor_layout
 from nanorlhf.model import ModelConfig, RewardModel, Transformer
@@ -191,7 +191,7 @@ def test_a_table_without_a_true_reward_has_no_gold_column(chain, tmp_path):
     options = Options(reference=str(at / "sft"), reward=str(at / "rm"), data=str(tmp_path / "x.jsonl"), num_prompts=3, num_samples=2,
                       diversity_prompts=2, response_length=6, device="cpu", skip_bad=True)
     rows, _ = evaluate_policies({"ppo": str(at / "ppo")}, options)
-    columns = columns_of(rows)
+    columns = table_columns(rows)
     assert columns["reward/x"][0] == "reward x" and not any(c.startswith("gold/") for c in columns) and rows[1]["win_sft"]
 
 

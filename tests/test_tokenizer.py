@@ -303,7 +303,7 @@ def test_byte_level_files_agree_with_the_tokenizers_library(family, tiny, many, 
 def test_a_folder_of_vocab_and_merges_loads_and_saves(names, tiny, strings, library, tmp_path):
     """OPT and GPT-2 folders have no tokenizer.json; special tokens are named in one of several small files, or in none."""
     spec, folder = family_spec("opt", tiny), tmp_path / "opt"
-    vocab = {t: i for t, i in spec["model"]["vocab"].items()}
+    vocab = dict(spec["model"]["vocab"])
     if names == "plain":
         vocab = spec_of(tiny)["model"]["vocab"]
     files = {"map": dict(special_tokens_map__json={"eos_token": {"content": "</s>"}, "bos_token": "</s>", "pad_token": "<pad>"},

@@ -127,10 +127,12 @@ def sample(config):
     policy = run.prepare(Transformer.from_pretrained(init), tokenizer)
     limit, skip_bad = config.limit or None, config.skip_bad
     records = load_records(config.data, "prompt", config.split, limit, skip_bad, tokenizer=tokenizer)
-    reward = load_reward(config.reward, tokenizer, run.device, records)
+    reward = load_reward(config.reward, tokenizer, run.device, records, config.data)
     measured = config.eval_reward or ("gold" if config.data == "reviews" else "")
-    eval_reward = load_reward(measured, tokenizer, run.device, records) if measured else None
-    room = config.max_prompt_length or prompt_room(policy, config.response_length)
+    eval_reward = load_reward(measured, tokenizer, run.device, records, config.data) if measured else None
+    columns = other_columns(records)
+    room = prompt_room(policy, config.response_length)
+    room = config.max_prompt_length or room
     prompts = [encode_prompt(tokenizer, r["prompt"], room, config.keep) for r in records]
 
     # Each batch of prompts has its own seed. --resume starts again: the same seeds draw the same samples.
@@ -150,7 +152,7 @@ def sample(config):
             texts = [decode_response(tokenizer, r, record["prompt"]) for r in responses[rows]]
             scored.append(dict(prompt=record["prompt"], responses=texts, scores=scores[i].tolist(),
                                values=values[i].tolist() if eval_reward else None,
-                               finished=samples.finished[rows].tolist(), columns=other_columns(record)))
+                               finished=samples.finished[rows].tolist(), columns=columns[first + i]))
         metrics = {"scores/mean": scores.mean(), "scores/best": scores.max(1).values.mean()}
         if eval_reward:
             metrics["eval_reward/of_best"] = values.gather(1, scores.argmax(1, keepdim=True)).mean()

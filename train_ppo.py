@@ -101,7 +101,7 @@ class Config:
     dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16 is autocast; weights stay float32
     compile: bool = False            # torch.compile the layers
 
-    renamed = {"eval_data": "eval_prompts"}  # old option names that still work until 0.3
+    renamed = {"eval_data": "eval_prompts"}  # old option names, which still work until 0.3
 
 
 def whiten(values, mask, shift_mean=True):
@@ -221,9 +221,10 @@ def train(config):
 
     records = load_records(config.data, "prompt", limit=config.limit or None, skip_bad=config.skip_bad,
                            tokenizer=tokenizer)
-    room = config.max_prompt_length or prompt_room(policy, config.response_length)
+    room = prompt_room(policy, config.response_length)
+    room = config.max_prompt_length or room
     prompts = [encode_prompt(tokenizer, r["prompt"], room, config.keep) for r in records]
-    reward = load_reward(config.reward, tokenizer, run.device, records)
+    reward = load_reward(config.reward, tokenizer, run.device, records, config.data)
     value_init = config.value_init or init
     if not config.value_init and not reads_text(config.reward):
         if tokenizer_of(config.reward, tokenizer).same_ids(tokenizer):

@@ -94,7 +94,7 @@ class Config:
     dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16 is autocast; weights stay float32
     compile: bool = False            # torch.compile the layers
 
-    renamed = {"eval_data": "eval_prompts"}  # old option names that still work until 0.3
+    renamed = {"eval_data": "eval_prompts"}  # old option names, which still work until 0.3
 
 
 def rrhf_loss(logps, lengths, scores, rrhf_weight=Config.rrhf_weight, length_penalty=Config.length_penalty,
@@ -210,8 +210,9 @@ def train(config):
 
     records = load_records(config.data, config.kind, limit=config.limit or None, skip_bad=config.skip_bad,
                            tokenizer=tokenizer)
-    reward = load_reward(config.reward, tokenizer, run.device, records) if config.reward != "given" else None
-    rewards = {"reward": reward} if reward else {}
+    rewards = {}
+    if config.reward != "given":
+        rewards["reward"] = load_reward(config.reward, tokenizer, run.device, records, config.data)
     sample = eval_sampler(config, records, tokenizer, model, reference, rewards, run)
 
     optimizer = make_optimizer(model.parameters(), config.optimizer, config.lr, config.weight_decay)
@@ -230,7 +231,7 @@ def train(config):
             if not file.exists():
                 asked, seed = [records[i] for i in needed], seed_for(config.seed, "candidates", first)
                 with run.autocast():
-                    candidates = draw_candidates(model, asked, tokenizer, reward, config, seed)
+                    candidates = draw_candidates(model, asked, tokenizer, rewards.get("reward"), config, seed)
                 write_records(file, candidates)
             groups = dict(zip(needed, to_groups(read_jsonl(file))))
 

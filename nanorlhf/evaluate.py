@@ -42,13 +42,14 @@ def eval_sampler(config, records, tokenizer, policy, reference, rewards, run):
     if not (config.eval_prompts or on_reviews) or config.num_eval_prompts == 0:
         return lambda step: {}
     asked = load_records(config.eval_prompts or "reviews", "prompt", "test", config.num_eval_prompts, tokenizer=tokenizer)
-    room = config.max_prompt_length or prompt_room(policy, config.response_length)
+    room = prompt_room(policy, config.response_length)
+    room = config.max_prompt_length or room
     prompts = [encode_prompt(tokenizer, r["prompt"], room, config.keep) for r in asked]
     if config.eval_reward or on_reviews:
         name = "gold" if config.eval_reward in ("", "gold") else "eval_reward"
         rewards = rewards | {name: load_reward(config.eval_reward or "gold", tokenizer, run.device)}
     for reward in rewards.values():
-        reward.check_columns(asked)
+        reward.check_columns(asked, config.eval_prompts or "reviews")
 
     def sample(step):
         metrics, texts = measure(policy, reference, tokenizer, prompts, rewards, config.response_length,
@@ -131,9 +132,9 @@ class Evaluation:
             sources = {name: (file, "") for name, file in named_files(options.data).items()}
         self.records = {name: load_records(file, "prompt", split, options.num_prompts, options.skip_bad, tokenizer=tokenizer)
                         for name, (file, split) in sources.items()}
-        for records in self.records.values():
+        for name, records in self.records.items():
             for reward in self.rewards.values():
-                reward.check_columns(records)
+                reward.check_columns(records, sources[name][0])
         room = prompt_room(self.reference, options.response_length)
         self.prompts = {name: [encode_prompt(tokenizer, r["prompt"], room) for r in records]
                         for name, records in self.records.items()}

@@ -34,11 +34,6 @@ def parse_options(Config, description="", argv=None):
         def error(self, message):
             raise SystemExit(f"error: {message} (--help lists the options)")
 
-    class Renamed(argparse.Action):
-        def __call__(self, parser, options, value, flag):
-            print(f"{flag} is now --{renamed[flag[2:]]}", file=sys.stderr)
-            setattr(options, self.dest, value)
-
     parser = OneLineParser(description=description, allow_abbrev=False,
                            formatter_class=argparse.RawDescriptionHelpFormatter)
     headings = {heading: parser.add_argument_group(heading) for heading in heading_of.values()}
@@ -51,8 +46,14 @@ def parse_options(Config, description="", argv=None):
             kind = dict(type=str if get_origin(field.type) is Literal else field.type, metavar=metavar_of(field))
         group.add_argument(f"--{field.name}", default=field.default, help=text, **kind)
         for old in (old for old, new in renamed.items() if new == field.name):
-            parser.add_argument(f"--{old}", dest=field.name, default=field.default, action=Renamed, help=argparse.SUPPRESS)
+            parser.add_argument(f"--{old}", dest=field.name, default=field.default, help=argparse.SUPPRESS, **kind)
     given = parser.parse_args(argv)
+    flags = {word.split("=")[0] for word in (sys.argv[1:] if argv is None else argv)}
+    for old, new in renamed.items():
+        if f"--{old}" in flags:
+            if f"--{new}" in flags:
+                parser.error(f"--{old} is the old name of --{new}: give one of them")
+            print(f"--{old} is now --{new}", file=sys.stderr)
     if getattr(given, "resume", False):           # a resumed run keeps its original options
         try:
             options = read_options(given.out, Config)

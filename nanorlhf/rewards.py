@@ -26,12 +26,12 @@ def reads_text(spec):
     return spec == "gold" or ".py:" in spec
 
 
-def load_reward(spec, tokenizer, device, records=(), batch_size=128):
+def load_reward(spec, tokenizer, device, records=(), data="", batch_size=128):
     """Returns the reward that `spec` names: a callable (prompts, responses, records) -> float32 tensor [N].
 
     prompts, responses: N lists of token ids of the policy's `tokenizer`; records: the N records they belong to (None: the
-    prompts are decoded, which is wrong for conversations). `records` here are data it will read: UserError if they lack a
-    column that the function needs.
+    prompts are decoded, which is wrong for conversations). `records` here are those of `data`, a file's name, that it will
+    read: UserError if they lack a column that the function needs.
     """
     if spec == "gold":
         return TextReward(lambda prompts, completions: list(map(reviews.gold_reward, prompts, completions)), spec, tokenizer)
@@ -39,7 +39,7 @@ def load_reward(spec, tokenizer, device, records=(), batch_size=128):
         reward = TextReward(user_function(spec), spec, tokenizer)
     else:
         reward = ModelReward(spec, tokenizer, device, batch_size)
-    reward.check_columns(records)
+    reward.check_columns(records, data)
     return reward
 
 
@@ -60,7 +60,7 @@ class ModelReward:
         self.policy, self.device, self.batch_size = tokenizer, device, batch_size
         self.same = self.own.same_ids(tokenizer) and self.own.chat_template == tokenizer.chat_template
 
-    def check_columns(self, records):
+    def check_columns(self, records, data):
         """A model reads prompts and responses only."""
 
     @torch.no_grad()
@@ -85,10 +85,12 @@ class ModelReward:
 
 class TextReward:
     """A function of texts, in TRL's form: function(prompts, completions, answer, **kwargs) -> list of numbers. All arguments are
-    lists with one entry per response; `answer` stands for any column of the data, and **kwargs takes all the others.
+    lists with one entry per response. `answer` stands for any column of the data, and **kwargs takes all the others;
+    `completion_ids` are the responses as token ids. Texts are strings: a conversation is its transcript. Values of columns are
+    the row's own objects, so the function must not change them.
 
-    The first two parameters get prompts and completions, whatever their names. As in TRL, a function may also name only
-    `completions`, or put it elsewhere, and then everything is passed by name.
+    The first two parameters get prompts and completions, whatever their names. As in TRL, a function may also name only some of
+    prompts, completions and completion_ids, in any order, and then everything is passed by name.
     """
 
     def __init__(self, function, spec, tokenizer):
@@ -99,37 +101,41 @@ class TextReward:
             parameters = {}
         kinds = {p.kind for p in parameters.values()}
         positional = [n for n, p in parameters.items() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-        self.takes_all = inspect.Parameter.VAR_KEYWORD in kinds
-        self.by_name = "completions" in parameters and positional[1:2] != ["completions"] or (
-            self.takes_all and not positional and inspect.Parameter.VAR_POSITIONAL not in kinds)
-        self.texts = ["prompts", "completions"] if self.by_name else positional[:2]    # parameters that get texts
-        named = {n: p for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+        named = {n: p for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+                 and n not in getattr(function, "keywords", ())}        # what functools.partial has fixed stays as it is
+        # (*args, **kwargs) is a wrapper around a function that is not known: it gets the two texts and nothing else.
+        self.takes_all = inspect.Parameter.VAR_KEYWORD in kinds and (
+            bool(positional) or inspect.Parameter.VAR_POSITIONAL not in kinds)
+        self.by_name = positional[1:2] != ["completions"] and bool(
+            {"completions", "completion_ids"} & named.keys() or self.takes_all and len(positional) < 2)
+        self.taken = {"prompts", "completions", "completion_ids", "self", *([] if self.by_name else positional[:2])}
         self.names = set(named)
-        self.needed = [n for n, p in named.items() if n not in self.texts and p.default is p.empty]
+        self.needed = [n for n, p in named.items() if n not in self.taken and p.default is p.empty]
+        self.columns = dict.fromkeys(self.needed)                       # names of all columns in the data seen so far
 
-    def check_columns(self, records):
-        """Raises UserError if the function needs a column that the data lack."""
+    def check_columns(self, records, data):
+        """Raises UserError if the function needs a column that the records of `data`, a file's name, lack."""
         columns = columns_of(records)
         for name in self.needed if records else ():
             if name not in columns:
-                raise UserError(f"--reward {self.spec}: the function needs a column {name!r}; the data have "
-                                f"{', '.join(columns)}")
+                raise UserError(f"reward {self.spec} needs a column {name!r}; {data} has {', '.join(columns)}")
+        self.columns |= dict.fromkeys(columns)
 
     def __call__(self, prompts, responses, records=None):
         texts = texts_of(prompts, records, self.tokenizer)
-        completions = [decode_response(self.tokenizer, r, t) for r, t in zip(responses, texts)]
-        columns = dict.fromkeys(self.needed, [None] * len(texts)) | columns_of(records or ())
-        columns = {n: v for n, v in columns.items() if n not in ("prompts", "completions", *self.texts)
-                   and (n in self.names or self.takes_all)}
+        given = {"prompts": texts, "completion_ids": responses,
+                 "completions": [decode_response(self.tokenizer, r, t) for r, t in zip(responses, texts)]}
+        columns = dict.fromkeys(self.columns, [None] * len(texts)) | columns_of(records or ())
+        columns = {n: v for n, v in columns.items() if n not in self.taken} | {
+            n: v for n, v in given.items() if self.by_name or n == "completion_ids"}
+        columns = {n: v for n, v in columns.items() if n in self.names or self.takes_all}
         try:
-            if self.by_name:
-                given = {"prompts": texts, "completions": completions}
-                columns |= {n: v for n, v in given.items() if n in self.names or self.takes_all}
-                values = self.function(**columns)
-            else:
-                values = self.function(texts, completions, **columns)
+            values = self.function(*([] if self.by_name else [texts, given["completions"]]), **columns)
         except Exception as error:                # the user's code: say where in it, in one line
             raise UserError(f"--reward {self.spec}: {_where(error)}")
+        if inspect.iscoroutine(values):
+            values.close()
+            raise UserError(f"--reward {self.spec}: an async function is not supported")
         try:
             values = torch.tensor([float(v) for v in values])
         except (TypeError, ValueError):

@@ -64,15 +64,16 @@ class Run:
         """Checks that the run in the folder is one this config continues; returns whether it is finished already."""
         if not (self.out / "run.json").exists():
             raise UserError(f"{self.out} holds no run to resume")
+        options = read_options(self.out, type(self.config))
         before = read_json(self.out / "run.json")
-        if before["script"] != self.name:
+        if before.get("script", self.name) != self.name:
             raise UserError(f"{self.out} is a run of another script, {before['script']}: {self.name} cannot resume it")
-        if before["finished"]:
+        if before.get("finished"):
             print(f"{self.out} is finished already", flush=True)
             return True
         if before.get("data_sha256", self.data_sha256) != self.data_sha256:
             raise UserError(f"--data {self.config.data} has changed since the run in {self.out} began")
-        for option, was in read_options(self.out, type(self.config)).items():
+        for option, was in options.items():
             if option not in MAY_CHANGE_ON_RESUME and (value := getattr(self.config, option)) != was:
                 raise UserError(f"--{option} {value}: the run in {self.out} was started with {was}; --resume cannot change it")
         return False

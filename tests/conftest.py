@@ -1,4 +1,4 @@
-"""What several test files share: the scripts, found by themselves, and small fixtures."""
+"""What several test files share: the scripts, found automatically, and small fixtures."""
 
 import dataclasses
 import importlib
@@ -9,31 +9,31 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
-# Every script of the top level, so that a copy of one with another loss is tested as soon as it is written.
+# Every script at the top level, so a copy with another loss is tested as soon as it is written.
 SCRIPTS = {p.stem: importlib.import_module(p.stem) for p in sorted([*ROOT.glob("train_*.py"), *ROOT.glob("sample_*.py")])}
 TRAINERS = {name: module for name, module in SCRIPTS.items() if hasattr(module, "train")}
 
 
 def entry_of(module):
-    """What the script calls with its Config."""
+    """Returns the function that the script calls with its Config."""
     return module.train if hasattr(module, "train") else module.sample
 
 
 def loss_of(module):
-    """Name of the script's loss: its own function that ends in _loss."""
+    """Returns the name of the script's loss: its own function that ends in _loss."""
     (name,) = [n for n, f in vars(module).items() if n.endswith("_loss") and f.__module__ == module.__name__]
     return name
 
 
 def known_options(module, options):
-    """Those options that the script's Config has."""
+    """Returns those options that the script's Config has."""
     fields = {f.name for f in dataclasses.fields(module.Config)}
     return {k: v for k, v in options.items() if k in fields}
 
 
 @pytest.fixture(scope="session")
 def tiny():
-    """A small tokenizer that depends on nothing else."""
+    """A small tokenizer, trained here, so it needs no files."""
     from nanorlhf.tokenizer import train_bpe
     words = "the cat sat on the mat and the dog sat too ; isn't it 12 34 nice , we've seen it all".split()
     rng = random.Random(0)
@@ -42,7 +42,7 @@ def tiny():
 
 @pytest.fixture(scope="module")
 def one_thread():
-    """Bits must not depend on how many cores were free; and tiny matrices are faster on one."""
+    """Limits torch to one thread: bits must not depend on how many cores are free, and tiny matrices run faster."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

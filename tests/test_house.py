@@ -1,13 +1,14 @@
-"""The layout: arrows between modules point downwards only, and the table from the papers to the code is true."""
+"""Tests of the layout: a module imports only from lower levels, and the table from the papers to the code is right."""
 
 import ast
 import re
 import sys
 
 import pytest
+
 from conftest import ROOT, SCRIPTS
 
-# A module may import modules of the lines above its own.
+# The levels, lowest first: a module may import only modules of earlier lines.
 ORDER = """
 errors
 files options training reviews
@@ -25,18 +26,18 @@ train_sft train_rm train_ppo train_dpo train_rrhf sample_bon
 bench __main__
 """
 LEVEL = {name: level for level, line in enumerate(ORDER.strip().split("\n")) for name in line.split()}
-CORE = {"torch", "tiktoken", "numpy", "safetensors", "regex", "jinja2"}                # regex and jinja2 come with the first two
+CORE = {"torch", "tiktoken", "numpy", "safetensors", "regex", "jinja2"}                # tiktoken needs regex, torch jinja2
 
 
 def files():
-    """{module's short name: path} of the package and the scripts."""
+    """Returns {short module name: path} for the package and the scripts."""
     package = {".".join(p.relative_to(ROOT / "nanorlhf").with_suffix("").parts): p for p in (ROOT / "nanorlhf").rglob("*.py")}
     return {name: p for name, p in package.items() if not name.endswith("__init__")} | {
         name: ROOT / f"{name}.py" for name in SCRIPTS}
 
 
 def imports(path):
-    """(module, line, whether it is inside a function) of every import in a file."""
+    """Yields (module, line, whether it is inside a function) for every import in a file."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     inside = {id(n) for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for n in ast.walk(f)}
     for node in ast.walk(tree):
@@ -52,8 +53,8 @@ def imports(path):
 
 
 @pytest.mark.parametrize("name", files())
-def test_a_module_imports_only_what_lies_below_it(name):
-    level = LEVEL.get(name, LEVEL["train_sft"])                                        # a new script lies beside the others
+def test_a_module_imports_only_from_lower_levels(name):
+    level = LEVEL.get(name, LEVEL["train_sft"])                                        # new scripts: the level of the others
     for imported, line, _ in imports(files()[name]):
         short = imported.removeprefix("nanorlhf.")
         if short in LEVEL:
@@ -62,7 +63,7 @@ def test_a_module_imports_only_what_lies_below_it(name):
             assert LEVEL[short] < level or short == name, f"{name}.py:{line} imports {imported}, which lies above it"
 
 
-def test_only_scripts_and_programs_know_the_run_folder():
+def test_only_scripts_and_programs_import_run_and_options():
     for name, path in files().items():
         if name not in SCRIPTS and name not in ("run", "bench", "__main__"):
             assert "nanorlhf.run" not in [m for m, *_ in imports(path)], name
@@ -71,19 +72,19 @@ def test_only_scripts_and_programs_know_the_run_folder():
 
 
 @pytest.mark.parametrize("name", files())
-def test_optional_packages_are_imported_where_they_are_used(name):
+def test_optional_packages_are_imported_inside_functions(name):
     for imported, line, inside in imports(files()[name]):
         top = imported.split(".")[0]
         known = top in CORE or top in sys.stdlib_module_names or top == "nanorlhf" or top in SCRIPTS
         assert known or inside, f"{name}.py:{line} imports {imported} at the top"
 
 
-def test_every_module_has_its_place_in_the_order():
+def test_every_module_has_a_level():
     assert set(files()) - set(SCRIPTS) <= set(LEVEL)
 
 
-def test_no_module_hands_on_names_of_another():
-    """A thing is imported from where it lives; data.load_tokenizer is the one exception, because others call it by that name."""
+def test_no_module_reexports_names_of_another():
+    """A name is imported from where it is defined. data.load_tokenizer is the one exception: callers may use that name."""
     for name, path in files().items():
         assert "noqa" not in path.read_text(encoding="utf-8"), name
     from nanorlhf.data import load_tokenizer
@@ -97,7 +98,7 @@ ROWS = re.findall(r"^\| .*\| `([\w/]+\.py)` \| `([\w.]+)` \| `(.+)` \|$", TABLE,
 
 
 def source_of(path, name):
-    """Source of a function, or of Class.method."""
+    """Returns the source of a function or of Class.method."""
     text = path.read_text(encoding="utf-8")
     nodes = ast.parse(text).body
     for part in name.split("."):
@@ -113,5 +114,5 @@ def test_the_table_names_the_function_that_holds_the_code(file, function, code):
     assert code.replace("\\|", "|") in source_of(path, function)
 
 
-def test_the_table_is_whole():
+def test_the_table_is_complete():
     assert len(ROWS) >= 28

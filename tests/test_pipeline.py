@@ -1,4 +1,4 @@
-"""`python -m nanorlhf`, the README's main command, at a hundredth of its size; and the READMEs against the code."""
+"""Tests of `python -m nanorlhf`, the README's main command, at 1/100 of its size, and of the READMEs against the code."""
 
 import json
 import re
@@ -30,7 +30,7 @@ def finished(tmp_path_factory):
     return out, found.stdout
 
 
-def test_the_pipeline_ends_with_a_table_of_every_method_and_its_files(finished):
+def test_the_pipeline_writes_a_table_and_samples_of_every_method(finished):
     out, said = finished
     rows = json.loads((out / "table.json").read_text(encoding="utf-8"))["rows"]
     assert [r["method"] for r in rows] == [*POLICIES, "best-of-16"]
@@ -48,7 +48,7 @@ def test_the_pipeline_resumes_where_it_stopped(finished):
     out, _ = finished
     before = (out / "ppo" / "model.safetensors").read_bytes(), (out / "base" / "model.safetensors").stat().st_mtime_ns
     record = json.loads((out / "ppo" / "run.json").read_text(encoding="utf-8"))
-    killed = json.dumps({**record, "finished": False})                                 # as if it was killed at its end
+    killed = json.dumps({**record, "finished": False})                                 # as if it had been killed at its end
     (out / "ppo" / "run.json").write_text(killed, encoding="utf-8")
     found = pipeline(out)
     assert found.returncode == 0, found.stderr
@@ -56,14 +56,14 @@ def test_the_pipeline_resumes_where_it_stopped(finished):
     assert before == ((out / "ppo" / "model.safetensors").read_bytes(), (out / "base" / "model.safetensors").stat().st_mtime_ns)
 
 
-def test_a_folder_holds_one_recipe(finished):
-    """A quick look must not be taken for the real thing: its stages are finished, so they would be passed over."""
+def test_a_folder_cannot_mix_two_recipes(finished):
+    """A full run would skip the finished stages of a quick look and report their results as its own."""
     found = subprocess.run([sys.executable, "-m", "nanorlhf", "--out", str(finished[0])], cwd=ROOT, capture_output=True,
                            text=True)
     assert found.returncode == 1 and "another --seed or --scale" in found.stderr and found.stderr.count("\n") == 1
 
 
-def test_stages_come_after_what_they_read(tmp_path):
+def test_a_stage_comes_after_the_stages_that_it_reads(tmp_path):
     seen = set()
     for name, _, options in stages(tmp_path, 0, 1.0):
         for value in options.values():
@@ -73,7 +73,7 @@ def test_stages_come_after_what_they_read(tmp_path):
     assert set(POLICIES.values()) <= seen
 
 
-def test_a_table_over_seeds_has_the_mean_and_students_interval():
+def test_a_table_over_seeds_has_means_and_students_t_intervals():
     rows = over_seeds([[{"method": "a", "x": (v, 0.1), "seconds": (1.0, None)}] for v in (1.0, 2.0, 3.0)])
     assert rows[0]["x"] == pytest.approx((2.0, 4.30 / 3 ** 0.5)) and rows[0]["seconds"][1] is None
 
@@ -84,7 +84,7 @@ READMES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "nanorl
 README = READMES[0].read_text(encoding="utf-8")
 
 
-def test_the_commands_name_options_that_exist():
+def test_the_commands_in_the_readmes_use_existing_options():
     texts = "\n".join(p.read_text(encoding="utf-8") for p in READMES)
     commands = re.findall(r"^python ((?:train|sample)_\w+)\.py ?(.*)$", texts, re.MULTILINE)
     assert len(commands) >= 14
@@ -95,12 +95,12 @@ def test_the_commands_name_options_that_exist():
 
 
 @pytest.mark.parametrize("readme", READMES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_links_lead_to_files(readme):
+def test_links_lead_to_existing_files(readme):
     for path in re.findall(r"\]\((?!http)([^)#]+)(?:#[\w-]+)?\)", readme.read_text(encoding="utf-8")):
         assert (readme.parent / path).exists(), path
 
 
-def test_what_the_models_wrote_is_verbatim_from_the_committed_run():
+def test_the_sample_texts_are_verbatim_from_the_committed_run():
     samples = (ROOT / "results/reviews/samples.md").read_text(encoding="utf-8")
     section = samples.split("## Review of the game Northern Circle:")[1].split("\n## ")[0]
     rows = re.findall(r"^\| ([\w -]+) \| (.+) \| (-?\d\.\d\d) \|$", README.split("## Run it")[0], re.MULTILINE)
@@ -109,7 +109,7 @@ def test_what_the_models_wrote_is_verbatim_from_the_committed_run():
         assert f"- **{method}** [{reward}] {text.removesuffix(' ...')}" in section, method
 
 
-def test_the_table_is_a_part_of_the_committed_one():
+def test_the_readmes_table_is_part_of_the_committed_one():
     whole = (ROOT / "results/reviews/table.md").read_text(encoding="utf-8")
     cells = {line.split(" | ")[0]: line for line in whole.splitlines() if line.startswith("| ")}
     rows = re.findall(r"^\| ([\w -]+) \| ([^|]+) \| ([^|]+) \| ([^|]+) \| ([^|]+) \|$", README, re.MULTILINE)
@@ -122,12 +122,12 @@ def test_the_table_is_a_part_of_the_committed_one():
     assert all(line in in_results for line in whole.splitlines() if line.startswith("|"))
 
 
-def test_the_code_that_is_shown_is_the_code():
+def test_the_code_in_the_readme_is_the_code_of_train_dpo():
     shown = re.search(r"```python\n(    h = .*?)```", README, re.DOTALL)[1]
     assert shown in (ROOT / "train_dpo.py").read_text(encoding="utf-8")
 
 
-def test_the_reward_that_is_shown_works(tmp_path):
+def test_the_reward_function_in_the_readme_works(tmp_path):
     code = re.search(r"```python\n(# check\.py.*?)```", README, re.DOTALL)[1]
     (tmp_path / "check.py").write_text(code)
     (tmp_path / "rows.jsonl").write_text('{"prompt": "What is 3 + 4?", "answer": 7}\n{"prompt": "And 2 + 2?", "answer": 4}\n')
@@ -137,8 +137,8 @@ def test_the_reward_that_is_shown_works(tmp_path):
     assert reward([tokenizer.encode(r["prompt"]) for r in records], responses, records).tolist() == [1.0, 0.0]
 
 
-def test_every_experiment_of_the_readme_starts(tmp_path):
-    """Each command under "Try this" is accepted by its script: all options and values are valid."""
+def test_every_experiment_in_the_readme_has_valid_options(tmp_path):
+    """Each script accepts its commands under "Try this": all options and values are valid."""
     section = README.split("## Try this")[1].split("\n## ")[0]
     commands = re.findall(r"`python ((?:train|sample)_\w+)\.py ([^`]*)`", section)
     assert len(commands) >= 7

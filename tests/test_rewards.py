@@ -1,6 +1,7 @@
-"""A user's reward function sees the row: columns of the data by name, in every script that asks for a reward."""
+"""Tests of a user's reward function: it gets the columns of the data by name, in every script that uses a reward."""
 
 import json
+import re
 import sys
 
 import pytest
@@ -20,8 +21,8 @@ from nanorlhf.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-# The commonest reward of this kind: does the last number of the completion equal the row's answer? It also checks that every
-# row arrives beside its own prompt.
+# The most common reward of this kind: is the last number of the completion the row's answer? It also checks that every row
+# comes with its own prompt.
 MATH = """
 import re
 
@@ -36,7 +37,7 @@ def correct(prompts, completions, answer, **kwargs):
 
 
 def sums(kind):
-    """Rows of additions with their answer, as strings or conversations; some questions come twice."""
+    """Returns rows of additions with their answers, as strings or conversations; some questions occur twice."""
     rows = []
     for a in (3, 14, 15, 9, 3):
         for b in (26, 5):
@@ -59,7 +60,7 @@ def base(tmp_path_factory):
 
 @pytest.fixture(params=["text", "messages"])
 def task(request, base, tmp_path):
-    """(options that all scripts share, the rows of the data file)."""
+    """Writes the data and the reward function; returns (options that all scripts share, rows of the data)."""
     rows = sums(request.param)
     (tmp_path / "sums.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     (tmp_path / "mine.py").write_text(MATH)
@@ -67,7 +68,7 @@ def task(request, base, tmp_path):
                 response_length=4), rows
 
 
-def test_ppo_and_rrhf_pass_each_row_beside_its_prompt_while_training_and_evaluating(task, tmp_path):
+def test_ppo_and_rrhf_pass_each_row_with_its_prompt_in_training_and_evaluation(task, tmp_path):
     shared, _ = task
     more = dict(shared, eval_prompts=shared["data"], eval_reward=shared["reward"], max_steps=2, batch_size=4, eval_every=1)
     train_ppo.train(train_ppo.Config(**more, out=str(tmp_path / "ppo")))
@@ -78,7 +79,7 @@ def test_ppo_and_rrhf_pass_each_row_beside_its_prompt_while_training_and_evaluat
     assert rows[-1].keys() >= {"eval/reward", "eval/eval_reward"}
 
 
-def test_best_of_n_and_the_table_pass_each_row_beside_its_prompt_and_keep_other_columns(task, tmp_path):
+def test_best_of_n_and_evaluation_pass_each_row_with_its_prompt_and_keep_other_columns(task, tmp_path):
     shared, rows = task
     sample_bon.sample(sample_bon.Config(**shared, out=str(tmp_path / "bon"), n=3, label_temperature=0.0, keep_unfinished=True))
     for name in ("best", "ranked", "comparisons"):
@@ -93,17 +94,17 @@ def test_best_of_n_and_the_table_pass_each_row_beside_its_prompt_and_keep_other_
     assert table[0]["win_reference"][0] < 0.1                                          # the data's own answers are right
 
 
-def test_a_column_that_the_data_lack_is_one_line_that_names_those_there_are(task, tmp_path, monkeypatch):
+def test_a_missing_column_gives_a_one_line_error_that_lists_the_columns(task, tmp_path, monkeypatch):
     shared, rows = task
     (tmp_path / "bare.jsonl").write_text("".join(json.dumps({k: v for k, v in r.items() if k != "answer"}) + "\n" for r in rows))
-    says = "needs a column 'answer'; the data have prompt, level, completion"
+    says = "needs a column 'answer'; .*bare.jsonl has prompt, level, completion"
     for module in (train_ppo, train_rrhf, sample_bon):
         words = [w for k, v in (shared | dict(data=str(tmp_path / "bare.jsonl"))).items() for w in (f"--{k}", str(v))]
         monkeypatch.setattr(sys, "argv", [module.__name__, *words, "--out", str(tmp_path / "x")])
         with pytest.raises(SystemExit) as stop:
             main(module.Config, getattr(module, "train", None) or module.sample, "")
-        assert says in stop.value.code and "\n" not in stop.value.code and not (tmp_path / "x").exists()
-    with pytest.raises(UserError, match=says):                                         # prompts that are only sampled on
+        assert re.search(says, stop.value.code) and "\n" not in stop.value.code and not (tmp_path / "x").exists()
+    with pytest.raises(UserError, match=says):                                         # prompts used only in evaluation
         train_ppo.train(train_ppo.Config(**shared, eval_prompts=str(tmp_path / "bare.jsonl"), out=str(tmp_path / "x")))
     with pytest.raises(UserError, match=says):
         evaluate_policies({}, Options(reference=shared["init"], reward=shared["reward"], data=str(tmp_path / "bare.jsonl"),
@@ -111,7 +112,7 @@ def test_a_column_that_the_data_lack_is_one_line_that_names_those_there_are(task
     assert not (tmp_path / "x").exists()
 
 
-FORMS = {  # what a function may look like -> what it must return for two rows
+FORMS = {  # {source of a function f: what it must return for two rows}
     "def f(prompts, completions): return [len(c) for c in completions]": [3, 4],
     "def f(p, c): return [len(x) for x in p]": [1, 2],
     "def f(completions, **kwargs): return [len(c) + a for c, a in zip(completions, kwargs['answer'])]": [13, 24],
@@ -122,15 +123,24 @@ FORMS = {  # what a function may look like -> what it must return for two rows
     "def f(*, completions, answer): return [len(c) + a for c, a in zip(completions, answer)]": [13, 24],
     "def f(**kwargs): return [len(p) + a for p, a in zip(kwargs['prompts'], kwargs['answer'])]": [11, 22],
     "def f(*args): return [len(c) for c in args[1]]": [3, 4],
-    "def f(prompts, completions, prompt): return [len(p) for p in prompt]": [1, 2],      # the column of that name
-    "def f(prompts, completions, rare): return [r or 5 for r in rare]": [5, 8],         # null where a row lacks it
+    "def g(p, c): return [len(x) for x in c]\ndef f(*args, **kwargs): return g(*args, **kwargs)": [3, 4],       # a wrapper
+    "import torch\nclass F(torch.nn.Module):\n    def forward(self, p, c): return torch.ones(len(c))\nf = F()": [1, 1],
+    "def f(prompts, completion_ids, **kwargs): return [len(i) + a for i, a in zip(completion_ids, kwargs['answer'])]": [14, 24],
+    "def f(completion_ids, answer, **kwargs): return [a + (i[-1] == 638) for i, a in zip(completion_ids, answer)]": [11, 20],
+    "def f(prompts, **kwargs): return [len(p) + len(c) for p, c in zip(prompts, kwargs['completions'])]": [4, 6],
+    "def f(prompts, completions, completion_ids): return [len(i) for i in completion_ids]": [4, 4],
+    "def f(completions, prompts, /): return [len(c) for c in completions]": [1, 2],      # by position: the names do not count
+    "import functools\nf = functools.partial(lambda p, c, answer: [answer] * 2, answer=3)": [3, 3],
+    "class F:\n    def __call__(self, p, c, **kwargs): return [len(kwargs)] * 2\nf = F()": [4, 4],
+    "def f(prompts, completions, prompt): return [len(p) for p in prompt]": [1, 2],      # the column named prompt
+    "def f(prompts, completions, rare): return [r or 5 for r in rare]": [5, 8],         # None where a row lacks it
     "import functools\ndef g(scale, prompts, completions): return [scale] * 2\nf = functools.partial(g, 3)": [3, 3],
     "class F:\n    def __call__(self, prompts, completions, answer): return answer\nf = F()": [10, 20],
 }
 
 
 @pytest.mark.parametrize("code", FORMS)
-def test_forms_of_a_reward_function(code, tmp_path):
+def test_a_reward_function_may_have_any_of_these_forms(code, tmp_path):
     tokenizer = load_tokenizer("reviews")
     (tmp_path / "mine.py").write_text(code)
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "answer": 10}\n{"prompt": "bc", "answer": 20, "rare": 8}\n')
@@ -141,9 +151,9 @@ def test_forms_of_a_reward_function(code, tmp_path):
     assert reward(ids, responses, records).tolist() == FORMS[code]
 
 
-def test_records_keep_all_fields_of_their_row_through_conversions(tmp_path):
+def test_converted_records_keep_all_fields_of_their_row(tmp_path):
     rows = [{"prompt": "p", "chosen": " a", "rejected": " b", "source": "x", "n": [1, {"k": None}]},
             {"prompt": "q", "responses": [" a", " b"], "scores": [1, 2], "source": "y"}]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    for kind in ("prompt", "completion", "ranked", "preference", "text"):
+    for kind in ("prompt", "ranked"):                                                  # what a reward sees
         assert [r.row for r in load_records(tmp_path / "rows.jsonl", kind)] == rows

@@ -1,4 +1,4 @@
-"""run.py: options, files that survive a crash, seeds, rates, optimizer state, the run folder and its refusals."""
+"""Tests of options.py, files.py, training.py (seeds, learning rates, the optimizer) and run.py (run folder, checkpoints)."""
 
 import dataclasses
 import json
@@ -32,8 +32,10 @@ class Options:
     fast: bool = False  # hurry
 
 
-# --------------------------------------------------------------------------------------------------------------- options
-def test_both_spellings_and_all_forms_of_a_bool():
+# ---- Options --------------------------------------------------------------------------------------------------------
+
+
+def test_both_spellings_of_an_option_and_all_forms_of_a_bool_work():
     assert parse_options(Options, argv=[]) == Options()
     assert parse_options(Options, argv=["--lr", "1e-5", "--steps", "7"]) == parse_options(
         Options, argv=["--lr=1e-5", "--steps=7"]
@@ -60,7 +62,7 @@ def test_both_spellings_and_all_forms_of_a_bool():
         (["--steps"], "--steps"),
     ],
 )
-def test_a_wrong_option_is_one_line_that_names_it(argv, says, capsys):
+def test_a_wrong_option_gives_a_one_line_error_that_names_it(argv, says, capsys):
     with pytest.raises(SystemExit) as stop:
         parse_options(Options, argv=argv)
     assert says in stop.value.code and stop.value.code.startswith("error: ") and "\n" not in stop.value.code
@@ -87,6 +89,7 @@ def test_help_of_every_script_lists_every_field_with_a_comment(script, capsys):
     with pytest.raises(SystemExit):
         parse_options(module.Config, module.__doc__, ["--help"])
     text = " ".join(capsys.readouterr().out.split())
+    assert all(f" {heading}: " in text for heading in ("Data", "Lengths in tokens", "Run"))
     for field in dataclasses.fields(module.Config):
         metavar = "[BOOL]" if field.type is bool else metavar_of(field)
         comment, default = text.split(f"--{field.name} {metavar} ", 1)[1].split("(default: ", 1)
@@ -94,8 +97,8 @@ def test_help_of_every_script_lists_every_field_with_a_comment(script, capsys):
         assert default.startswith(repr(field.default))
 
 
-def test_scripts_name_their_shared_options_alike():
-    """The words of the command line that all scripts share, with one type each."""
+def test_scripts_share_the_names_and_types_of_common_options():
+    """Every script has these options, and an option has the same type in every script."""
     types = {}
     for script in SCRIPTS:
         fields = {f.name: f.type for f in dataclasses.fields(SCRIPTS[script].Config)}
@@ -115,7 +118,7 @@ def test_scripts_name_their_shared_options_alike():
         if script in TRAINERS:
             assert {"max_steps", "micro_batch_size", "lr"} <= fields.keys()
         for name, kind in fields.items():
-            kind = str if get_origin(kind) is Literal else kind                         # words may differ: --kind
+            kind = str if get_origin(kind) is Literal else kind                         # allowed words may differ (--kind)
             assert types.setdefault(name, kind) is kind
 
 
@@ -128,7 +131,7 @@ def test_scripts_name_their_shared_options_alike():
         (KeyboardInterrupt(), "--resume"),
     ],
 )
-def test_main_turns_what_a_user_can_put_right_into_one_line(error, says, monkeypatch):
+def test_main_turns_errors_that_a_user_can_fix_into_one_line(error, says, monkeypatch):
     def train(config):
         raise error
 
@@ -138,13 +141,15 @@ def test_main_turns_what_a_user_can_put_right_into_one_line(error, says, monkeyp
     assert says in stop.value.code and "\n" not in stop.value.code
 
 
-def test_main_does_not_hide_our_own_faults(monkeypatch):
+def test_main_does_not_hide_our_own_bugs(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train_x.py"])
     with pytest.raises(ZeroDivisionError):
         main(Options, lambda config: 1 / 0, "")
 
 
-# ------------------------------------------------------------------------------------------------------------------ files
+# ---- Files ----------------------------------------------------------------------------------------------------------
+
+
 def leftovers(folder):
     return {
         str(p.relative_to(folder)): p.read_text() for p in Path(folder).rglob("*") if p.is_file() and ".writing" not in str(p)
@@ -164,7 +169,7 @@ def write_file(path, text):
 
 
 @pytest.mark.parametrize("write", [write_file, write_folder])
-def test_written_whole_replaces_a_file_or_a_folder(write, tmp_path):
+def test_atomic_write_replaces_a_file_or_a_folder(write, tmp_path):
     target = tmp_path / "deep" / "er" / "x"
     write(target, "one")
     write(target, "two")
@@ -192,11 +197,11 @@ def test_a_failing_fsync_or_rename_leaves_the_old_content_and_a_retry_works(writ
     assert set(leftovers(tmp_path).values()) == {"new"} and [p.name for p in tmp_path.iterdir()] == ["x"]
 
 
-def test_a_failure_in_the_middle_of_writing_leaves_the_old_content(tmp_path):
+def test_a_failure_while_writing_leaves_the_old_content(tmp_path):
     target = tmp_path / "x.json"
     write_json(target, {"old": 1})
     with pytest.raises(ValueError):
-        write_json(target, {"new": [1, float("nan")]})  # NaN is no JSON
+        write_json(target, {"new": [1, float("nan")]})  # NaN is not JSON
     with pytest.raises(RuntimeError):
         with atomic_write(target) as temporary:
             temporary.write_text("half of it")
@@ -206,7 +211,7 @@ def test_a_failure_in_the_middle_of_writing_leaves_the_old_content(tmp_path):
     assert json.loads(target.read_text()) == {"new": 2}
 
 
-def test_a_kill_in_the_middle_of_writing_leaves_the_old_content(tmp_path):
+def test_a_kill_while_writing_leaves_the_old_content(tmp_path):
     target = tmp_path / "x"
     write_file(target, "old")
     code = (
@@ -219,7 +224,7 @@ def test_a_kill_in_the_middle_of_writing_leaves_the_old_content(tmp_path):
     assert target.read_text() == "new"
 
 
-def test_records_round_trip_and_a_cut_last_line_is_dropped(tmp_path):
+def test_records_round_trip_and_a_truncated_last_line_is_dropped(tmp_path):
     rows = [{"text": 'ü\u2028\n"x'}, {"text": "", "n": 0.1}, {"text": "中", "list": [1, 2]}]
     write_records(tmp_path / "r.jsonl", rows)
     assert read_jsonl(tmp_path / "r.jsonl") == rows
@@ -229,8 +234,10 @@ def test_records_round_trip_and_a_cut_last_line_is_dropped(tmp_path):
     assert read_jsonl(tmp_path / "none.jsonl") == []
 
 
-# ------------------------------------------------------------------------------------------------------------ seeds, rates
-def test_seeds_depend_on_seed_purpose_and_step_only():
+# ---- Seeds and learning rates ---------------------------------------------------------------------------------------
+
+
+def test_seeds_depend_only_on_seed_purpose_and_step():
     seeds = {seed_for(s, purpose, step) for s in range(5) for purpose in ("rollout", "minibatches") for step in range(20)}
     assert len(seeds) == 200 and all(0 <= s < 2**63 for s in seeds)
     assert seed_for(3, "rollout", 7) == seed_for(3, "rollout", 7)
@@ -241,10 +248,10 @@ def test_seeds_depend_on_seed_purpose_and_step_only():
         check=True,
         env={**os.environ, "PYTHONHASHSEED": "5"},
     )
-    assert int(again.stdout) == seed_for(3, "rollout", 7)  # not Python's hash()
+    assert int(again.stdout) == seed_for(3, "rollout", 7)  # Python's hash() would differ
 
 
-def test_importing_the_project_leaves_the_global_generators_alone():
+def test_importing_the_project_does_not_touch_the_global_generators():
     code = (
         "import random, numpy, torch; torch.manual_seed(1); numpy.random.seed(1); random.seed(1)\n"
         "a = torch.get_rng_state(), numpy.random.get_state()[1].copy(), random.getstate()\n"
@@ -257,14 +264,14 @@ def test_importing_the_project_leaves_the_global_generators_alone():
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
 @pytest.mark.parametrize("warmup", [0, 4])
-def test_learning_rate_closed_form(schedule, warmup):
+def test_learning_rate_equals_its_closed_form(schedule, warmup):
     total, peak = 20, 0.3
     rates = [learning_rate(step, total, peak, warmup, schedule) for step in range(total)]
     for step, rate in enumerate(rates):
         x = (step - warmup) / (total - warmup)
         after = {"constant": 1, "linear": 1 - x, "cosine": (1 + math.cos(math.pi * x)) / 2}[schedule]
         assert rate == pytest.approx(peak * ((step + 1) / warmup if step < warmup else after), rel=1e-12)
-    assert max(rates) == pytest.approx(peak) and min(rates) > 0  # no update is wasted at rate 0
+    assert max(rates) == pytest.approx(peak) and min(rates) > 0  # no step has rate 0
     assert rates[warmup:] == sorted(rates[warmup:], reverse=True)
 
 
@@ -272,8 +279,10 @@ def test_linear_schedule_without_warmup_is_ppos_annealing():
     assert [learning_rate(s, 4, 1.0) for s in range(4)] == [1.0, 0.75, 0.5, 0.25]
 
 
-# -------------------------------------------------------------------------------------------------------------- optimizer
-def test_weight_decay_acts_on_matrices_only_and_names_are_checked():
+# ---- Optimizer and checkpoints --------------------------------------------------------------------------------------
+
+
+def test_weight_decay_acts_only_on_matrices_and_optimizer_names_are_checked():
     model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.LayerNorm(2))
     matrices, others = make_optimizer(model.parameters(), "adamw", 0.1, weight_decay=0.5).param_groups
     assert (len(matrices["params"]), matrices["weight_decay"], len(others["params"]), others["weight_decay"]) == (1, 0.5, 3, 0.0)
@@ -304,7 +313,7 @@ def some_updates(model, optimizer, first, last):
 
 
 @pytest.mark.parametrize("name", ["adamw", "adam", "rmsprop"])
-def test_checkpoint_round_trip_of_weights_optimizer_and_state(name, tmp_path):
+def test_weights_optimizer_and_state_survive_a_checkpoint_round_trip(name, tmp_path):
     def fresh():
         model = torch.nn.Linear(3, 2)
         with torch.no_grad():
@@ -329,7 +338,7 @@ def test_checkpoint_round_trip_of_weights_optimizer_and_state(name, tmp_path):
     assert not list((tmp_path / "a").rglob("*.p*t*")) and not list((tmp_path / "a").rglob("*.bin"))  # no pickle
 
 
-def test_only_the_two_newest_checkpoints_stay_and_logs_are_cut_to_the_newest(tmp_path):
+def test_the_two_newest_checkpoints_stay_and_resumed_logs_end_at_the_newest(tmp_path):
     model = torch.nn.Linear(2, 1)
     run = Run(Small(str(tmp_path)), "sft")
     run.begin(0)
@@ -349,8 +358,8 @@ def test_only_the_two_newest_checkpoints_stay_and_logs_are_cut_to_the_newest(tmp
 
 @pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "state.json"])
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_resumes(file, damage, tmp_path):
-    """A flipped data bit, which safetensors would load silently; also in the step number or in an adapted kl_coef."""
+def test_a_corrupt_checkpoint_is_named_and_the_previous_one_resumes(file, damage, tmp_path):
+    """safetensors would load a flipped bit silently, so every file has a checksum. In state.json the flip is in kl_coef."""
     model = torch.nn.Linear(3, 2)
     optimizer = make_optimizer(model.parameters(), "adamw", 0.01)
     run = Run(Small(str(tmp_path)), "sft")
@@ -378,9 +387,11 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_resumes(file, damag
     assert Run(Small(str(tmp_path), resume=True), "sft").load_checkpoint({"model": model}, {"optimizer": optimizer})["step"] == 3
 
 
-# ------------------------------------------------------------------------------------------------------------- run folder
+# ---- Run folder -----------------------------------------------------------------------------------------------------
+
+
 def test_nothing_is_written_before_the_inputs_are_loaded(tmp_path):
-    """So a run that stops at a bad input can be repeated as it was typed, and --overwrite has not deleted anything yet."""
+    """So after a bad input the same command can be run again, and --overwrite has not deleted anything yet."""
     Run(Small(str(tmp_path / "new")), "sft")
     assert not (tmp_path / "new").exists()
     run = Run(Small(str(tmp_path / "old")), "sft")
@@ -392,7 +403,7 @@ def test_nothing_is_written_before_the_inputs_are_loaded(tmp_path):
     assert [p.name for p in (tmp_path / "old").iterdir()] == ["run.json"]
 
 
-def test_refusals_of_the_run_folder(tmp_path):
+def test_a_folder_without_a_run_or_with_other_files_is_rejected(tmp_path):
     with pytest.raises(UserError, match="holds no run to resume"):
         Run(Small(str(tmp_path), resume=True), "sft")
     (tmp_path / "thesis.txt").write_text("years of work")
@@ -412,30 +423,30 @@ def test_refusals_of_the_run_folder(tmp_path):
         (dict(device="abacus"), "--device abacus"),
     ],
 )
-def test_an_option_that_is_not_one_of_its_words_is_one_line(fields, says, tmp_path):
+def test_a_value_that_is_not_allowed_gives_a_one_line_error(fields, says, tmp_path):
     with pytest.raises(UserError) as error:
         Run(Small(str(tmp_path / "x"), **fields), "sft")
     assert says in str(error.value) and not (tmp_path / "x").exists()
 
 
-def test_a_missing_predecessor_names_its_command(tmp_path, monkeypatch):
+def test_a_missing_input_names_the_command_that_makes_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for need in (require_folder, require_file):
         with pytest.raises(UserError, match="first run: python train_sft.py"):
             need("out/sft", "python train_sft.py")
-    with pytest.raises(UserError, match="no config.json in it.$"):                     # which no script of ours would make
+    with pytest.raises(UserError, match="no config.json in it.$"):                     # outside out/ no command is named
         require_folder(str(tmp_path / "sft"), "python train_sft.py")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-def test_cuda_without_a_gpu_is_one_line():
+def test_cuda_without_a_gpu_gives_a_one_line_error():
     assert pick_device("auto").type == "cpu"
     with pytest.raises(UserError, match="no GPU"):
         pick_device("cuda")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_number_that_is_not_finite_never_reaches_metrics(value, tmp_path):
+def test_a_non_finite_number_never_reaches_metrics_jsonl(value, tmp_path):
     run = Run(Small(str(tmp_path)), "sft")
     run.begin(0)
     run.log(1, 3, {"loss": 1.0})
@@ -446,7 +457,7 @@ def test_a_number_that_is_not_finite_never_reaches_metrics(value, tmp_path):
 
 @pytest.mark.parametrize("loss, gradient", [(float("nan"), 1.0), (float("inf"), 1.0), (1.0, float("nan")), (1.0, float("inf"))])
 @pytest.mark.parametrize("clip", [0.0, 1.0])
-def test_a_loss_or_gradient_that_is_not_finite_stops_before_the_step_naming_step_and_rows(loss, gradient, clip, tmp_path):
+def test_a_non_finite_loss_or_gradient_stops_before_the_step_and_names_step_and_rows(loss, gradient, clip, tmp_path):
     model = torch.nn.Linear(2, 1)
     optimizer = make_optimizer(model.parameters(), "adamw", 0.1)
     before = [p.detach().clone() for p in model.parameters()]
@@ -458,7 +469,7 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_before_the_step_naming_step
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters())) and not optimizer.state
 
 
-def test_step_clips_the_norm_and_reports_it_before_clipping(tmp_path):
+def test_optimizer_step_clips_the_norm_and_returns_the_one_before_clipping(tmp_path):
     for clip, expected in ((1.0, [-0.6, -0.8]), (0.0, [-3.0, -4.0]), (10.0, [-3.0, -4.0])):
         p = torch.nn.Parameter(torch.zeros(2))
         p.grad = torch.tensor([3.0, 4.0])
@@ -466,12 +477,12 @@ def test_step_clips_the_norm_and_reports_it_before_clipping(tmp_path):
         assert norm == pytest.approx(5.0) and p.tolist() == pytest.approx(expected, abs=1e-5) and p.grad is None
 
 
-def test_every_is_due_each_n_steps_and_after_the_last():
+def test_due_is_true_every_n_steps_and_after_the_last():
     assert [s for s in range(1, 8) if Run.due(3, s, 7)] == [3, 6, 7]
     assert not any(Run.due(0, s, 7) for s in range(1, 8))
 
 
-def test_run_json_names_options_versions_and_commit(tmp_path):
+def test_run_json_records_options_versions_and_commit(tmp_path):
     run = Run(Small(str(tmp_path)), "sft")
     run.begin(0)
     found = json.loads((tmp_path / "run.json").read_text())

@@ -1,6 +1,6 @@
-"""The six scripts, run as a user runs them on a tiny model: what they write, what they refuse, how they resume.
+"""Tests of the scripts, run as a user runs them, on a tiny model: what they write, what they reject, how they resume.
 
-"Trap" numbers known faults of public RLHF code; each test says which fault it excludes.
+A numbered "trap" is a known bug of public RLHF code; each test says which bug it excludes.
 """
 
 import hashlib
@@ -24,16 +24,16 @@ import train_ppo
 import train_rm
 import train_rrhf
 import train_sft
-from nanorlhf.tokenizer import load_tokenizer
-from nanorlhf.model import RewardModel, Transformer
-from nanorlhf.options import main, parse_options
 from conftest import ROOT, SCRIPTS, TRAINERS, entry_of, known_options, loss_of
 from nanorlhf.files import read_jsonl
+from nanorlhf.model import RewardModel, Transformer
+from nanorlhf.options import main, parse_options
 from nanorlhf.run import Run
+from nanorlhf.tokenizer import load_tokenizer
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 SHORT = "--response_length 8 --num_eval_prompts 4"
-PIPELINE = (  # defaults elsewhere: each script finds what the one before it made
+PIPELINE = (  # other options keep their defaults, so each script finds what earlier ones made
     "train_sft --init scratch --kind text --out out/base --width 16 --layers 1 --heads 2 --context 96 --limit 60 --max_steps 3 "
     "--batch_size 4",
     "train_sft --limit 40 --max_steps 3 --batch_size 8",
@@ -74,7 +74,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """A folder in which the whole pipeline has run, each script in its own process."""
+    """Runs the whole pipeline in one folder, each script in its own process; returns the folder."""
     folder = tmp_path_factory.mktemp("pipeline")
     for command in PIPELINE[:4]:
         found = done(start(folder, command))
@@ -87,7 +87,7 @@ def root(tmp_path_factory):
 
 @pytest.fixture
 def here(root, monkeypatch):
-    """Runs in-process calls inside the pipeline's folder."""
+    """Makes the pipeline's folder the working directory; returns it."""
     monkeypatch.chdir(root)
     return root
 
@@ -104,7 +104,7 @@ COMMON = {module: known_options(module, SMALL) | OWN.get(module, {}) for module 
 
 
 def go(module, out, **options):
-    """The script with this Config, in this process; returns the rows of metrics.jsonl."""
+    """Runs the script with these options in this process; returns the rows of metrics.jsonl."""
     entry_of(module)(module.Config(**{**COMMON[module], "device": "cpu", "out": str(out), **options}))
     return read_jsonl(Path(out) / "metrics.jsonl")
 
@@ -123,7 +123,9 @@ def snapshot(folder):
     return {str(p): hashlib.sha256(p.read_bytes()).hexdigest() for p in Path(folder).rglob("*") if p.is_file()}
 
 
-# ----------------------------------------------------------------------------------------------------------- what they write
+# ---- What the scripts write -----------------------------------------------------------------------------------------
+
+
 METRICS = {
     "base": {"loss", "lr", "grad_norm", "eval/loss"},
     "sft": {"loss", "lr", "grad_norm", "eval/loss"},
@@ -202,7 +204,7 @@ def test_checkpoints_load_in_transformers_and_give_the_same_numbers(root):
         assert torch.allclose(rm(tokens)[:, -1], classifier(tokens).logits[:, 0], atol=1e-5)
 
 
-def test_reward_model_is_stored_with_mean_0_and_std_1_over_its_held_out_responses(here, tmp_path):
+def test_the_reward_model_has_mean_0_and_std_1_over_its_held_out_responses(here, tmp_path):
     from nanorlhf.data import load_records, make_examples, split_records
     from nanorlhf.rewards import load_reward
 
@@ -212,7 +214,7 @@ def test_reward_model_is_stored_with_mean_0_and_std_1_over_its_held_out_response
     reward = load_reward("out/rm", tokenizer, torch.device("cpu"))
     scores = reward([e.tokens[: e.prompt_length] for e in rows], [e.tokens[e.prompt_length :] for e in rows])
     assert scores.mean().item() == pytest.approx(0, abs=1e-4) and scores.std(correction=0).item() == pytest.approx(1, abs=1e-4)
-    # the same again, starting from that reward model: its constants are taken anew, not on top of the old ones
+    # Training that starts from this reward model computes the constants again, not on top of the old ones.
     go(train_rm, tmp_path / "again", init="out/rm", max_steps=1, lr=0.0)
     old, new = (RewardModel.from_pretrained(f) for f in ("out/rm", tmp_path / "again"))
     assert (new.reward_mean, new.reward_std) == pytest.approx((old.reward_mean, old.reward_std), abs=1e-5)
@@ -222,9 +224,11 @@ def test_reward_model_is_stored_with_mean_0_and_std_1_over_its_held_out_response
     assert (none.reward_mean, none.reward_std, mean.reward_std) == (0.0, 1.0, 1.0) and mean.reward_mean != 0
 
 
-# ------------------------------------------------------------------------------------------------------ where they start from
-def test_first_dpo_step_is_ln_2_with_margin_0(root):
-    """Trap 12: reference and policy go through one function in one precision."""
+# ---- DPO and PPO ----------------------------------------------------------------------------------------------------
+
+
+def test_the_first_dpo_loss_is_ln_2_with_margin_0(root):
+    """Trap 12: reference and policy go through the same function in the same precision."""
     first = read_jsonl(root / "out/dpo/metrics.jsonl")[0]
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-5)
     for name in ("rewards/margins", "rewards/chosen", "rewards/rejected"):
@@ -251,8 +255,8 @@ def test_dpo_variants_start_at_their_closed_form(here, tmp_path, options, first)
         assert rows[0]["loss"] == pytest.approx(-rows[0]["logps/chosen"] + 0.5 * rows[0]["logps/rejected"], rel=1e-5)
 
 
-def test_first_ppo_update_has_ratio_1_and_the_rollout_has_kl_0(here, tmp_path):
-    """Traps 7, 8: one minibatch that spans the whitened batch, so L_pi = 0, approxkl = 0 and clipfrac = 0 as well."""
+def test_the_first_ppo_update_has_ratio_1_and_the_rollout_has_kl_0(here, tmp_path):
+    """Traps 7 and 8. One minibatch is the whole whitened batch, so L_pi, approxkl and clipfrac are 0 as well."""
     for i, options in enumerate((dict(), dict(temperature=0.7, micro_batch_size=3), dict(temperature=1.5))):
         first = go(train_ppo, tmp_path / str(i), max_steps=1, num_ppo_epochs=1, num_mini_batches=1, eval_every=1, **options)[0]
         assert first["val/ratio"] == pytest.approx(1, abs=1e-5) and first["policy/approxkl"] == pytest.approx(0, abs=1e-9)
@@ -299,8 +303,8 @@ def test_ppo_variants_run(here, tmp_path, options):
         assert rows[0]["objective/kl"] != 0
 
 
-def test_ppo_missing_eos_scores(here, tmp_path, reward_file):
-    """Trap 5: no response of 2 tokens ends here; replaced by -penalty, lowered by it, or left alone."""
+def test_ppo_scores_responses_without_eos_as_missing_eos_says(here, tmp_path, reward_file):
+    """Trap 5: here no response of 2 tokens ends. Its score becomes -penalty, is lowered by the penalty, or stays."""
     scores = {}
     for word in ("none", "subtract", "replace"):
         row = go(
@@ -319,7 +323,7 @@ def test_ppo_missing_eos_scores(here, tmp_path, reward_file):
     assert scores["subtract"] == pytest.approx(scores["none"] - 2.5, abs=1e-5)
 
 
-def test_ppo_kl_target_adapts_beta_as_ziegler_does(here, tmp_path, reward_file):
+def test_ppo_kl_target_adapts_beta_by_zieglers_formula(here, tmp_path, reward_file):
     rows = go(train_ppo, tmp_path / "x", reward=reward_file + "length", kl_target=6.0, kl_horizon=16.0, eval_every=0)
     assert rows[0]["objective/kl_coef"] == 0.05
     for a, b in zip(rows, rows[1:]):
@@ -327,8 +331,8 @@ def test_ppo_kl_target_adapts_beta_as_ziegler_does(here, tmp_path, reward_file):
         assert b["objective/kl_coef"] == pytest.approx(a["objective/kl_coef"] * (1 + error * 8 / 16), rel=1e-5)
 
 
-def test_ppo_learns_a_reward_that_it_can_see(here, tmp_path, reward_file):
-    """End to end, all signs right: the mean of an easy reward (long words) rises clearly within a few dozen steps."""
+def test_ppo_learns_an_easy_reward(here, tmp_path, reward_file):
+    """Checks all signs end to end: the mean of an easy reward (long texts) rises clearly within 25 steps."""
     rows = go(
         train_ppo,
         tmp_path / "x",
@@ -351,8 +355,10 @@ def test_dpo_learns_its_preferences(here, tmp_path):
     assert rows[-1]["rewards/margins"] > 0.5 and rows[-1]["rewards/accuracies"] > 0.8 and rows[-1]["loss"] < 0.5
 
 
-# ---------------------------------------------------------------------------------------------------------- data and candidates
-def test_sample_bon_outputs_are_what_the_trainers_read(here, tmp_path, reward_file):
+# ---- Data and candidates --------------------------------------------------------------------------------------------
+
+
+def test_sample_bon_writes_what_the_trainers_read(here, tmp_path, reward_file):
     go(
         sample_bon,
         tmp_path / "bon",
@@ -390,7 +396,7 @@ def test_sample_bon_outputs_are_what_the_trainers_read(here, tmp_path, reward_fi
     )
 
 
-def test_sample_bon_resumes_by_drawing_the_same_again(here, tmp_path):
+def test_a_resumed_sample_bon_draws_the_same_samples(here, tmp_path):
     go(sample_bon, tmp_path / "x", reward="gold")
     before = {p.name: p.read_bytes() for p in (tmp_path / "x").iterdir() if p.name not in ("metrics.jsonl", "run.json")}
     run = json.loads((tmp_path / "x" / "run.json").read_text())
@@ -416,7 +422,7 @@ def test_sample_bon_resumes_by_drawing_the_same_again(here, tmp_path):
     ],
     ids=str,
 )
-def test_rrhf_candidates(here, tmp_path, options, count):
+def test_rrhf_scores_the_right_number_of_candidates(here, tmp_path, options, count):
     rows = go(train_rrhf, tmp_path / "x", max_steps=2, **options)
     files = sorted((tmp_path / "x").glob("candidates-*.jsonl"))
     assert len(files) == (2 if "resample_every" in options else 1)
@@ -429,7 +435,7 @@ def test_rrhf_candidates(here, tmp_path, options, count):
         assert rows[0]["loss"] == pytest.approx(rows[0]["loss/rank"] + rows[0]["loss/ft"], rel=1e-4)
 
 
-def test_rrhf_own_responses_respect_max_length(here, tmp_path):
+def test_rrhf_responses_respect_max_length(here, tmp_path):
     go(train_rrhf, tmp_path / "x", max_steps=1, max_length=30, eval_every=0)
     assert (
         max(len(c["prompt"]) + len(y) for c in read_jsonl(tmp_path / "x" / "candidates-000000.jsonl") for y in c["responses"])
@@ -451,13 +457,13 @@ def test_rrhf_own_responses_respect_max_length(here, tmp_path):
     ids=str,
 )
 def test_sft_variants_run(here, tmp_path, options):
-    """Completion, text, Preferred-FT (chosen responses), another family."""
+    """Trains on texts, completions and chosen responses (Preferred-FT), and with another family."""
     rows = go(train_sft, tmp_path / "x", max_steps=2, **options)
     assert len(rows) == 2 and 0 < rows[-1]["loss"] < 8
     assert ("eval/loss" in rows[-1]) == bool(options.get("eval_every"))
 
 
-def test_preferred_ft_trains_on_the_chosen_response(here, tmp_path, monkeypatch):
+def test_preferred_ft_trains_on_the_chosen_responses(here, tmp_path, monkeypatch):
     from nanorlhf.data import load_records
 
     seen = []
@@ -470,7 +476,7 @@ def test_preferred_ft_trains_on_the_chosen_response(here, tmp_path, monkeypatch)
     assert seen == [r["chosen"] for r in load_records("out/comparisons/comparisons.jsonl", "preference", limit=20)]
 
 
-def test_rm_on_rankings_of_k_with_ties_learns_them(here, tmp_path, reward_file):
+def test_the_reward_model_learns_rankings_of_k_with_ties(here, tmp_path, reward_file):
     go(sample_bon, tmp_path / "bon", reward=reward_file + "halves", split="train", limit=24)
     rows = go(
         train_rm,
@@ -484,7 +490,7 @@ def test_rm_on_rankings_of_k_with_ties_learns_them(here, tmp_path, reward_file):
     assert {f"eval/ranked/accuracy_q{k}" for k in (1, 2, 3, 4)} <= rows[-1].keys()
 
 
-def test_prompts_longer_than_the_context_are_cut_and_responses_keep_their_room(here, tmp_path):
+def test_prompts_longer_than_the_context_are_truncated_and_leave_room_for_responses(here, tmp_path):
     rows = [dict(prompt="The plot is good. " * 60, chosen=" good." * (3 + i), rejected=" bad." * 60) for i in range(8)]
     (tmp_path / "long.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     for module in (train_sft, train_rm, train_dpo, train_ppo, train_rrhf):
@@ -501,16 +507,18 @@ def test_prompts_longer_than_the_context_are_cut_and_responses_keep_their_room(h
         assert len(found) == 1
 
 
-# --------------------------------------------------------------------------------------------------------------- invariances
+# ---- Invariances ----------------------------------------------------------------------------------------------------
+
+
 def first_gradient(module, out, monkeypatch, double=False, **options):
-    """The gradients and loss that reach the first optimizer step, whatever makes them up."""
+    """Returns the gradients that reach the first optimizer step: one float64 vector per optimizer."""
 
     class Stop(Exception):
         pass
 
     found = []
 
-    def step(rates, max_grad_norm, step, rows, loss):  # PPO steps two networks, policy and value
+    def step(rates, max_grad_norm, step, rows, loss):  # PPO has two networks, policy and value
         found.extend(torch.cat([p.grad.flatten().double() for g in o.param_groups for p in g["params"]]) for o in rates)
         raise Stop
 
@@ -544,8 +552,8 @@ def first_gradient(module, out, monkeypatch, double=False, **options):
     ],
     ids=lambda x: getattr(x, "__name__", "float64" if x else "float32"),
 )
-def test_one_micro_batch_of_8_equals_8_of_1(here, tmp_path, monkeypatch, module, double):
-    """Trap 16: the gradient that a step takes does not depend on how the batch was divided, nor on the padding it got so."""
+def test_the_gradient_does_not_depend_on_micro_batches(here, tmp_path, monkeypatch, module, double):
+    """Trap 16: the gradient of a step does not depend on how the batch was divided, nor on the padding that this adds."""
     options = dict(num_mini_batches=1) if module is train_ppo else {}
     results = [
         first_gradient(module, tmp_path / str(size), monkeypatch, double, batch_size=8, micro_batch_size=size, **options)
@@ -557,7 +565,7 @@ def test_one_micro_batch_of_8_equals_8_of_1(here, tmp_path, monkeypatch, module,
             assert a.norm() > 0 and (a - b).norm() / a.norm() < tolerance
 
 
-def test_same_seed_same_weights_and_another_seed_others(here, tmp_path):
+def test_the_same_seed_gives_the_same_weights_and_another_seed_does_not(here, tmp_path):
     results = []
     for i, seed in enumerate((5, 5, 6)):
         go(train_ppo, tmp_path / str(i), seed=seed, max_steps=2, eval_every=0)
@@ -565,7 +573,9 @@ def test_same_seed_same_weights_and_another_seed_others(here, tmp_path):
     assert same(results[0], results[1]) and not same(results[0], results[2])
 
 
-# ------------------------------------------------------------------------------------------------------------------- resuming
+# ---- Resuming -------------------------------------------------------------------------------------------------------
+
+
 HARDER = {  # options with more state to restore
     train_rrhf: dict(resample_every=3, reward="out/rm"),
     train_ppo: dict(kl_target=6.0, whiten_rewards=True),
@@ -574,7 +584,8 @@ HARDER = {  # options with more state to restore
 
 @pytest.fixture(scope="module")
 def resumed(root):
-    """For each trainer: six steps at once, and two that were saved, a third that was lost, then a fresh process for the rest."""
+    """Runs each trainer for 6 steps: once without a break, and once killed after step 3 (step 2 was saved) and resumed in a
+    fresh process. Returns {script module: finished process}."""
 
     class Killed(BaseException):
         pass
@@ -598,7 +609,7 @@ def resumed(root):
             Run.log = log
             assert [r["step"] for r in read_jsonl(f"parts/{name}/metrics.jsonl")] == [1, 2, 3]
             with open(f"parts/{name}/metrics.jsonl", "a", encoding="utf-8") as f:
-                f.write('{"step": 4, "lo')  # cut off in the middle of a line
+                f.write('{"step": 4, "lo')  # the kill came in the middle of a line
             words = [w for k, v in {**COMMON[module], "device": "cpu", **options}.items() for w in (f"--{k}", v)]
             processes[module] = start(root, f"{name} --out parts/{name} --resume", *words)
         return {module: done(process) for module, process in processes.items()}
@@ -608,12 +619,12 @@ def resumed(root):
 
 
 @pytest.mark.parametrize("module", TRAINERS.values(), ids=lambda m: m.__name__)
-def test_n_steps_equal_k_steps_and_a_fresh_process_bit_for_bit(root, resumed, module):
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(root, resumed, module):
     found, name = resumed[module], module.__name__
     assert found.code == 0 and "resumes" in found.out and "after step 2" in found.out, found.err
     assert same(weights(root / f"whole/{name}"), weights(root / f"parts/{name}"))
     whole, parts = (read_jsonl(root / f"{kind}/{name}/metrics.jsonl") for kind in ("whole", "parts"))
-    assert [r["step"] for r in parts] == [1, 2, 3, 4, 5, 6]  # each once
+    assert [r["step"] for r in parts] == [1, 2, 3, 4, 5, 6]  # each step once
     assert [{k: v for k, v in r.items() if k != "time"} for r in parts] == [
         {k: v for k, v in r.items() if k != "time"} for r in whole
     ]
@@ -623,7 +634,7 @@ def test_n_steps_equal_k_steps_and_a_fresh_process_bit_for_bit(root, resumed, mo
 
 
 def test_a_killed_process_resumes(root, tmp_path):
-    """SIGKILL at an arbitrary moment, then --resume: the same weights as without."""
+    """After a SIGKILL at an arbitrary moment, --resume gives the weights of an uninterrupted run."""
     options = dict(init=str(root / "out/base"), max_steps=120, save_every=2)
     words = [w for k, v in {**COMMON[train_sft], **options}.items() for w in (f"--{k}", v)]
     process = start(root, "train_sft --device cpu --out", tmp_path / "x", *words)
@@ -643,9 +654,11 @@ RENAMED = [(module, old, new) for module in SCRIPTS.values() for old, new in get
 
 
 @pytest.mark.parametrize("module, old, new", RENAMED, ids=lambda x: getattr(x, "__name__", x))
-def test_an_old_option_name_works_and_says_the_new_one(module, old, new, capsys):
+def test_an_old_option_name_works_and_prints_the_new_one(module, old, new, capsys):
     given = getattr(parse_options(module.Config, "", [f"--{old}", "x"]), new)
     assert given == "x" and capsys.readouterr().err == f"--{old} is now --{new}\n"
+    with pytest.raises(SystemExit, match="give one of them"):
+        parse_options(module.Config, "", [f"--{old}=x", f"--{new}", "y"])
     with pytest.raises(SystemExit):
         parse_options(module.Config, "", ["--help"])
     assert f"--{old}" not in capsys.readouterr().out
@@ -686,9 +699,11 @@ def test_a_damaged_checkpoint_is_named(here, tmp_path, monkeypatch):
     assert snapshot(tmp_path) == before
 
 
-# ------------------------------------------------------------------------------------------------------------- what they refuse
+# ---- What the scripts reject ----------------------------------------------------------------------------------------
+
+
 def stops(monkeypatch, module, *argv):
-    """Runs the script's main in this process: it must exit with one line for stderr, and nothing on stderr besides."""
+    """Runs the script's main in this process; returns its error, which must be one line. Nothing else may be on stderr."""
     import contextlib
     import io
 
@@ -701,7 +716,7 @@ def stops(monkeypatch, module, *argv):
     return stop.value.code
 
 
-def test_in_a_process_errors_are_one_line_and_exit_code_1(root, tmp_path):
+def test_a_script_stops_with_a_one_line_error_and_exit_code_1(root, tmp_path):
     (tmp_path / "reward.py").write_text(REWARD)
     cases = [
         (root, "train_sft --lerning_rate 1", "--lerning_rate"),
@@ -764,7 +779,7 @@ def test_in_a_process_errors_are_one_line_and_exit_code_1(root, tmp_path):
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else getattr(x, "__name__", ""),
 )
-def test_bad_options_and_missing_inputs_are_one_line_and_leave_no_folder(here, tmp_path, monkeypatch, module, argv, says):
+def test_bad_options_and_inputs_give_a_one_line_error_and_leave_no_folder(here, tmp_path, monkeypatch, module, argv, says):
     extra = ["--limit", "8"] if "--limit" not in argv else []
     assert says in stops(monkeypatch, module, *argv, *extra, "--out", tmp_path / "x")
     assert not (tmp_path / "x").exists()
@@ -781,7 +796,7 @@ def test_bad_options_and_missing_inputs_are_one_line_and_leave_no_folder(here, t
     ],
     ids=lambda x: getattr(x, "__name__", ""),
 )
-def test_a_missing_predecessor_names_the_command_that_makes_it(root, tmp_path, monkeypatch, module, command):
+def test_a_missing_input_names_the_command_that_makes_it(root, tmp_path, monkeypatch, module, command):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(root / "out/sft", tmp_path / "out/sft")
     assert command in stops(monkeypatch, module)
@@ -800,7 +815,7 @@ def test_a_missing_predecessor_names_the_command_that_makes_it(root, tmp_path, m
     ],
 )
 @pytest.mark.parametrize("module", [train_rm, train_dpo], ids=lambda m: m.__name__)
-def test_malformed_rows_name_file_and_line_and_can_be_skipped(here, tmp_path, monkeypatch, capsys, module, row, says):
+def test_malformed_rows_are_named_by_file_and_line_or_skipped(here, tmp_path, monkeypatch, capsys, module, row, says):
     good = [json.dumps(dict(prompt=f"p{i}", chosen=" good.", rejected=" bad.")) for i in range(9)]
     file = tmp_path / "rows.jsonl"
     file.write_text("\n".join([*good[:4], row, *good[4:]]))
@@ -810,7 +825,7 @@ def test_malformed_rows_name_file_and_line_and_can_be_skipped(here, tmp_path, mo
     assert "skipped 1 of 10 rows" in capsys.readouterr().err
 
 
-def test_data_without_anything_to_learn_from_is_one_line(here, tmp_path, monkeypatch):
+def test_data_with_nothing_to_learn_give_a_one_line_error(here, tmp_path, monkeypatch):
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(dict(prompt=f"p{i}", responses=["a", "b"], scores=[1, 1])) + "\n" for i in range(20)))
     assert "differ in score" in stops(monkeypatch, train_rm, "--data", file, "--out", tmp_path / "x")
@@ -821,7 +836,7 @@ def test_data_without_anything_to_learn_from_is_one_line(here, tmp_path, monkeyp
     assert "too few" in stops(monkeypatch, train_sft, "--data", "reviews", "--limit", "1", "--out", tmp_path / "x")
 
 
-def test_a_prompt_that_leaves_no_room_is_one_line(here, tmp_path, monkeypatch):
+def test_a_prompt_that_leaves_no_room_gives_a_one_line_error(here, tmp_path, monkeypatch):
     file = tmp_path / "rows.jsonl"
     file.write_text(json.dumps(dict(prompt="The plot is good. " * 60, chosen=" good.", rejected=" bad.")) + "\n")
     for module in (train_sft, train_rm, train_dpo):
@@ -858,7 +873,7 @@ def test_a_prompt_that_leaves_no_room_is_one_line(here, tmp_path, monkeypatch):
     ],
     ids=["layers", "width", "family", "json", "cut", "no weights", "no tokenizer"],
 )
-def test_a_checkpoint_that_does_not_fit_is_one_line(here, tmp_path, monkeypatch, damage, says):
+def test_an_unusable_checkpoint_gives_a_one_line_error(here, tmp_path, monkeypatch, damage, says):
     shutil.copytree("out/sft", tmp_path / "sft")
     damage(tmp_path / "sft" / "config.json")
     for module in (train_sft, train_ppo):
@@ -866,7 +881,7 @@ def test_a_checkpoint_that_does_not_fit_is_one_line(here, tmp_path, monkeypatch,
     assert not (tmp_path / "x").exists()
 
 
-def test_a_model_of_another_vocabulary_is_one_line(here, tmp_path, monkeypatch):
+def test_a_model_with_another_vocabulary_gives_a_one_line_error(here, tmp_path, monkeypatch):
     import dataclasses
 
     config = Transformer.from_pretrained("out/sft").config
@@ -892,21 +907,24 @@ def test_a_model_of_another_vocabulary_is_one_line(here, tmp_path, monkeypatch):
 def test_a_folder_that_holds_a_run_is_not_overwritten(here, tmp_path, monkeypatch, module):
     before = snapshot("out")
     assert "already holds files" in stops(monkeypatch, module, "--out", "out/sft")
-    # and --overwrite deletes it only once everything that was asked for could be loaded
+    # --overwrite deletes it only after all inputs have been loaded.
     stops(monkeypatch, module, "--out", "out/sft", "--overwrite", "--init", "./nowhere")
     stops(monkeypatch, module, "--out", "out/sft", "--overwrite", "--data", "nowhere.jsonl")
+    if {"response_length", "num_eval_prompts"} <= known_options(module, dict(response_length=0, num_eval_prompts=0)).keys():
+        long = ("--response_length", 999, "--max_prompt_length", 8, "--limit", 40)
+        assert "leaves no room" in stops(monkeypatch, module, "--out", "out/sft", "--overwrite", *long)
     assert snapshot("out") == before
 
 
-def test_overwrite_may_replace_its_own_start(here, tmp_path):
+def test_overwrite_may_replace_the_folder_given_as_init(here, tmp_path):
     shutil.copytree("out/sft", tmp_path / "sft")
     rows = go(train_sft, tmp_path / "sft", init=str(tmp_path / "sft"), overwrite=True, max_steps=2)
     assert [r["step"] for r in rows] == [1, 2] and not same(weights(tmp_path / "sft"), weights("out/sft"))
 
 
 @pytest.mark.parametrize("module", TRAINERS.values(), ids=lambda m: m.__name__)
-def test_a_loss_that_is_not_finite_stops_before_the_step_and_touches_nothing_saved(here, tmp_path, monkeypatch, module):
-    """The message names the step and the rows of its batch; the run can be resumed from what was saved before."""
+def test_a_non_finite_loss_stops_before_the_step_and_changes_no_saved_file(here, tmp_path, monkeypatch, module):
+    """The message names the step and the rows of its batch. The run can be resumed from its last checkpoint."""
     from nanorlhf.training import batch_indices
 
     real, states, steps = getattr(module, loss_of(module)), [], []
@@ -937,7 +955,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step_and_touches_nothing_sav
     rows = message.split("[", 1)[1].split("]", 1)[0]
     assert f"step {bad}: loss nan" in message and "weights were not changed" in message
     size = COMMON[module]["batch_size"]
-    batches = [batch_indices(n, size, bad - 1, 0)[:8] for n in range(4, 61)]  # n is known to the script only
+    batches = [batch_indices(n, size, bad - 1, 0)[:8] for n in range(4, 61)]  # only the script knows n
     assert [int(r) for r in rows.split(",")] in batches
     assert snapshot(tmp_path) == states[0] and not (tmp_path / "x/model.safetensors").exists()
     assert [r["step"] for r in read_jsonl(tmp_path / "x/metrics.jsonl")] == list(range(1, bad))
@@ -945,15 +963,15 @@ def test_a_loss_that_is_not_finite_stops_before_the_step_and_touches_nothing_sav
     assert [r["step"] for r in rows] == list(range(1, options["max_steps"] + 1))
 
 
-def test_a_reward_that_is_not_finite_stops_ppo(here, tmp_path, monkeypatch, reward_file):
+def test_a_non_finite_reward_stops_ppo(here, tmp_path, monkeypatch, reward_file):
     message = stops(
         monkeypatch, train_ppo, "--reward", reward_file + "bad", "--response_length", 8, "--limit", 8, "--out", tmp_path / "x"
     )
     assert "finite numbers expected" in message and not (tmp_path / "x/model.safetensors").exists()
 
 
-def test_resume_refuses_another_script_and_changed_data(here, tmp_path, monkeypatch):
-    """What would otherwise overwrite one method's run by another's, or continue with other batches."""
+def test_resume_rejects_another_script_and_changed_data(here, tmp_path, monkeypatch):
+    """Otherwise one method could overwrite another's run, or a run could continue with other batches."""
     data = tmp_path / "pairs.jsonl"
     data.write_bytes(Path("out/comparisons/comparisons.jsonl").read_bytes())
     go(train_dpo, tmp_path / "x", data=str(data), save_every=2, max_steps=4)
@@ -964,10 +982,10 @@ def test_resume_refuses_another_script_and_changed_data(here, tmp_path, monkeypa
     assert "has changed since" in stops(monkeypatch, train_dpo, "--resume", "--out", tmp_path / "x")
 
 
-def test_a_checkpoint_with_other_ids_is_refused_and_never_lends_its_value_model(here, tmp_path, monkeypatch):
-    """Equal vocabulary sizes do not make equal tokenizers: only the ids decide."""
-    from nanorlhf.tokenizer import train_bpe
+def test_a_checkpoint_with_other_token_ids_may_only_be_the_reward(here, tmp_path, monkeypatch):
+    """Two tokenizers of the same size may still give a text different ids."""
     from nanorlhf.reviews import corpus
+    from nanorlhf.tokenizer import train_bpe
     other = train_bpe([text.upper() for text in corpus(400, seed=1)], load_tokenizer("out/sft").vocab_size)
     model = Transformer.from_pretrained("out/sft")
     rm = RewardModel(model.config)
@@ -978,17 +996,17 @@ def test_a_checkpoint_with_other_ids_is_refused_and_never_lends_its_value_model(
         message = stops(monkeypatch, module, "--reference", tmp_path / "policy", "--out", tmp_path / "x", "--limit", "40")
         assert "other ids" in message
     assert "other ids" in stops(monkeypatch, train_ppo, "--value_init", tmp_path / "rm", "--out", tmp_path / "x")
-    rows = go(train_ppo, tmp_path / "y", reward=str(tmp_path / "rm"))      # its text is tokenised anew, its weights stay out
+    rows = go(train_ppo, tmp_path / "y", reward=str(tmp_path / "rm"))      # here the value model starts from --init
     assert len(rows) == 4
 
 
 @pytest.mark.parametrize("words, part", [
     (["--beta", "0"], "--beta"), (["--eval_fraction", "1"], "--eval_fraction"), (["--epochs", "-1"], "--epochs"),
     (["--keep", "middle"], "--keep")])
-def test_numbers_without_a_meaning_are_refused(here, tmp_path, monkeypatch, words, part):
+def test_meaningless_options_are_rejected(here, tmp_path, monkeypatch, words, part):
     assert part in stops(monkeypatch, train_dpo, *words, "--out", tmp_path / "x")
 
 
-def test_a_short_run_is_not_all_warm_up():
+def test_a_short_run_is_not_all_warmup():
     from nanorlhf.training import learning_rate
     assert learning_rate(0, 1, 1.0, warmup=20) == 1.0 and learning_rate(2, 10, 1.0, warmup=20, schedule="constant") == 1.0

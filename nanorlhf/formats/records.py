@@ -26,22 +26,40 @@ ALPACA_INPUT_PROMPT = ("Below is an instruction that describes a task, paired wi
 
 
 class Record(dict):
-    """A dict of one kind of FIELDS. `row` is the JSON object it was read from, with all its fields, or None."""
+    """A dict with the fields of one kind. `row` is the JSON object that a prompt or a ranking was read from, with all its
+    fields; None for other records."""
     row = None
 
 
 def columns_of(records):
-    """Returns {name: [value in each record's row, or None]} for every field that a row of these records has."""
+    """Returns {name: [value in each record's row, or None]} for all fields that the rows of these records have."""
     rows = [r if getattr(r, "row", None) is None else r.row for r in records]
     names = dict.fromkeys(name for row in rows for name in row)
     return {name: [row.get(name) for row in rows] for name in names}
 
 
-def other_columns(record):
-    """Returns the fields of a record's row that no reader here uses, such as `answer`: safe to write beside new fields."""
+def other_columns(records):
+    """Returns for each record the fields of its row that no reader here takes, such as `answer`: they may be written beside new
+    fields. A value that JSON cannot hold (NaN, half of a surrogate pair) is left out, which one line on stderr says."""
     taken = {name for fields, _, _ in READERS for name in fields} | {"input", "system", "group", "score", "score_chosen",
                                                                      "score_rejected"}
-    return {name: value for name, value in (record.row or {}).items() if name not in taken}
+    columns, left_out = [], set()
+    for record in records:
+        others = {name: value for name, value in (record.row or {}).items() if name not in taken}
+        bad = {name for name, value in others.items() if not is_json({name: value})}
+        columns.append({name: value for name, value in others.items() if name not in bad})
+        left_out |= bad
+    if left_out:
+        print(f"columns with values that JSON cannot hold are not written: {one_line(ascii(sorted(left_out)))}", file=sys.stderr)
+    return columns
+
+
+def is_json(value):
+    """True if a value can be written as UTF-8 JSON."""
+    try:
+        return bool(json.dumps(value, ensure_ascii=False, allow_nan=False).encode())
+    except ValueError:
+        return False
 
 
 def records_of(row, kind):
@@ -74,7 +92,7 @@ def records_of(row, kind):
         raise DataError(f"no {kind} record ({', '.join(FIELDS[kind])}) can be made of a {row_kind} record, "
                         f"fields {one_line(', '.join(row))}")
     converted = [Record(r) for r in converted]
-    for r in converted:
+    for r in converted if kind in ("prompt", "ranked") else ():         # the kinds that a reward sees; others need not hold it
         r.row = row
     return converted
 

@@ -13,8 +13,8 @@ In --out:  best.jsonl         prompt, completion, score                      for
 Other columns of the data are written along.
 
 --label_temperature makes comparisons as in DPO's sentiment setting: the responses to a prompt are paired,
-and a noisy judge prefers a to b with probability sigmoid((r_a - r_b) / temperature) (0: always the higher
-score).
+and a noisy judge prefers a to b with probability sigmoid((r_a - r_b) / temperature). At 0 the higher score
+always wins, and a tie is a coin toss.
 
 Without options it draws best-of-16 from out/sft under out/rm on the built-in test prompts.
 """
@@ -45,7 +45,7 @@ class Config:
     n: int = 16                      # samples per prompt
     reward: str = "out/rm"           # chooses: reward model's folder or hub name, gold, or file.py:function
     eval_reward: str = ""            # only measured: likewise; '' = gold, if on reviews
-    label_temperature: float = -1.0  # of the noisy judge who labels comparisons; negative = write none
+    label_temperature: float = -1.0  # of the judge who labels comparisons (ties: a coin); negative = none
     keep_unfinished: bool = False    # also write truncated responses; they end with EOS when read back
 
     # Data
@@ -91,9 +91,10 @@ def prefers(score_a, score_b, temperature, rng):
 
 def label_ceiling(scores_a, scores_b, temperature):
     """Expected agreement with these labels of an oracle that knows the scores [N]: mean sigmoid(|a - b| /
-    temperature). No reward model can be expected to do better."""
+    temperature); at temperature 0, 1 for a difference and 1/2 for a tie. No reward model can be expected to
+    do better."""
     gap = np.abs(np.asarray(scores_a, dtype=np.float64) - np.asarray(scores_b, dtype=np.float64))
-    return float(np.mean(0.5 * (1 + np.tanh(gap / (2 * temperature))))) if temperature > 0 else 1.0
+    return float(np.mean(0.5 * (1 + (np.tanh(gap / (2 * temperature)) if temperature > 0 else np.sign(gap)))))
 
 
 def comparisons(record, temperature, rng):

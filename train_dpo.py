@@ -40,9 +40,9 @@ class Config:
     # DPO
     loss: Literal["dpo", "ipo", "unlikelihood"] = "dpo"  # cDPO is dpo with --label_smoothing
     beta: float = 0.5                # strength of the pull to the reference (paper: 0.1, and 0.5 on TL;DR)
-    label_smoothing: float = 0.0     # e of cDPO, in [0, 0.5)
+    label_smoothing: float = 0.0     # cDPO: probability e that a label is wrong, in [0, 0.5)
     reference_free: bool = False     # drop the reference from h
-    alpha: float = 0.5               # of unlikelihood, in [0, 1]
+    alpha: float = 0.5               # unlikelihood: weight of the rejected response, in [0, 1]
 
     # Data
     init: str = "out/sft"            # starting checkpoint: folder or hub name
@@ -169,7 +169,7 @@ def train(config):
     records, held_out = load_and_hold_out(config, "preference", tokenizer)
     groups = to_groups(records, tokenizer, config, model.config.context)
     eval_groups = to_groups(held_out, tokenizer, config, model.config.context)
-    sample = eval_sampler(config, records, tokenizer, model, reference, {}, run)
+    evaluate_samples = eval_sampler(config, records, tokenizer, model, reference, rewards={}, run=run)
 
     # The reference's log-probabilities, once per example.
     with torch.no_grad():
@@ -198,7 +198,7 @@ def train(config):
         means = {k: v / len(rows) for k, v in sums.items()}
         metrics = {"loss": loss_sum, "lr": lr, "grad_norm": norm, **means}
         if run.due(config.eval_every, step + 1, total):
-            metrics |= evaluate(model, eval_groups, tokenizer, run, config) | sample(step + 1)
+            metrics |= evaluate(model, eval_groups, tokenizer, run, config) | evaluate_samples(step + 1)
         run.log(step + 1, total, metrics, tokens)
         if run.due(config.save_every, step + 1, total):
             run.save_checkpoint(step + 1, {"model": model}, {"optimizer": optimizer})

@@ -3,7 +3,7 @@
 State s_t = [x, y_<t], action a_t = y_t. Transitions are deterministic; the reward comes at the end. A step:
 
     1 roll out     y ~ pi(. | x) at a temperature that all log-probabilities below share
-    2 score        s = r(x, y); a response without EOS scores badly, whatever the reward model says
+    2 score        s = r(x, y); a response without EOS scores badly (--missing_eos)
     3 rewards      r_t = -beta k1_t, k1_t = log pi_old(y_t) - log pi_ref(y_t); s is added at the last token
     4 advantages   delta_t = r_t + gamma V_{t+1} - V_t;  A_t = delta_t + gamma lam A_{t+1};  R_t = A_t + V_t
     5 update       several epochs over minibatches, with rho_t = pi(y_t) / pi_old(y_t):
@@ -11,7 +11,8 @@ State s_t = [x, y_<t], action a_t = y_t. Transitions are deterministic; the rewa
                        + vf_coef/2 mean max((V - R)^2, (clip(V, V_old +- cliprange_value) - R)^2)
 
 Differences from some public implementations:
-  - s is placed on EOS, not one slot behind it, and padding never enters a mean.
+  - s is placed on the last token (EOS, unless truncated), not one slot behind it.
+  - Padding never enters a mean.
   - There is no dropout and no entropy bonus. A rollout holds only what the policy sampled; no EOS is forced.
   - Policy and value are separate networks, each with its own Adam and its own clipping. vf_coef therefore
     only scales the value's gradient before clipping.
@@ -58,8 +59,8 @@ class Config:
     cliprange_value: float = 0.2     # of the value's change
     vf_coef: float = 0.1             # weight of the value loss
     whiten_rewards: bool = False     # scale the per-token rewards to variance 1, keeping their mean
-    missing_eos: Literal["replace", "subtract", "none"] = "replace"  # the score of a response without EOS:
-    missing_eos_penalty: float = 1.0  # replaced by -penalty, lowered by the penalty, or left alone
+    missing_eos: Literal["replace", "subtract", "none"] = "replace"  # no EOS: score = -penalty, or -= penalty
+    missing_eos_penalty: float = 1.0  # penalty of a response without EOS
 
     # Data
     init: str = "out/sft"            # starting checkpoint: folder or hub name
@@ -101,7 +102,7 @@ class Config:
     dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16 is autocast; weights stay float32
     compile: bool = False            # torch.compile the layers
 
-    renamed = {"eval_data": "eval_prompts"}  # old option names, which still work until 0.3
+    renamed = {"eval_data": "eval_prompts"}  # old names that still work for one release
 
 
 def whiten(values, mask, shift_mean=True):
@@ -123,7 +124,7 @@ def kl_penalty(logprobs, ref_logprobs, estimator=Config.kl_estimator):
 
 def token_rewards(scores, kl, mask, kl_coef):
     """r_t = -beta kl_t, plus the score at the last response token. scores [B]; kl, mask [B, T] -> [B, T]."""
-    last = mask * (mask.flip(1).cumsum(1) == 1).flip(1)                      # True at the last response token
+    last = mask * (mask.flip(1).cumsum(1) == 1).flip(1)                      # mask 0110 -> last 0010
     return -kl_coef * kl * mask + scores[:, None] * last
 
 
@@ -232,7 +233,7 @@ def train(config):
     check_same_ids("--value_init", value_init, tokenizer)
     value_model = run.prepare(ValueModel.from_pretrained(value_init), tokenizer)
     check_same_vocabulary(f"--value_init {value_init}", value_model.trunk, policy)
-    sample = eval_sampler(config, records, tokenizer, policy, reference, {"reward": reward}, run)
+    evaluate_samples = eval_sampler(config, records, tokenizer, policy, reference, {"reward": reward}, run)
 
     policy_optimizer = make_optimizer(policy.parameters(), "adam", config.lr, eps=config.adam_eps)
     value_optimizer = make_optimizer(value_model.parameters(), "adam", config.value_lr, eps=config.adam_eps)
@@ -275,7 +276,7 @@ def train(config):
 
         # 5. Update.
         stats, updates, size = Counter(), 0, len(rows)
-        decay = learning_rate(step, config.max_steps, 1.0, config.warmup_steps, "linear")
+        decay = learning_rate(step, config.max_steps, 1.0, config.warmup_steps, "linear")    # from 1 to 0
         rates = {policy_optimizer: config.lr * decay, value_optimizer: config.value_lr * decay}
         for epoch in range(config.num_ppo_epochs):
             order = epoch_order(size, seed_for(config.seed, "minibatches", step), epoch)
@@ -311,7 +312,7 @@ def train(config):
         if config.kl_target > 0:
             kl_coef = adapt_kl_coef(kl_coef, sequence_kl, config.kl_target, len(rows), config.kl_horizon)
         if run.due(config.eval_every, step + 1, config.max_steps):
-            metrics |= sample(step + 1)
+            metrics |= evaluate_samples(step + 1)
         run.log(step + 1, config.max_steps, metrics, tokens=sum(lengths))
         if run.due(config.save_every, step + 1, config.max_steps):
             run.save_checkpoint(step + 1, modules, optimizers, {"kl_coef": kl_coef})

@@ -94,7 +94,7 @@ class Config:
     dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16 is autocast; weights stay float32
     compile: bool = False            # torch.compile the layers
 
-    renamed = {"eval_data": "eval_prompts"}  # old option names, which still work until 0.3
+    renamed = {"eval_data": "eval_prompts"}  # old names that still work for one release
 
 
 def rrhf_loss(logps, lengths, scores, rrhf_weight=Config.rrhf_weight, length_penalty=Config.length_penalty,
@@ -213,7 +213,7 @@ def train(config):
     rewards = {}
     if config.reward != "given":
         rewards["reward"] = load_reward(config.reward, tokenizer, run.device, records, config.data)
-    sample = eval_sampler(config, records, tokenizer, model, reference, rewards, run)
+    evaluate_samples = eval_sampler(config, records, tokenizer, model, reference, rewards, run)
 
     optimizer = make_optimizer(model.parameters(), config.optimizer, config.lr, config.weight_decay)
     state = run.load_checkpoint({"model": model}, {"optimizer": optimizer})
@@ -250,7 +250,7 @@ def train(config):
         means = {k: v / len(rows) for k, v in sums.items()}
         metrics = {"loss": loss_sum, "lr": lr, "grad_norm": norm, **means}
         if run.due(config.eval_every, step + 1, total):
-            metrics |= sample(step + 1)
+            metrics |= evaluate_samples(step + 1)
         run.log(step + 1, total, metrics, tokens)
         if run.due(config.save_every, step + 1, total):
             run.save_checkpoint(step + 1, {"model": model}, {"optimizer": optimizer})

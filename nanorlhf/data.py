@@ -121,8 +121,9 @@ def split_records(records, fraction, seed=0):
         return int.from_bytes(digest[:8], "big") < fraction * 2**64
     sides = [is_held_out(r) for r in records]
     if 0 < fraction < 1 and len(set(sides)) < 2:
-        raise DataError(f"{len(records)} records are too few, or too alike, to hold out {fraction:g} of their prompts: "
-                        f"change --eval_fraction (0 holds out none) or give --eval_data")
+        prompts = len({str(r.get("group", r.get("prompt", r.get("text")))) for r in records})
+        raise DataError(f"{len(records)} records of {prompts} different prompts are too few to hold out {fraction:g} of the "
+                        f"prompts: change --eval_fraction (0 holds out none) or --seed, or give --eval_data")
     return [r for r, held in zip(records, sides) if not held], [r for r, held in zip(records, sides) if held]
 
 

@@ -92,6 +92,12 @@ def test_no_module_reexports_names_of_another():
     assert load_tokenizer is its_own
 
 
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_script_keeps_to_110_columns(name):
+    for number, line in enumerate(files()[name].read_text(encoding="utf-8").splitlines(), 1):
+        assert len(line) <= 110, f"{name}.py:{number}"
+
+
 # ---- From the papers to the code ------------------------------------------------------------------------------------
 TABLE = (ROOT / "nanorlhf" / "README.md").read_text(encoding="utf-8")
 ROWS = re.findall(r"^\| .*\| `([\w/]+\.py)` \| `([\w.]+)` \| `(.+)` \|$", TABLE, re.MULTILINE)

@@ -163,6 +163,7 @@ METRICS = {
 }
 
 
+ON_COMPARISONS = [module for module in TRAINERS.values() if module.Config.data.endswith("comparisons.jsonl")]
 FOLDERS = [*METRICS, *(Path(TRAINERS[command.split()[0]].Config.out).name for command in FOUND)]
 
 
@@ -544,11 +545,7 @@ def first_gradient(module, out, monkeypatch, double=False, **options):
         (train_sft, True),
         (train_dpo, True),
         (train_ppo, True),
-        (train_sft, False),
-        (train_rm, False),
-        (train_ppo, False),
-        (train_dpo, False),
-        (train_rrhf, False),
+        *((module, False) for module in TRAINERS.values()),
     ],
     ids=lambda x: getattr(x, "__name__", "float64" if x else "float32"),
 )
@@ -814,7 +811,7 @@ def test_a_missing_input_names_the_command_that_makes_it(root, tmp_path, monkeyp
         ('{"prompt": "a", "responses": ["x"], "scores": [1, 2]}', "differ"),
     ],
 )
-@pytest.mark.parametrize("module", [train_rm, train_dpo], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("module", ON_COMPARISONS, ids=lambda m: m.__name__)
 def test_malformed_rows_are_named_by_file_and_line_or_skipped(here, tmp_path, monkeypatch, capsys, module, row, says):
     good = [json.dumps(dict(prompt=f"p{i}", chosen=" good.", rejected=" bad.")) for i in range(9)]
     file = tmp_path / "rows.jsonl"

@@ -25,11 +25,11 @@ from typing import Literal
 
 import numpy as np
 
-from nanorlhf.data import decode_response, encode_prompt, load_records
+from nanorlhf.data import decode_response, load_records
 from nanorlhf.errors import UserError
 from nanorlhf.files import require_folder, write_json, write_records
 from nanorlhf.formats.records import other_columns
-from nanorlhf.generate import generate, prompt_room, repeated
+from nanorlhf.generate import encode_prompts, generate, repeated
 from nanorlhf.metrics import best_of_n_estimate, bon_kl, mean_and_interval
 from nanorlhf.model import Transformer
 from nanorlhf.options import main
@@ -132,9 +132,7 @@ def sample(config):
     measured = config.eval_reward or ("gold" if config.data == "reviews" else "")
     eval_reward = load_reward(measured, tokenizer, run.device, records, config.data) if measured else None
     columns = other_columns(records)
-    room = prompt_room(policy, config.response_length)
-    room = config.max_prompt_length or room
-    prompts = [encode_prompt(tokenizer, r["prompt"], room, config.keep) for r in records]
+    prompts = encode_prompts(tokenizer, records, policy, config)
 
     # Each batch of prompts has its own seed. --resume starts again: the same seeds draw the same samples.
     run.begin(0)

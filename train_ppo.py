@@ -29,11 +29,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from nanorlhf.data import Example, collate, encode_prompt, load_records, micro_batches
+from nanorlhf.data import Example, collate, load_records, micro_batches
 from nanorlhf.errors import UserError
 from nanorlhf.evaluate import eval_sampler
 from nanorlhf.files import require_folder
-from nanorlhf.generate import generate, prompt_room
+from nanorlhf.generate import encode_prompts, generate
 from nanorlhf.model import Transformer, ValueModel, check_same_vocabulary
 from nanorlhf.options import main
 from nanorlhf.rewards import load_reward, reads_text
@@ -222,9 +222,7 @@ def train(config):
 
     records = load_records(config.data, "prompt", limit=config.limit or None, skip_bad=config.skip_bad,
                            tokenizer=tokenizer)
-    room = prompt_room(policy, config.response_length)
-    room = config.max_prompt_length or room
-    prompts = [encode_prompt(tokenizer, r["prompt"], room, config.keep) for r in records]
+    prompts = encode_prompts(tokenizer, records, policy, config)
     reward = load_reward(config.reward, tokenizer, run.device, records, config.data)
     value_init = config.value_init or init
     if not config.value_init and not reads_text(config.reward):

@@ -26,11 +26,11 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from nanorlhf.data import Example, Group, collate, encode_prompt, encode_response, load_records, micro_batches
+from nanorlhf.data import Example, Group, collate, encode_response, load_records, micro_batches
 from nanorlhf.errors import UserError
 from nanorlhf.evaluate import eval_sampler
 from nanorlhf.files import read_jsonl, require_folder, write_records
-from nanorlhf.generate import beam_search, generate, prompt_room
+from nanorlhf.generate import beam_search, encode_prompts, generate
 from nanorlhf.model import Transformer
 from nanorlhf.options import main
 from nanorlhf.rewards import load_reward
@@ -159,13 +159,12 @@ def losses_and_stats(out, groups, config):
 def draw_candidates(model, records, tokenizer, reward, config, seed):
     """Candidates of each record: dicts of prompt (ids), responses (K lists of ids) and scores (K numbers)."""
     max_length = config.max_length or model.config.context
-    room = prompt_room(model, 1 if config.sampling == "none" else config.response_length, max_length)
-    room = config.max_prompt_length or room
-    prompts = [encode_prompt(tokenizer, r["prompt"], room, config.keep) for r in records]
+    length = 1 if config.sampling == "none" else config.response_length
+    prompts = encode_prompts(tokenizer, records, model, config, length, max_length)
     if (longest := max(map(len, prompts))) >= max_length:
         raise UserError(f"a prompt of {longest} tokens leaves no room for a response in {max_length}: "
                         f"lower --max_prompt_length")
-    n, length, temperature = config.num_samples, config.response_length, config.temperature
+    n, temperature = config.num_samples, config.temperature
     if config.sampling == "none":
         drawn = [[] for _ in records]
     elif config.sampling == "sample":

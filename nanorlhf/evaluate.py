@@ -18,7 +18,7 @@ from nanorlhf.data import (Example, collate, decode_response, encode_prompt, enc
                            micro_batches)
 from nanorlhf.errors import UserError
 from nanorlhf.files import local_folder, require_folder, write_json, write_records, write_text
-from nanorlhf.generate import generate, prompt_room, repeated
+from nanorlhf.generate import encode_prompts, generate, prompt_room, repeated
 from nanorlhf.metrics import (across_input_diversity, bon_kl, expectation_adjusted_distinct, mean_and_interval,
                               mnli_relation, nli_diversity, sbert_diversity, sequence_kl, win_rate)
 from nanorlhf.model import Transformer, check_fit, pick_device
@@ -42,9 +42,7 @@ def eval_sampler(config, records, tokenizer, policy, reference, rewards, run):
     if not (config.eval_prompts or on_reviews) or config.num_eval_prompts == 0:
         return lambda step: {}
     asked = load_records(config.eval_prompts or "reviews", "prompt", "test", config.num_eval_prompts, tokenizer=tokenizer)
-    room = prompt_room(policy, config.response_length)
-    room = config.max_prompt_length or room
-    prompts = [encode_prompt(tokenizer, r["prompt"], room, config.keep) for r in asked]
+    prompts = encode_prompts(tokenizer, asked, policy, config)
     if config.eval_reward or on_reviews:
         name = "gold" if config.eval_reward in ("", "gold") else "eval_reward"
         rewards = rewards | {name: load_reward(config.eval_reward or "gold", tokenizer, run.device)}

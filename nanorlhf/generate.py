@@ -8,6 +8,7 @@ import dataclasses
 import numpy as np
 import torch
 
+from nanorlhf.data import encode_prompt
 from nanorlhf.errors import UserError
 from nanorlhf.kernels import filter_logits, sample
 from nanorlhf.model import Cache, Transformer
@@ -75,6 +76,14 @@ def prompt_room(model, response_length, context=None):
     if response_length >= context:
         raise UserError(f"--response_length {response_length} leaves no room for a prompt in a context of {context}")
     return context - response_length
+
+
+def encode_prompts(tokenizer, records, model, config, response_length=None, context=None):
+    """Returns the records' prompts as ids, cut by the options --max_prompt_length (0: what the context leaves beside a response
+    of --response_length) and --keep."""
+    room = prompt_room(model, response_length or config.response_length, context)
+    room = config.max_prompt_length or room
+    return [encode_prompt(tokenizer, r["prompt"], room, config.keep) for r in records]
 
 
 def check_prompts(model, prompts, max_new_tokens):
@@ -245,7 +254,6 @@ def _beams(model, prompts, T, n, groups, penalty, temperature, length_penalty, t
 
 def main():
     import argparse
-    from nanorlhf.data import encode_prompt
     from nanorlhf.files import local_folder
     from nanorlhf.formats.chat import ASSISTANT
     from nanorlhf.model import check_fit, pick_device

@@ -140,10 +140,8 @@ def train(config):
         tokenizer, model = load_tokenizer(init), Transformer.from_pretrained(init)
     run.prepare(model, tokenizer)
 
-    limit = config.limit
-    if config.data == "reviews" and not limit:
-        limit = {"text": 40000, "completion": 8000}[config.kind]
-    records, held_out = load_and_hold_out(config, config.kind, tokenizer, limit)
+    limit = {"text": 40000, "completion": 8000}[config.kind] if config.data == "reviews" else None
+    records, held_out = load_and_hold_out(config, config.kind, tokenizer, default_limit=limit)
     groups = to_groups(records, tokenizer, config, model.config.context)
     eval_groups = to_groups(held_out, tokenizer, config, model.config.context)
 

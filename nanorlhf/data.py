@@ -40,9 +40,9 @@ def load_records(path_or_name, kind, split="train", limit=None, skip_bad=False, 
     skip_bad      skip bad rows and print one line about them on stderr, instead of raising DataError at the first.
     tokenizer     a conversation that its chat template rejects is a bad row, too.
 
-    A record is a dict of the kind's fields; its attribute `row` is the JSON object it was read from. Text is taken as it
-    stands. In particular, no space is put between prompt and completion: the completion carries its own leading space where
-    one is wanted (HH and TL;DR files do so).
+    A record is a dict of the kind's fields; the attribute `row` of prompts and rankings is the JSON object they were read
+    from. Text is taken as it stands. In particular, no space is put between prompt and completion: the completion carries
+    its own leading space where one is wanted (HH and TL;DR files do so).
     """
     if kind not in FIELDS:
         raise DataError(f"unknown record kind {kind!r}: want one of {', '.join(FIELDS)}")
@@ -102,10 +102,10 @@ def _rows(path):
     return [(number, line) for number, line in lines if line.strip()]
 
 
-def load_and_hold_out(config, kind, tokenizer, limit=None):
+def load_and_hold_out(config, kind, tokenizer, default_limit=None):
     """Reads --data and --eval_data: returns (training records, held-out records). Without --eval_data, --eval_fraction of --data
-    is held out. limit: of the training records, if not --limit."""
-    records = load_records(config.data, kind, limit=limit or config.limit or None, skip_bad=config.skip_bad,
+    is held out. default_limit: how many records of --data to use if --limit is 0."""
+    records = load_records(config.data, kind, limit=config.limit or default_limit, skip_bad=config.skip_bad,
                            tokenizer=tokenizer)
     if config.eval_data:
         return records, load_records(config.eval_data, kind, skip_bad=config.skip_bad, tokenizer=tokenizer)
@@ -257,7 +257,7 @@ def make_group(tokenizer, prompt, responses, numbers, config, context):
 
 def make_all_turns_example(tokenizer, prompt, response, max_length=None, max_prompt_length=None, keep="end"):
     """A conversation as one Example that trains on every turn of the assistant. Other texts and overlong conversations fall
-    back to make_examples, which trains on the last response only."""
+    back to make_example, which trains on the last response only."""
     if (messages := messages_of(prompt)) is not None:
         pieces = encode_turns(tokenizer, [*messages, {"role": "assistant", "content": response.removeprefix(" ")}])
         tokens = [] if tokenizer.chat_template or tokenizer.bos_id is None else [tokenizer.bos_id]
@@ -267,7 +267,7 @@ def make_all_turns_example(tokenizer, prompt, response, max_length=None, max_pro
             tokens += ids
         if spans[0][1] and (max_length is None or len(tokens) <= max_length):
             return Example(tokens, spans[0][1], tuple((a, b) for a, b, said in spans[1:] if not said))
-    return make_examples(tokenizer, prompt, [response], max_length, max_prompt_length, keep)[0]
+    return make_example(tokenizer, prompt, response, max_length, max_prompt_length, keep)
 
 
 def make_example(tokenizer, prompt, response, max_length=None, max_prompt_length=None, keep="end"):

@@ -25,11 +25,11 @@ from typing import Literal
 
 import numpy as np
 
-from nanorlhf.data import decode_response, load_records
+from nanorlhf.data import decode_response, encode_prompts, load_records
 from nanorlhf.errors import UserError
 from nanorlhf.files import require_folder, write_json, write_records
 from nanorlhf.formats.records import other_columns
-from nanorlhf.generate import encode_prompts, generate, repeated
+from nanorlhf.generate import generate, repeated
 from nanorlhf.metrics import best_of_n_estimate, bon_kl, mean_and_interval
 from nanorlhf.model import Transformer
 from nanorlhf.options import main
@@ -56,8 +56,9 @@ class Config:
     skip_bad: bool = False           # skip bad rows and count them, instead of stopping at the first
 
     # Lengths in tokens
-    max_prompt_length: int = 0       # cut longer prompts to this; 0 = what the response leaves room for
-    keep: Literal["end", "start", "tldr"] = "end"  # part of an overlong prompt to keep (tldr: Stiennon 2020)
+    max_length: int = 0              # longest prompt + response; 0 = the model's context
+    max_prompt_length: int = 0       # cut longer prompts to this; 0 = half of max_length
+    keep: Literal["end", "start", "tldr"] = "end"  # what an overlong prompt keeps (tldr: Stiennon's rule)
     response_length: int = 48        # longest sampled response
 
     # Samples
@@ -132,7 +133,7 @@ def sample(config):
     measured = config.eval_reward or ("gold" if config.data == "reviews" else "")
     eval_reward = load_reward(measured, tokenizer, run.device, records, config.data) if measured else None
     columns = other_columns(records)
-    prompts = encode_prompts(tokenizer, records, policy, config)
+    prompts = encode_prompts(tokenizer, records, config, policy.config.context)
 
     # Each batch of prompts has its own seed. --resume starts again: the same seeds draw the same samples.
     run.begin(0)

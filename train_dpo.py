@@ -55,7 +55,7 @@ class Config:
 
     # Lengths in tokens
     max_length: int = 0              # longest prompt + response; 0 = the model's context
-    max_prompt_length: int = 0       # cut the prompt of an overlong row to this; 0 = half of max_length
+    max_prompt_length: int = 0       # cut longer prompts to this; 0 = half of max_length
     keep: Literal["end", "start", "tldr"] = "end"  # what an overlong prompt keeps (tldr: Stiennon's rule)
 
     # Optimisation
@@ -164,7 +164,7 @@ def train(config):
     require_file(config.data, MAKE_COMPARISONS)
     tokenizer = load_tokenizer(init)
     model = run.prepare(Transformer.from_pretrained(init), tokenizer)
-    reference = run.load_reference(config.reference or init, model, tokenizer)
+    reference = run.load_reference(config.reference or init, tokenizer)
 
     records, held_out = load_and_hold_out(config, "preference", tokenizer)
     groups = to_groups(records, tokenizer, config, model.config.context)

@@ -29,12 +29,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from nanorlhf.data import Example, collate, load_records, micro_batches
+from nanorlhf.data import Example, collate, encode_prompts, load_records, micro_batches
 from nanorlhf.errors import UserError
 from nanorlhf.evaluate import eval_sampler
 from nanorlhf.files import require_folder
-from nanorlhf.generate import encode_prompts, generate
-from nanorlhf.model import Transformer, ValueModel, check_same_vocabulary
+from nanorlhf.generate import generate
+from nanorlhf.model import Transformer, ValueModel
 from nanorlhf.options import main
 from nanorlhf.rewards import load_reward, reads_text
 from nanorlhf.run import Run
@@ -71,7 +71,8 @@ class Config:
     skip_bad: bool = False           # skip bad rows and count them, instead of stopping at the first
 
     # Lengths in tokens
-    max_prompt_length: int = 0       # cut longer prompts to this; 0 = what the response leaves room for
+    max_length: int = 0              # longest prompt + response; 0 = the model's context
+    max_prompt_length: int = 0       # cut longer prompts to this; 0 = half of max_length
     keep: Literal["end", "start", "tldr"] = "end"  # what an overlong prompt keeps (tldr: Stiennon's rule)
     response_length: int = 48        # longest sampled response
 
@@ -218,11 +219,11 @@ def train(config):
         raise UserError(f"--temperature {config.temperature}: PPO needs samples, so it must be above 0")
     tokenizer = load_tokenizer(init)
     policy = run.prepare(Transformer.from_pretrained(init), tokenizer)
-    reference = run.load_reference(config.reference or init, policy, tokenizer)
+    reference = run.load_reference(config.reference or init, tokenizer)
 
     records = load_records(config.data, "prompt", limit=config.limit or None, skip_bad=config.skip_bad,
                            tokenizer=tokenizer)
-    prompts = encode_prompts(tokenizer, records, policy, config)
+    prompts = encode_prompts(tokenizer, records, config, policy.config.context)
     reward = load_reward(config.reward, tokenizer, run.device, records, config.data)
     value_init = config.value_init or init
     if not config.value_init and not reads_text(config.reward):
@@ -230,7 +231,6 @@ def train(config):
             value_init = config.reward
     check_same_ids("--value_init", value_init, tokenizer)
     value_model = run.prepare(ValueModel.from_pretrained(value_init), tokenizer)
-    check_same_vocabulary(f"--value_init {value_init}", value_model.trunk, policy)
     evaluate_samples = eval_sampler(config, records, tokenizer, policy, reference, {"reward": reward}, run)
 
     policy_optimizer = make_optimizer(policy.parameters(), "adam", config.lr, eps=config.adam_eps)

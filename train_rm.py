@@ -47,7 +47,7 @@ class Config:
 
     # Lengths in tokens
     max_length: int = 0              # longest prompt + response; 0 = the model's context
-    max_prompt_length: int = 0       # cut the prompt of an overlong row to this; 0 = half of max_length
+    max_prompt_length: int = 0       # cut longer prompts to this; 0 = half of max_length
     keep: Literal["end", "start", "tldr"] = "end"  # what an overlong prompt keeps (tldr: Stiennon's rule)
 
     # Optimisation

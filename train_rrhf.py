@@ -26,11 +26,12 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from nanorlhf.data import Example, Group, collate, encode_response, load_records, micro_batches
+from nanorlhf.data import (Example, Group, collate, encode_prompts, encode_response, length_limits,
+                           load_records, micro_batches)
 from nanorlhf.errors import UserError
 from nanorlhf.evaluate import eval_sampler
 from nanorlhf.files import read_jsonl, require_folder, write_records
-from nanorlhf.generate import beam_search, encode_prompts, generate
+from nanorlhf.generate import beam_search, generate
 from nanorlhf.model import Transformer
 from nanorlhf.options import main
 from nanorlhf.rewards import load_reward
@@ -61,7 +62,7 @@ class Config:
 
     # Lengths in tokens
     max_length: int = 0              # longest prompt + response; 0 = the model's context
-    max_prompt_length: int = 0       # cut longer prompts to this; 0 = what the response leaves room for
+    max_prompt_length: int = 0       # cut longer prompts to this; 0 = half of max_length
     keep: Literal["end", "start", "tldr"] = "end"  # what an overlong prompt keeps (tldr: Stiennon's rule)
 
     # Optimisation
@@ -156,15 +157,11 @@ def losses_and_stats(out, groups, config):
     return losses, stats
 
 
-def draw_candidates(model, records, tokenizer, reward, config, seed):
-    """Candidates of each record: dicts of prompt (ids), responses (K lists of ids) and scores (K numbers)."""
-    max_length = config.max_length or model.config.context
-    length = 1 if config.sampling == "none" else config.response_length
-    prompts = encode_prompts(tokenizer, records, model, config, length, max_length)
-    if (longest := max(map(len, prompts))) >= max_length:
-        raise UserError(f"a prompt of {longest} tokens leaves no room for a response in {max_length}: "
-                        f"lower --max_prompt_length")
-    n, temperature = config.num_samples, config.temperature
+def draw_candidates(model, records, prompts, tokenizer, reward, config, seed):
+    """Candidates of each record: dicts of prompt (ids), responses (K lists of ids) and scores (K numbers).
+    prompts: the records' prompts as ids."""
+    max_length, _ = length_limits(config, model.config.context)
+    length, n, temperature = config.response_length, config.num_samples, config.temperature
     if config.sampling == "none":
         drawn = [[] for _ in records]
     elif config.sampling == "sample":
@@ -205,10 +202,12 @@ def train(config):
                         "ranked --sampling none")
     tokenizer = load_tokenizer(init)
     model = run.prepare(Transformer.from_pretrained(init), tokenizer)
-    reference = run.load_reference(init, model, tokenizer)                   # only to measure KL
+    reference = run.load_reference(init, tokenizer)                          # only to measure KL
 
     records = load_records(config.data, config.kind, limit=config.limit or None, skip_bad=config.skip_bad,
                            tokenizer=tokenizer)
+    prompts = encode_prompts(tokenizer, records, config, model.config.context,
+                             response_length=1 if config.sampling == "none" else config.response_length)
     rewards = {}
     if config.reward != "given":
         rewards["reward"] = load_reward(config.reward, tokenizer, run.device, records, config.data)
@@ -228,9 +227,10 @@ def train(config):
                              for i in batch_indices(len(records), config.batch_size, s, config.seed)})
             file = run.out / f"candidates-{first:06d}.jsonl"
             if not file.exists():
-                asked, seed = [records[i] for i in needed], seed_for(config.seed, "candidates", first)
+                asked, queries = [records[i] for i in needed], [prompts[i] for i in needed]
                 with run.autocast():
-                    candidates = draw_candidates(model, asked, tokenizer, rewards.get("reward"), config, seed)
+                    candidates = draw_candidates(model, asked, queries, tokenizer, rewards.get("reward"), config,
+                                                 seed_for(config.seed, "candidates", first))
                 write_records(file, candidates)
             groups = dict(zip(needed, to_groups(read_jsonl(file))))
 

@@ -18,8 +18,8 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from nanorlhf.data import (Group, collate, load_and_hold_out, make_all_turns_example, make_example,
-                           micro_batches, pack_texts)
+from nanorlhf.data import (Group, collate, length_limits, load_and_hold_out, make_all_turns_example,
+                           make_example, micro_batches, pack_texts)
 from nanorlhf.files import require_folder
 from nanorlhf.model import Transformer
 from nanorlhf.options import main
@@ -54,7 +54,7 @@ class Config:
 
     # Lengths in tokens
     max_length: int = 0              # longest prompt + response; 0 = the model's context
-    max_prompt_length: int = 0       # cut the prompt of an overlong row to this; 0 = half of max_length
+    max_prompt_length: int = 0       # cut longer prompts to this; 0 = half of max_length
     keep: Literal["end", "start", "tldr"] = "end"  # what an overlong prompt keeps (tldr: Stiennon's rule)
 
     # Optimisation
@@ -91,12 +91,11 @@ def sft_loss(logprobs, mask, count):
 
 def to_groups(records, tokenizer, config, context):
     """Records -> Groups of one example: a demonstration, or a block of packed texts."""
-    max_length = config.max_length or context
+    max_length, max_prompt_length = length_limits(config, context)
     if config.kind == "text":
         texts = [r["text"] for r in records]
         return [Group([e]) for e in pack_texts(tokenizer, texts, max_length)] if texts else []
     make = make_all_turns_example if config.all_turns else make_example
-    max_prompt_length = config.max_prompt_length or max_length // 2
     examples = [make(tokenizer, r["prompt"], r["completion"], max_length, max_prompt_length, config.keep)
                 for r in records]
     if config.train_on_prompt:

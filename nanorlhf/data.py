@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 
 from nanorlhf import reviews
-from nanorlhf.errors import DataError, one_line
+from nanorlhf.errors import DataError, UserError, one_line
 from nanorlhf.formats.chat import (answer_affixes, conversation, encode_for_reply, encode_turns, messages_of,
                                    without_oldest)
 from nanorlhf.formats.records import FIELDS, Record, convert, records_of
@@ -135,6 +135,7 @@ class Example(NamedTuple):
     tokens: list        # prompt ids, then response ids
     prompt_length: int  # at least 1: the first token is always a condition, never a target
     given: tuple = ()   # (first, last) of later stretches that the model did not say: other speakers' turns
+    cut: bool = False   # the prompt lost a part, because it was too long
 
     @property
     def length(self):
@@ -183,16 +184,17 @@ def encode_prompt(tokenizer, prompt, max_prompt_length=None, keep="end"):
     A prompt longer than max_prompt_length tokens (BOS counted) keeps its "end" or its "start"; "tldr" applies `truncate_tldr`
     first. A templated conversation loses its oldest exchanges before that.
     """
-    return _prompt_ids(tokenizer, prompt, conversation(tokenizer, prompt), max_prompt_length, keep)
+    return _prompt_ids(tokenizer, prompt, conversation(tokenizer, prompt), max_prompt_length, keep)[0]
 
 
 def _prompt_ids(tokenizer, prompt, messages, max_prompt_length=None, keep="end"):
-    """encode_prompt, once it is known whether the prompt is a conversation (messages) or not (None)."""
+    """encode_prompt, once it is known whether the prompt is a conversation (messages) or not (None). Returns (ids, whether the
+    prompt was cut)."""
     if keep not in ("end", "start", "tldr"):
         raise DataError(f"keep={keep!r}: want end, start or tldr")
-    ids = encode_for_reply(tokenizer, messages) if messages else tokenizer.encode(prompt)
+    ids, cut = encode_for_reply(tokenizer, messages) if messages else tokenizer.encode(prompt), False
     while messages and max_prompt_length and len(ids) > max_prompt_length and (fewer := without_oldest(messages)):
-        messages, ids = fewer, encode_for_reply(tokenizer, fewer)
+        messages, ids, cut = fewer, encode_for_reply(tokenizer, fewer), True
     bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     if messages:                                                        # a template writes BOS itself, or none
         bos, ids = (bos, ids[1:]) if bos and ids[:1] == bos else ([], ids)
@@ -202,8 +204,8 @@ def _prompt_ids(tokenizer, prompt, messages, max_prompt_length=None, keep="end")
             raise DataError(f"max_prompt_length {max_prompt_length} leaves no room for a prompt")
         if keep == "tldr" and not messages:
             ids = tokenizer.encode(truncate_tldr(tokenizer, prompt, room))
-        ids = ids[:room] if keep == "start" else ids[-room:]
-    return bos + ids or [tokenizer.eos_id]
+        ids, cut = ids[:room] if keep == "start" else ids[-room:], True
+    return bos + ids or [tokenizer.eos_id], cut
 
 
 def encode_response(tokenizer, response, prompt=None):
@@ -228,31 +230,56 @@ def decode_response(tokenizer, ids, prompt=None):
     return text
 
 
+def length_limits(config, context):
+    """Returns (longest prompt + response, longest prompt) in tokens, of the options --max_length (0: the model's context) and
+    --max_prompt_length (0: half of it). Training, sampling and evaluation share this rule, so that they read the same prompts."""
+    max_length = config.max_length or context
+    max_prompt_length = config.max_prompt_length or max_length // 2
+    if max_length > context:
+        raise UserError(f"--max_length {max_length}: the model's context is {context}")
+    if max_prompt_length >= max_length:
+        raise UserError(f"--max_prompt_length {max_prompt_length} leaves no room for a response in {max_length} tokens "
+                        f"(--max_length, else the model's context)")
+    return max_length, max_prompt_length
+
+
+def encode_prompts(tokenizer, records, config, context, response_length=None):
+    """Returns the prompts of records as lists of ids, for sampling: each is cut as a training prompt is (`length_limits`,
+    --keep). UserError if the longest leaves no room for a response of --response_length tokens."""
+    max_length, max_prompt_length = length_limits(config, context)
+    response_length = response_length or config.response_length
+    encoded = [_prompt_ids(tokenizer, r["prompt"], conversation(tokenizer, r["prompt"]), max_prompt_length, config.keep)
+               for r in records]
+    prompts, cut = [ids for ids, _ in encoded], sum(cut for _, cut in encoded)
+    if cut:
+        print(f"{cut} of {len(prompts)} prompts are cut to at most {max_prompt_length} tokens (--max_prompt_length, "
+              f"--keep {config.keep})", flush=True)
+    if (longest := max(map(len, prompts))) + response_length > max_length:
+        raise UserError(f"a prompt of {longest} tokens and --response_length {response_length} do not fit into {max_length} "
+                        f"tokens (--max_length, else the model's context): lower --response_length or --max_prompt_length")
+    return prompts
+
+
 def make_examples(tokenizer, prompt, responses, max_length=None, max_prompt_length=None, keep="end"):
     """K responses to one prompt -> K Examples with the same prompt ids, each at most max_length tokens.
 
-    The DPO authors' rule: only if the longest response does not fit, the prompt is cut to max_prompt_length; only then are
-    responses cut, and lose their EOS. Here they may use all the room that the prompt leaves (DPO's code: max_length -
-    max_prompt_length even after a short prompt). Raises DataError if nothing is left of a response.
+    A prompt longer than max_prompt_length is cut to it, whatever the responses: when the model is asked, there is no response
+    yet. (The DPO authors' code cuts prompts only in rows that are too long.) A response that is longer than what the prompt
+    leaves of max_length loses its end, and so its EOS. Raises DataError if nothing is left of a response.
     """
     messages = conversation(tokenizer, prompt)
-    prompt_ids = _prompt_ids(tokenizer, prompt, messages)
+    prompt_ids, cut = _prompt_ids(tokenizer, prompt, messages, max_prompt_length, keep)
+    if max_length is not None and len(prompt_ids) >= max_length:
+        raise DataError(f"a prompt of {len(prompt_ids)} tokens leaves no room for a response within max_length "
+                        f"{max_length}: set max_prompt_length lower")
     rows = [_response_ids(tokenizer, response, prompt, messages) for response in responses]
-    if max_length is not None and len(prompt_ids) + max(map(len, rows)) > max_length:
-        prompt_ids = _prompt_ids(tokenizer, prompt, messages, max_prompt_length, keep)
-        if len(prompt_ids) >= max_length:
-            raise DataError(f"a prompt of {len(prompt_ids)} tokens leaves no room for a response within max_length "
-                            f"{max_length}: set max_prompt_length lower")
-        rows = [row[:max_length - len(prompt_ids)] for row in rows]
-    return [Example(prompt_ids + row, len(prompt_ids)) for row in rows]
+    room = max_length and max_length - len(prompt_ids)
+    return [Example(prompt_ids + row[:room], len(prompt_ids), cut=cut) for row in rows]
 
 
 def make_group(tokenizer, prompt, responses, numbers, config, context):
-    """K responses to one prompt and their numbers -> Group, cut as `make_examples` does by the options --max_length (0: the
-    model's context), --max_prompt_length (0: half of it) and --keep."""
-    max_length = config.max_length or context
-    return Group(make_examples(tokenizer, prompt, responses, max_length, config.max_prompt_length or max_length // 2,
-                               config.keep), numbers)
+    """K responses to one prompt and their numbers -> Group, cut by `length_limits` and the option --keep."""
+    return Group(make_examples(tokenizer, prompt, responses, *length_limits(config, context), config.keep), numbers)
 
 
 def make_all_turns_example(tokenizer, prompt, response, max_length=None, max_prompt_length=None, keep="end"):

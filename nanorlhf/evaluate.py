@@ -9,16 +9,17 @@ import itertools
 import sys
 import time
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 
 from nanorlhf import reviews
-from nanorlhf.data import (Example, collate, decode_response, encode_prompt, encode_response, load_records,
-                           micro_batches)
+from nanorlhf.data import (Example, collate, decode_response, encode_prompts, encode_response, length_limits,
+                           load_records, micro_batches)
 from nanorlhf.errors import UserError
 from nanorlhf.files import local_folder, require_folder, write_json, write_records, write_text
-from nanorlhf.generate import encode_prompts, generate, prompt_room, repeated
+from nanorlhf.generate import generate, repeated
 from nanorlhf.metrics import (across_input_diversity, bon_kl, expectation_adjusted_distinct, mean_and_interval,
                               mnli_relation, nli_diversity, sbert_diversity, sequence_kl, win_rate)
 from nanorlhf.model import Transformer, check_fit, pick_device
@@ -42,7 +43,7 @@ def eval_sampler(config, records, tokenizer, policy, reference, rewards, run):
     if not (config.eval_prompts or on_reviews) or config.num_eval_prompts == 0:
         return lambda step: {}
     asked = load_records(config.eval_prompts or "reviews", "prompt", "test", config.num_eval_prompts, tokenizer=tokenizer)
-    prompts = encode_prompts(tokenizer, asked, policy, config)
+    prompts = encode_prompts(tokenizer, asked, config, policy.config.context)
     if config.eval_reward or on_reviews:
         name = "gold" if config.eval_reward in ("", "gold") else "eval_reward"
         rewards = rewards | {name: load_reward(config.eval_reward or "gold", tokenizer, run.device)}
@@ -104,6 +105,9 @@ class Options:
     num_samples: int = 16            # samples for each of them (Kirk 2023: 16)
     sbert: bool = False              # SBERT diversity too (extra `eval`, downloads a model)
     nli: bool = False                # NLI diversity by roberta-large-mnli (extra `eval`), also on reviews
+    max_length: int = 0              # longest prompt + response in tokens; 0 = the model's context
+    max_prompt_length: int = 0       # cut longer prompts to this; 0 = half of max_length
+    keep: Literal["end", "start", "tldr"] = "end"  # what an overlong prompt keeps (tldr: Stiennon's rule)
     response_length: int = 48        # longest sampled response in tokens
     temperature: float = 1.0         # of all samples
     seed: int = 0                    # of the samples
@@ -133,13 +137,14 @@ class Evaluation:
         for name, records in self.records.items():
             for reward in self.rewards.values():
                 reward.check_columns(records, sources[name][0])
-        room = prompt_room(self.reference, options.response_length)
-        self.prompts = {name: [encode_prompt(tokenizer, r["prompt"], room) for r in records]
+        self.prompts = {name: encode_prompts(tokenizer, records, options, self.reference.config.context)
                         for name, records in self.records.items()}
         self.first = next(iter(sources))                                # the split in distribution
         asked, self.written_scores = self.records[self.first], None
         if all(r.get("completion") for r in asked):
-            written = [encode_response(tokenizer, r["completion"], r["prompt"]) for r in asked]
+            max_length, _ = length_limits(options, self.reference.config.context)
+            written = [encode_response(tokenizer, r["completion"], r["prompt"])[:max_length - len(p)]
+                       for r, p in zip(asked, self.prompts[self.first])]
             self.written_scores = self.rewards[self.judge](self.prompts[self.first], written, asked)
 
     def draw(self, model, split, K, n, purpose, limit=None):
@@ -194,7 +199,7 @@ def first_split_columns(evaluation, model, n, responses, scores):
     outputs = [[e.tokenizer.decode(y, start=False)] for y in responses]
     columns["ead_across"] = across_input_diversity(outputs, expectation_adjusted_distinct), None
     columns["length"] = mean_and_interval([len(y) for y in responses])
-    columns["ended"] = mean_and_interval([y[-1] == e.tokenizer.eos_id for y in responses])
+    columns["ended"] = mean_and_interval([y[-1] in e.tokenizer.end_ids for y in responses])
     return columns
 
 

@@ -32,11 +32,11 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
              tokenizer=None, batch_size=256):
     """Samples num_samples responses of at most max_new_tokens tokens to each prompt. prompts: lists of ids, none empty.
 
-    temperature 0 is greedy; top_k 0 and top_p 1 are off. stop: strings that end a response when its text contains one (needs
-    the tokenizer; the text up to and including the string is kept). With a tokenizer, its EOS ends a response (else
-    config.json's does), and ids beyond its vocabulary are never drawn. Row r uses only the random stream (seed, r), so its
-    draws depend neither on its neighbours nor on batch_size, the number of rows decoded at once. Raises UserError if a
-    prompt leaves no room in the context.
+    temperature 0 is greedy; top_k 0 and top_p 1 are off. stop: strings that end a response when its text, special tokens
+    included, contains one (needs the tokenizer; the text up to and including the string is kept). Any of the tokenizer's
+    end_ids ends a response (without a tokenizer: of config.json's), and ids beyond its vocabulary are never drawn. Row r uses
+    only the random stream (seed, r), so its draws depend neither on its neighbours nor on batch_size, the number of rows
+    decoded at once. Raises UserError if a prompt leaves no room in the context.
     """
     if stop and tokenizer is None:
         raise ValueError("stop strings need a tokenizer")
@@ -70,22 +70,6 @@ def repeated(items, num_samples):
     return [item for item in items for _ in range(num_samples)]
 
 
-def prompt_room(model, response_length, context=None):
-    """Returns how many prompt tokens fit into the context beside a response."""
-    context = context or model.config.context
-    if response_length >= context:
-        raise UserError(f"--response_length {response_length} leaves no room for a prompt in a context of {context}")
-    return context - response_length
-
-
-def encode_prompts(tokenizer, records, model, config, response_length=None, context=None):
-    """Returns the records' prompts as ids, cut by the options --max_prompt_length (0: what the context leaves beside a response
-    of --response_length) and --keep."""
-    room = prompt_room(model, response_length or config.response_length, context)
-    room = config.max_prompt_length or room
-    return [encode_prompt(tokenizer, r["prompt"], room, config.keep) for r in records]
-
-
 def check_prompts(model, prompts, max_new_tokens):
     if max_new_tokens < 1:
         raise UserError(f"{max_new_tokens} new tokens: must be at least 1")
@@ -110,15 +94,16 @@ def prefill(model, prompts, num_samples, max_new_tokens):
 
 
 def _vocabulary(model, tokenizer):
-    """Returns (EOS id, number of ids that may be drawn)."""
-    c = model.config
-    return (tokenizer.eos_id, min(c.vocab_size, tokenizer.vocab_size)) if tokenizer else (c.eos_id, c.vocab_size)
+    """Returns (ids that end a response, number of ids that may be drawn)."""
+    if tokenizer:
+        return list(tokenizer.end_ids), min(model.vocab, tokenizer.vocab_size)
+    return list(model.config.end_ids) or [i for i in [model.config.eos_id] if i is not None], model.vocab
 
 
 def _decode(model, prompts, rows, uniform, n, out, options, stop, tokenizer):
     """Decodes one batch into rows `rows` of `out`. When enough rows have finished, they leave the batch and the cache."""
-    eos, V = _vocabulary(model, tokenizer)
-    T = uniform.shape[1]
+    ends, V = _vocabulary(model, tokenizer)
+    ends, T = torch.tensor(ends, dtype=torch.long, device=rows.device), uniform.shape[1]
     cache, logits = prefill(model, prompts, n, T)
     logits = logits.repeat_interleave(n, 0)                                            # [R, V]
     alive = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
@@ -127,8 +112,7 @@ def _decode(model, prompts, rows, uniform, n, out, options, stop, tokenizer):
     for t in range(T):
         token, logprob = sample(logits[:, :V], uniform[:, t], **options)
         steps.append((token, logprob, alive))
-        if eos is not None:
-            alive = alive & (token != eos)
+        alive = alive & (token[:, None] != ends).all(1)
         if stop:
             steps = _write(out, rows, t + 1, steps)
             alive = alive & ~_stopped(out, rows, t, stop, tokenizer)
@@ -166,7 +150,8 @@ def _stopped(out, rows, t, stop, tokenizer):
     """Returns [R] bool: the row's text has a stop string that ends in token t. Decodes only the tail that can matter."""
     back = max(len(s.encode()) for s in stop) + 4                                      # a token is at least one byte
     tails = out.tokens[rows, max(0, t - back):t + 1].tolist()
-    return torch.tensor([any(s in tokenizer.decode(tail, start=False) for s in stop) for tail in tails], device=rows.device)
+    texts = [tokenizer.decode(tail, start=False, special=True) for tail in tails]
+    return torch.tensor([any(s in text for s in stop) for text in texts], device=rows.device)
 
 
 @torch.no_grad()
@@ -198,7 +183,7 @@ def beam_search(model, prompts, max_new_tokens, num_beams=4, num_groups=1, diver
 
 
 def _beams(model, prompts, T, n, groups, penalty, temperature, length_penalty, tokenizer):
-    P, b, (eos, V) = len(prompts), n // groups, _vocabulary(model, tokenizer)
+    P, b, (ends, V) = len(prompts), n // groups, _vocabulary(model, tokenizer)
     cache, logits = prefill(model, prompts, n, T)
     device = logits.device
     logits = logits.repeat_interleave(n, 0)
@@ -215,7 +200,8 @@ def _beams(model, prompts, T, n, groups, penalty, temperature, length_penalty, t
         for g in range(groups):
             candidate = scores[:, g, :, None] + logp[:, g]                             # [P, b, V], the score of each beam
             ranked = candidate - penalty * taken[:, None]                              # what beams are chosen by
-            top = ranked.view(P, -1).topk(min(2 * b, b * V), dim=1).indices            # 2b: at most b of them can be EOS
+            some = min(b * (1 + len(ends)), b * V)                                     # enough: b per EOS can end, b go on
+            top = ranked.view(P, -1).topk(some, dim=1).indices
             worth = candidate.view(P, -1).gather(1, top)
             for p in range(P):
                 k = 0
@@ -223,9 +209,9 @@ def _beams(model, prompts, T, n, groups, penalty, temperature, length_penalty, t
                     beam, token = g * b + index // V, index % V
                     if value == -torch.inf or k == b:
                         continue
-                    if token == eos:
+                    if token in ends:
                         if rank < b:
-                            ids = tokens[p, beam].tolist() + [eos]
+                            ids = tokens[p, beam].tolist() + [token]
                             finished[p][g].append((value / len(ids) ** length_penalty, ids))
                         continue
                     parents[p, g * b + k], chosen[p, g * b + k], scores[p, g, k] = beam, token, value

@@ -105,18 +105,18 @@ def token_logprobs(hidden, weight, targets, bias=None, temperature=1.0, entropy=
 
 def filter_logits(logits, temperature=1.0, top_k=0, top_p=1.0):
     """Returns logits / temperature, with -inf outside the top_k most likely tokens and then outside the smallest set whose
-    probability reaches top_p (the token that crosses it stays in). logits [R, V]; top_k 0 and top_p 1 are off."""
+    probability reaches top_p (the token that crosses it stays in). Ties with the last token of a set stay in, too, since
+    nothing but their ids would choose among them. logits [R, V]; top_k 0 and top_p 1 are off."""
     if temperature != 1.0:
         logits = logits / temperature
     if 0 < top_k < logits.shape[-1]:
         kth = logits.topk(top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -torch.inf)
     if top_p < 1.0:
-        ordered, index = logits.sort(dim=-1, descending=True)
-        p = ordered.softmax(-1)
-        outside = p.cumsum(-1) - p >= top_p                                            # probability before the token
-        outside[:, 0] = False                                                          # keep one even at top_p 0
-        logits = logits.masked_fill(torch.zeros_like(outside).scatter(-1, index, outside), -torch.inf)
+        ordered = logits.sort(dim=-1, descending=True).values
+        before = F.pad(ordered.softmax(-1).cumsum(-1)[:, :-1], (1, 0))                 # probability before each token
+        kept = (before < top_p).sum(-1, keepdim=True).clamp(min=1)                     # at least one, even at top_p 0
+        logits = logits.masked_fill(logits < ordered.gather(-1, kept - 1), -torch.inf)
     return logits
 
 

@@ -48,6 +48,7 @@ class ModelConfig:
     head_bias: bool = False         # an untied output head has a bias
     bos_id: int | None = None
     eos_id: int | None = None
+    end_ids: tuple = ()             # all ids that end a response, if there are several; eos_id is the one that training appends
     pad_id: int | None = None
     init_std: float = 0.02
 
@@ -228,6 +229,7 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.layers))
         self.norm = make_norm(c)
         self.head = Linear(c.width, c.vocab_size, bias=c.head_bias) if head and not c.tied else None
+        self.vocab = c.vocab_size                 # ids that may be predicted: check_fit lowers it to the tokenizer's
         if self.embed.weight.is_meta:             # load_weights will fill the model
             return
         self.make_rope()
@@ -271,13 +273,14 @@ class Transformer(nn.Module):
         cache.filled = True                       # the prompts are stored
         return x
 
+    # Rows of an embedding beyond the tokenizer's ids are padding. They take no part in sampling, nor in log-probabilities.
     @property
     def head_weight(self):                        # [V, D]
-        return self.embed.weight if self.head is None else self.head.weight
+        return (self.embed if self.head is None else self.head).weight[:self.vocab]
 
     @property
     def head_bias(self):                          # [V] or None
-        return None if self.head is None else self.head.bias
+        return None if self.head is None or self.head.bias is None else self.head.bias[:self.vocab]
 
     def logits(self, hidden):                     # [..., D] -> [..., V]
         return (thin_linear if hidden.dim() == 2 else F.linear)(hidden, self.head_weight, self.head_bias)
@@ -397,18 +400,13 @@ class ValueModel(nn.Module):
 
 
 def check_fit(model, tokenizer):
-    """Checks that every token id has an embedding; returns the model's trunk."""
+    """Checks that every token id has an embedding, and limits the output head to the tokenizer's ids. Returns the trunk."""
     trunk = getattr(model, "trunk", model)
     if trunk.config.vocab_size < tokenizer.vocab_size:
         raise UserError(f"the {type(model).__name__} of {trunk.config.vocab_size} tokens does not fit the tokenizer of "
                         f"{tokenizer.vocab_size}: they do not belong together")
+    trunk.vocab = tokenizer.vocab_size
     return trunk
-
-
-def check_same_vocabulary(what, model, policy):
-    if model.config.vocab_size != policy.config.vocab_size:
-        raise UserError(f"{what}: its vocabulary ({model.config.vocab_size}) is not the policy's "
-                        f"({policy.config.vocab_size})")
 
 
 def pick_device(name):

@@ -78,7 +78,8 @@ class ModelReward:
         texts, encoded = texts_of(prompts, records, self.policy), []
         for response, text in zip(responses, texts):
             ids = encode_response(self.own, decode_response(self.policy, response, text), text)
-            encoded.append(ids if response[-1:] == [self.policy.eos_id] else ids[:-1])  # a truncated response has no EOS
+            ended = response[-1:] and response[-1] in self.policy.end_ids
+            encoded.append(ids if ended else ids[:-1])                  # a truncated response has no EOS
         context = self.model.config.context
         return [encode_prompt(self.own, t, max(1, context - len(r))) for t, r in zip(texts, encoded)], encoded
 

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from nanorlhf.errors import UserError
 from nanorlhf.files import atomic_write, read_json, read_jsonl, sha256_of, write_json, write_records
-from nanorlhf.model import ModelConfig, Transformer, check_fit, check_same_vocabulary, pick_device
+from nanorlhf.model import ModelConfig, Transformer, check_fit, pick_device
 from nanorlhf.options import HOW_TO_BEGIN, check_options, read_options
 from nanorlhf.tokenizer import check_same_ids, load_tokenizer
 
@@ -107,19 +107,17 @@ class Run:
         """Checks that the model has an embedding for every token id, moves it to the device, and with --compile compiles its
         stack of layers. Returns the model."""
         trunk = check_fit(model, tokenizer)
-        # config.json must name the EOS and pad ids that were really used, not a list of EOS ids or pad = EOS.
-        trunk.config.eos_id, trunk.config.pad_id = tokenizer.eos_id, tokenizer.pad_id
+        # config.json must name the EOS and pad ids that were really used.
+        trunk.config.eos_id, trunk.config.end_ids, trunk.config.pad_id = tokenizer.eos_id, tokenizer.end_ids, tokenizer.pad_id
         model.to(self.device)
         if self.config.compile:
             trunk.stack = torch.compile(trunk.stack, dynamic=True)
         return model
 
-    def load_reference(self, folder, policy, tokenizer):
+    def load_reference(self, folder, tokenizer):
         """Returns the reference policy of a folder, which takes no gradients; UserError if its ids are not the policy's."""
         check_same_ids("--reference", folder, tokenizer)
-        reference = self.prepare(Transformer.from_pretrained(folder), tokenizer).requires_grad_(False)
-        check_same_vocabulary(f"--reference {folder}", reference, policy)
-        return reference
+        return self.prepare(Transformer.from_pretrained(folder), tokenizer).requires_grad_(False)
 
     @staticmethod
     def due(every, step, total):

@@ -11,6 +11,7 @@ import functools
 import itertools
 import json
 import re
+import sys
 import unicodedata
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import tiktoken
 
 from nanorlhf.errors import DataError, one_line
 from nanorlhf.files import local_folder
+from nanorlhf.formats.checkpoints import read_end_ids
 from nanorlhf.formats.tokenizer_files import (BYTE_LEVEL, FLAGS, GPT2_PATTERN, TOKENIZER_FILES, bos_template, byte_symbols,
                                               encoding_of, from_sentencepiece, from_spec, from_vocab_and_merges,
                                               read_companion_files, read_json, spec_of)
@@ -33,7 +35,8 @@ VOCAB_AND_MERGES = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))
 class Tokenizer:
     """Text <-> ids: a tiktoken.Encoding, plus what an Encoding lacks (eos, pad, bos, normaliser).
 
-    eos_id      ends every response.
+    eos_id      what training appends to every response. end_ids: all ids that end a sampled one, eos_id first; a checkpoint may
+                name several in config.json or generation_config.json.
     pad_id      fills rows on the right; never eos (a model trained with pad = eos never learns to stop).
     bos_id      the id that this family puts before a text, or None if it puts none (GPT-2, Qwen, Pythia).
     vocab_size  highest id + 1, special tokens included; a checkpoint's embedding may be larger, never smaller.
@@ -69,6 +72,7 @@ class Tokenizer:
             if name not in special:
                 raise DataError(f"tokenizer {encoding.name}: {name!r} is not one of its special tokens")
         self.eos_id, self.bos_id = special[eos], special[bos] if bos else None
+        self.end_ids = (self.eos_id,)
         self.special_text = {"eos_token": eos} | ({"bos_token": bos} if bos else {}) | (special_text or {})
         if pad is None or special[pad] == self.eos_id:
             spare = sorted(("pad" not in t, t in (chat_template or ""), i) for t, i in special.items()
@@ -79,8 +83,9 @@ class Tokenizer:
         else:
             self.pad_id = special[pad]
         self._bytes = {i: t.encode() for t, i in self.plain.items()} | texts
-        for token in special.keys() - self.plain.keys():
-            self._bytes.pop(special[token], None)
+        self._names = {special[token]: token.encode() for token in special.keys() - self.plain.keys()}
+        for i in self._names:
+            self._bytes.pop(i, None)
         # tiktoken matches overlapping special tokens in hash order, so we match them ourselves, the longest first. As in
         # `tokenizers`, a `normalized` token is searched for in the normalised text; without a normaliser that is the text.
         late = {t["content"] for t in added if t["normalized"] and (normal_form or spaces == "prepend")}
@@ -155,12 +160,14 @@ class Tokenizer:
             return [i for r in ranks for i in self._several.get(r) or [self._id[r]]]
         return ids
 
-    def decode(self, ids, start=True):
-        """Returns the text of ids (list or 1-D tensor). Special tokens and ids beyond the vocabulary vanish. Bytes that are
-        not UTF-8 become U+FFFD: one per maximal part, while `tokenizers` writes one per byte for SentencePiece.
+    def decode(self, ids, start=True, special=False):
+        """Returns the text of ids (list or 1-D tensor). Special tokens vanish, unless special=True; ids beyond the vocabulary
+        vanish. Bytes that are not UTF-8 become U+FFFD: one per maximal part, while `tokenizers` writes one per byte for
+        SentencePiece.
 
         start=False: the ids continue others that are decoded already, so a SentencePiece family's first space stays."""
-        text = b"".join(self._bytes.get(int(i), b"") for i in ids).decode("utf-8", errors="replace")
+        names = self._names if special else {}
+        text = b"".join(names.get(i) or self._bytes.get(i, b"") for i in map(int, ids)).decode("utf-8", errors="replace")
         return text[1:] if start and self.strip and text[:1] == " " else text
 
     def same_ids(self, other):
@@ -227,10 +234,10 @@ def load_tokenizer(name_or_path):
     except (ValueError, OSError):  # a name that no file can have
         exists = False
     if exists:
-        return Tokenizer(**_read(path))
+        return _with_end_ids(Tokenizer(**_read(path)), path)
     if str(name_or_path) not in tiktoken.list_encoding_names():
         if (folder := local_folder(name_or_path)).is_dir():                            # downloaded from the hub
-            return Tokenizer(**_read(folder))
+            return _with_end_ids(Tokenizer(**_read(folder)), folder)
         if isinstance(name_or_path, Path) or "/" in name_or_path:
             raise DataError(f"{name_or_path}: no such folder or file")
         raise DataError(f"{name_or_path}: neither `reviews`, nor a folder or file, nor one of tiktoken's names "
@@ -241,6 +248,24 @@ def load_tokenizer(name_or_path):
         raise DataError(f"{name_or_path}: tiktoken could not fetch it ({type(e).__name__}); offline, give a folder "
                         "with tokenizer.json or encoder.json + vocab.bpe instead") from None
     return Tokenizer(encoding, "<|endoftext|>")
+
+
+def _with_end_ids(tokenizer, path):
+    """Adds the ids that end a response by a checkpoint's config.json and generation_config.json. Only special tokens count: a
+    configuration that was copied from another model may name any id."""
+    ids = read_end_ids(path if path.is_dir() else path.parent)
+    special = set(tokenizer.special.values()) - tokenizer._plain_ids
+    tokenizer.end_ids = tuple(dict.fromkeys([tokenizer.eos_id, *(i for i in ids if i in special)]))
+    if ids and tokenizer.eos_id not in ids:
+        _say_once(f"{path}: the tokenizer's EOS is id {tokenizer.eos_id}, the eos_token_id of its configuration "
+                  f"{', '.join(map(str, ids))}. Training appends the tokenizer's; {', '.join(map(str, tokenizer.end_ids))} end a "
+                  f"sampled response" + ("" if set(ids) <= special else " (other ids are no special tokens)"))
+    return tokenizer
+
+
+@functools.cache
+def _say_once(line):
+    print(line, file=sys.stderr)
 
 
 def _read(path):

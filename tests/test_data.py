@@ -322,18 +322,18 @@ def test_tldr_truncation_in_large_steps_equals_one_character_at_a_time(tiny):
     assert data.truncate_tldr(tiny, prompt, 300) == TLDR_PROMPT.format(subreddit="s", title="t", post=shorter)
 
 
-def test_trap_14_prompt_and_response_are_tokenised_separately_and_cut_as_in_dpo(tiny):
+def test_trap_14_prompt_and_response_are_tokenised_and_cut_apart(tiny):
     assert data.make_example(Letters(), "abcd", "xy", 7) == Example([*ids("abcdxy"), 1], 4)       # fits: 4 + 3
-    assert data.make_example(Letters(), "abcd", "xy", 7, 1) == Example([*ids("abcdxy"), 1], 4)    # so the prompt stays
-    assert data.make_example(Letters(), "abcd", "xy", 6, 2) == Example([*ids("cdxy"), 1], 2)      # first cut the prompt
-    assert data.make_example(Letters(), "abcd", "xyz", 4, 2) == Example(ids("cdxy"), 2)           # then cut the response
-    assert data.make_example(Letters(), "abcd", "xyz", 4, 2, keep="start") == Example(ids("abxy"), 2)
+    assert data.make_example(Letters(), "abcd", "xy", 7, 4) == Example([*ids("abcdxy"), 1], 4)
+    assert data.make_example(Letters(), "abcd", "xy", 7, 2) == Example([*ids("cdxy"), 1], 2, cut=True)  # whatever the response
+    assert data.make_example(Letters(), "abcd", "xyz", 4, 2) == Example(ids("cdxy"), 2, cut=True)  # the response loses its EOS
+    assert data.make_example(Letters(), "abcd", "xyz", 4, 2, keep="start") == Example(ids("abxy"), 2, cut=True)
     assert data.make_example(Letters(), "ab", "xyz", 4, 3) == Example(ids("abxy"), 2)             # the room that is left
     for limits in ((4, None), (4, 4), (2, 3)):
         with pytest.raises(DataError, match="no room for a response"):
             data.make_example(Letters(), "abcd", "x", *limits)
-    a, b = data.make_examples(Letters(), "abcd", ["x", "xyz"], 7, 2)  # the longest response decides for both
-    assert a == Example([*ids("cdx"), 1], 2) and b == Example([*ids("cdxyz"), 1], 2)
+    a, b = data.make_examples(Letters(), "abcd", ["x", "xyz"], 5, 2)
+    assert a == Example([*ids("cdx"), 1], 2, cut=True) and b == Example(ids("cdxyz"), 2, cut=True)
     joined = data.make_example(tiny, "the c", "at")  # " cat" is one token, but none may straddle the border
     assert joined.tokens == tiny.encode("the c") + tiny.encode("at") + [tiny.eos_id]
     assert tiny.encode("the cat") != joined.tokens[:-1]

@@ -25,9 +25,9 @@ def tiny(family="gpt2", seed=0, **fields):
 class Letters:
     """A stand-in for a tokenizer in which each id is one letter."""
     def __init__(self, vocab_size):
-        self.vocab_size, self.eos_id = vocab_size, -1
+        self.vocab_size, self.eos_id, self.end_ids = vocab_size, -1, (-1,)
 
-    def decode(self, ids, start=True):
+    def decode(self, ids, start=True, special=False):
         return "".join(chr(97 + i) for i in ids)
 
 

@@ -842,19 +842,52 @@ def test_a_prompt_that_leaves_no_room_gives_a_one_line_error(here, tmp_path, mon
         )
         assert "leaves no room" in message
     for module in (train_ppo, train_rrhf, sample_bon):
-        message = stops(
-            monkeypatch,
-            module,
-            "--data",
-            file,
-            "--max_prompt_length",
-            "95",
-            "--response_length",
-            "8",
-            "--out",
-            tmp_path / module.__name__,
-        )
-        assert "does not fit the context of 96" in message
+        options = ("--data", file, "--response_length", "8", "--out", tmp_path / "x")
+        assert "leaves no room" in stops(monkeypatch, module, *options, "--max_prompt_length", "96")
+        assert "do not fit into 96 tokens" in stops(monkeypatch, module, *options, "--max_prompt_length", "89")
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("options", [{}, dict(keep="start"), dict(keep="tldr", max_prompt_length=60),
+                                     dict(max_length=64, keep="tldr")], ids=str)
+def test_every_script_and_evaluate_read_the_same_part_of_an_overlong_prompt(here, tmp_path, monkeypatch, options):
+    """A post of 946 tokens: the policy must be asked what it was trained on, and the reward model must see the same."""
+    from nanorlhf import evaluate
+    from nanorlhf.data import encode_prompt
+
+    tokenizer, post = load_tokenizer("out/sft"), ["The plot is good."]
+    frame = "SUBREDDIT: r/films\n\nTITLE: A film\n\nPOST: {}\n\nTL;DR:"
+    while len(tokenizer.encode(frame.format("\n".join(post)))) < 946:
+        post.append(f"The cast is bad, {len(post)} times.")
+    prompt = frame.format("\n".join(post))
+    pair = dict(prompt=prompt, chosen=" It is good.", rejected=" It is bad, and the plot is bad too, and so is the cast.")
+    rows = [pair, dict(pair, chosen=" Short."), dict(pair, rejected=" The film is dull.", chosen=" Long. " * 12)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    limit = options.get("max_prompt_length", options.get("max_length", 96) // 2)
+    want = encode_prompt(tokenizer, prompt, limit, options.get("keep", "end"))
+    assert 30 < len(want) <= limit
+
+    fed, forward = [], Transformer.forward
+    def recorded(self, tokens, cache=None):
+        fed.extend(tokens.tolist() if tokens.shape[1] > 1 else [])
+        return forward(self, tokens, cache)
+    monkeypatch.setattr(Transformer, "forward", recorded)
+    shared = dict(data=str(tmp_path / "rows.jsonl"), response_length=8, **options)
+    for name, module in SCRIPTS.items():
+        given = known_options(module, dict(shared, max_steps=1, eval_fraction=0.0, eval_every=0, batch_size=3, num_samples=2))
+        fed.clear()
+        entry_of(module)(module.Config(**given, out=str(tmp_path / name)))
+        assert len(fed) >= 3 and all(row[:len(want)] == want for row in fed), name
+    fed.clear()
+    evaluate.evaluate_policies({"dpo": "out/dpo"}, evaluate.Options(
+        **dict(shared, data=f"posts={shared['data']}"), num_samples=2, out=str(tmp_path / "evaluation")))
+    assert len(fed) >= 3 and all(row[:len(want)] == want for row in fed)
+
+
+def test_a_length_beyond_the_context_is_refused_before_anything_is_written(here, tmp_path, monkeypatch):
+    for module in SCRIPTS.values():
+        message = stops(monkeypatch, module, "--max_length", 97, "--out", tmp_path / "x", "--limit", 40)
+        assert "--max_length 97: the model's context is 96" in message and not (tmp_path / "x").exists()
 
 
 @pytest.mark.parametrize(
@@ -881,23 +914,49 @@ def test_an_unusable_checkpoint_gives_a_one_line_error(here, tmp_path, monkeypat
 def test_a_model_with_another_vocabulary_gives_a_one_line_error(here, tmp_path, monkeypatch):
     import dataclasses
 
-    config = Transformer.from_pretrained("out/sft").config
-    for size in (config.vocab_size - 1, config.vocab_size + 1):
-        other = Transformer(dataclasses.replace(config, vocab_size=size))
-        other.save_pretrained(tmp_path / str(size))
-        load_tokenizer("reviews").save(tmp_path / str(size))
-        for module in (train_ppo, train_dpo):
-            message = stops(monkeypatch, module, "--reference", tmp_path / str(size), "--out", tmp_path / "x", "--limit", "40")
-            assert str(size) in message and str(config.vocab_size) in message
-        assert str(size) in stops(
-            monkeypatch, train_ppo, "--value_init", tmp_path / str(size), "--out", tmp_path / "x", "--limit", "8"
-        )
-    load_tokenizer("out/sft").save(tmp_path / str(config.vocab_size - 1))
+    config, other = Transformer.from_pretrained("out/sft").config, tmp_path / "other"
+    Transformer(dataclasses.replace(config, vocab_size=config.vocab_size - 1)).save_pretrained(other)
+    load_tokenizer("reviews").save(other)
+    says = f"of {config.vocab_size - 1} tokens does not fit the tokenizer of {config.vocab_size}"
     for module in SCRIPTS.values():
-        assert "does not fit the tokenizer" in stops(
-            monkeypatch, module, "--init", tmp_path / str(config.vocab_size - 1), "--out", tmp_path / "x", "--limit", "40"
-        )
+        assert says in stops(monkeypatch, module, "--init", other, "--out", tmp_path / "x", "--limit", "40")
+    for module, option in ((train_ppo, "--reference"), (train_dpo, "--reference"), (train_ppo, "--value_init")):
+        assert says in stops(monkeypatch, module, option, other, "--out", tmp_path / "x", "--limit", "40")
     assert not (tmp_path / "x").exists()
+
+
+def padded_copy(folder, out, rows=64):
+    """Copies a checkpoint with `rows` more rows in the embedding, which the tokenizer does not know: as published models have."""
+    import dataclasses
+
+    model = Transformer.from_pretrained(folder)
+    wider = Transformer(dataclasses.replace(model.config, vocab_size=model.config.vocab_size + rows), seed=5)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            dict(wider.named_parameters())[name][:len(p)] = p
+        wider.embed.weight[model.config.vocab_size:] *= 50                  # a row that would win every softmax
+    wider.save_pretrained(out)
+    load_tokenizer(folder).save(out)
+    return str(out)
+
+
+def test_padding_of_the_embedding_changes_no_number(here, tmp_path):
+    """Policy, reference and value model of one tokenizer work together, whatever the number of rows, and give the same
+    metrics: sampling and log-probabilities range over the tokenizer's ids."""
+    wide = padded_copy("out/sft", tmp_path / "wide")
+    cases = dict(narrow=dict(init="out/sft"), init=dict(init=wide), reference=dict(reference=wide, value_init=wide))
+    for module in (train_ppo, train_dpo, train_rrhf, sample_bon, train_sft):
+        shared = dict(max_steps=2, batch_size=4, limit=12, response_length=8, num_eval_prompts=4, eval_every=1,
+                      value_init="out/sft", n=2, eval_fraction=0.0)
+        runs = {}
+        for name, options in cases.items():
+            if known_options(module, options):
+                runs[name] = go(module, tmp_path / f"{module.__name__}-{name}", **known_options(module, shared | options))
+        assert len(runs) >= 2
+        for rows in runs.values():
+            for a, b in zip(rows, runs["narrow"]):
+                assert {k: v for k, v in a.items() if "time" not in k} == pytest.approx(
+                    {k: v for k, v in b.items() if "time" not in k}, rel=1e-4, abs=1e-5)
 
 
 @pytest.mark.parametrize("module", COMMON, ids=lambda m: m.__name__)
@@ -909,7 +968,7 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(here, tmp_path, monkeypatc
     stops(monkeypatch, module, "--out", "out/sft", "--overwrite", "--data", "nowhere.jsonl")
     if {"response_length", "num_eval_prompts"} <= known_options(module, dict(response_length=0, num_eval_prompts=0)).keys():
         long = ("--response_length", 999, "--max_prompt_length", 8, "--limit", 40)
-        assert "leaves no room" in stops(monkeypatch, module, "--out", "out/sft", "--overwrite", *long)
+        assert "do not fit into 96 tokens" in stops(monkeypatch, module, "--out", "out/sft", "--overwrite", *long)
     assert snapshot("out") == before
 
 

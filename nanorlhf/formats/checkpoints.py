@@ -195,13 +195,28 @@ def read_config(folder):
     except (TypeError, AttributeError, ArithmeticError, ValueError) as error:
         raise UserError(f"{path}: a value is of the wrong kind: {error}")
     fields["activation"] = ACTIVATION_NAMES[fields["activation"]]
+    ends = read_end_ids(path.parent)
     return dict(fields, family=kind, bos_id=raw.get("bos_token_id"), pad_id=raw.get("pad_token_id"),
-                eos_id=first_eos(raw)), raw
+                eos_id=ends[0] if ends else None, end_ids=ends if len(ends) > 1 else ()), raw
 
 
-def first_eos(raw):
-    eos = raw.get("eos_token_id")
-    return (eos or [None])[0] if isinstance(eos, list) else eos
+def as_list(ids):
+    """eos_token_id is an id, a list of ids or null; returns a list."""
+    return ids if isinstance(ids, list) else [] if ids is None else [ids]
+
+
+def read_end_ids(folder):
+    """Returns all ids that end a response, a tuple: the eos_token_id of config.json and of generation_config.json."""
+    ids = []
+    for file in (Path(folder) / "config.json", Path(folder) / "generation_config.json"):
+        if file.is_file():
+            try:
+                ids += as_list(json.loads(file.read_text(encoding="utf-8")).get("eos_token_id"))
+            except (ValueError, AttributeError):
+                raise UserError(f"{file}: not a JSON object")
+            if wrong := [i for i in ids if type(i) is not int or not 0 <= i < 2**31]:
+                raise UserError(f"{file}: eos_token_id {wrong[0]!r} is not a token id")
+    return tuple(dict.fromkeys(ids))
 
 
 def check_values(fields, raw):
@@ -213,10 +228,9 @@ def check_values(fields, raw):
     for k in ("tie_word_embeddings", "use_parallel_residual", "attention_bias", "mlp_bias"):
         if raw.get(k) not in (None, True, False):
             raise UserError(f"{k} {raw[k]!r} is not true or false")
-    for k in ("bos_token_id", "pad_token_id", "eos_token_id"):
-        token = first_eos(raw) if k == "eos_token_id" else raw.get(k)
-        if type(token) not in (int, type(None)) or not -2**31 < (token or 0) < 2**31:
-            raise UserError(f"{k} {token!r} is not a token id")
+    for k in ("bos_token_id", "pad_token_id"):
+        if type(raw.get(k)) not in (int, type(None)) or not -2**31 < (raw.get(k) or 0) < 2**31:
+            raise UserError(f"{k} {raw[k]!r} is not a token id")
     if str(fields["activation"]) not in ACTIVATION_NAMES:
         raise UserError(f"activation {fields['activation']!r} is not one that nanorlhf computes: "
                         f"{', '.join(ACTIVATION_NAMES)}")
@@ -374,8 +388,9 @@ def save_weights(model, folder, classifier=False, extra=None):
     write_json(folder / "config.json", dict(
         model_type=config.family, architectures=[family.classifier if classifier else family.causal],
         vocab_size=config.vocab_size, tie_word_embeddings=config.tied, bos_token_id=config.bos_id,
-        eos_token_id=config.eos_id, pad_token_id=config.pad_id, torch_dtype="float32",
-        initializer_range=config.init_std, **family.constant, **written_fields(config, family), **(extra or {})))
+        eos_token_id=list(config.end_ids) if len(config.end_ids) > 1 else config.eos_id, pad_token_id=config.pad_id,
+        torch_dtype="float32", initializer_range=config.init_std, **family.constant,
+        **written_fields(config, family), **(extra or {})))
 
 
 def written_fields(config, family):

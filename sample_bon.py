@@ -25,7 +25,7 @@ from typing import Literal
 
 import numpy as np
 
-from nanorlhf.data import decode_response, encode_prompts, load_records
+from nanorlhf.data import Example, decode_response, describe, encode_prompts, load_records
 from nanorlhf.errors import UserError
 from nanorlhf.files import require_folder, write_json, write_records
 from nanorlhf.formats.records import other_columns
@@ -129,11 +129,12 @@ def sample(config):
     policy = run.prepare(Transformer.from_pretrained(init), tokenizer)
     limit, skip_bad = config.limit or None, config.skip_bad
     records = load_records(config.data, "prompt", config.split, limit, skip_bad, tokenizer=tokenizer)
+    prompts = encode_prompts(tokenizer, records, config, policy.config.context)
+    describe("bon", tokenizer, [Example(p, len(p)) for p in prompts])
     reward = load_reward(config.reward, tokenizer, run.device, records, config.data)
     measured = config.eval_reward or ("gold" if config.data == "reviews" else "")
     eval_reward = load_reward(measured, tokenizer, run.device, records, config.data) if measured else None
     columns = other_columns(records)
-    prompts = encode_prompts(tokenizer, records, config, policy.config.context)
 
     # Each batch of prompts has its own seed. --resume starts again: the same seeds draw the same samples.
     run.begin(0)

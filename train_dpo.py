@@ -24,7 +24,7 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from nanorlhf.data import collate, load_and_hold_out, make_group, micro_batches
+from nanorlhf.data import collate, describe, load_and_hold_out, make_group, micro_batches
 from nanorlhf.errors import UserError
 from nanorlhf.evaluate import eval_sampler
 from nanorlhf.files import require_file, require_folder
@@ -67,7 +67,7 @@ class Config:
     warmup_steps: int = 10           # linear warm-up
     lr_schedule: Literal["cosine", "linear", "constant"] = "linear"  # after the warm-up
     optimizer: Literal["adamw", "adam", "rmsprop"] = "adamw"  # update rule
-    weight_decay: float = 0.0        # on matrices only
+    weight_decay: float = 0.0        # on matrices only; apart from the loss in AdamW
     max_grad_norm: float = 1.0       # clip the gradient's norm to this; 0 = off
 
     # Samples while training
@@ -139,7 +139,7 @@ def losses_and_stats(out, groups, config):
         rewards_rejected = config.beta * (out.rejected - ref_rejected)
         stats = {"rewards/chosen": rewards_chosen, "rewards/rejected": rewards_rejected,
                  "rewards/margins": rewards_chosen - rewards_rejected,
-                 "rewards/accuracies": (rewards_chosen > rewards_rejected).float(),
+                 "rewards/accuracies": 0.5 + 0.5 * (rewards_chosen - rewards_rejected).sign(),   # a tie: 1/2
                  "logps/chosen": out.chosen, "logps/rejected": out.rejected}
         return losses, {k: v.sum().item() for k, v in stats.items()}
 
@@ -169,6 +169,7 @@ def train(config):
     records, held_out = load_and_hold_out(config, "preference", tokenizer)
     groups = to_groups(records, tokenizer, config, model.config.context)
     eval_groups = to_groups(held_out, tokenizer, config, model.config.context)
+    describe("dpo", tokenizer, [e for g in groups for e in g.examples])
     evaluate_samples = eval_sampler(config, records, tokenizer, model, reference, rewards={}, run=run)
 
     # The reference's log-probabilities, once per example.

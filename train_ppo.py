@@ -13,6 +13,8 @@ State s_t = [x, y_<t], action a_t = y_t. Transitions are deterministic; the rewa
 Differences from some public implementations:
   - s is placed on the last token (EOS, unless truncated), not one slot behind it.
   - Padding never enters a mean.
+  - The KL estimator is k1. --kl_estimator k2 and k3 reproduce other code: in a reward they do not have the
+    gradient of KL (see kl_penalty), and KL ends far higher at the same beta.
   - There is no dropout and no entropy bonus. A rollout holds only what the policy sampled; no EOS is forced.
   - Policy and value are separate networks, each with its own Adam and its own clipping. vf_coef therefore
     only scales the value's gradient before clipping.
@@ -29,7 +31,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from nanorlhf.data import Example, collate, encode_prompts, load_records, micro_batches
+from nanorlhf.data import Example, collate, describe, encode_prompts, load_records, micro_batches
 from nanorlhf.errors import UserError
 from nanorlhf.evaluate import eval_sampler
 from nanorlhf.files import require_folder
@@ -48,7 +50,7 @@ class Config:
     # PPO
     reward: str = "out/rm"           # reward model's folder or hub name, gold, or file.py:function
     kl_coef: float = 0.05            # beta, the price of KL
-    kl_estimator: Literal["k1", "k2", "k3"] = "k1"  # k1 = logratio, k2 = k1^2 / 2, k3 = e^-k1 - 1 + k1
+    kl_estimator: Literal["k1", "k2", "k3"] = "k1"  # only k1 has KL's gradient; k2, k3: what other code does
     kl_target: float = 0.0           # adapt beta until the sequence KL is this (Ziegler 2019); 0 = fixed beta
     kl_horizon: float = 10000.0      # episodes over which beta adapts
     gamma: float = 1.0               # discount
@@ -117,8 +119,13 @@ def whiten(values, mask, shift_mean=True):
 
 
 def kl_penalty(logprobs, ref_logprobs, estimator=Config.kl_estimator):
-    """Per-token penalty from the sampled tokens. k1 is the paper's (Ziegler 2019, Eq. 2); k2 and k3 are what
-    some public code uses."""
+    """Per-token penalty from the sampled tokens, [B, T]. k1 is the paper's (Ziegler 2019, Eq. 2).
+
+    k1 and k3 both have the mean KL, but in a reward the penalty is a constant, and what counts is
+    E[penalty grad log pi]. For k1 that is the gradient of KL(pi || ref). For k3 it is that of KL(pi || ref)
+    minus that of KL(ref || pi). k3's and k2's have no first-order term at the reference, so they hardly hold
+    the policy near it. Both are kept as what other public code does, not as better estimators.
+    """
     k1 = logprobs - ref_logprobs
     return {"k1": k1, "k2": k1 ** 2 / 2, "k3": torch.exp(-k1) - 1 + k1}[estimator]
 
@@ -224,6 +231,7 @@ def train(config):
     records = load_records(config.data, "prompt", limit=config.limit or None, skip_bad=config.skip_bad,
                            tokenizer=tokenizer)
     prompts = encode_prompts(tokenizer, records, config, policy.config.context)
+    describe("ppo", tokenizer, [Example(p, len(p)) for p in prompts])
     reward = load_reward(config.reward, tokenizer, run.device, records, config.data)
     value_init = config.value_init or init
     if not config.value_init and not reads_text(config.reward):
@@ -257,7 +265,7 @@ def train(config):
         scores = reward(queries, responses, [records[i] for i in rows]).to(run.device)   # [B]
         if step == 0:
             warn_if_ending_does_not_pay(scores, samples.finished, config)
-        scores = scores_without_eos(scores, samples.finished, config)
+        raw_scores, scores = scores, scores_without_eos(scores, samples.finished, config)
 
         # 3. Rewards: the KL penalty at every token, the score at the last. The log-probabilities and values
         # at rollout time stay fixed during the inner epochs.
@@ -300,7 +308,8 @@ def train(config):
 
         count = mask.sum()
         sequence_kl = float(((old_logprobs - ref_logprobs) * mask).sum(1).mean())  # sum of k1 over a response
-        metrics = {"objective/scores": scores.mean(), "objective/kl": sequence_kl,
+        metrics = {"objective/scores": scores.mean(), "objective/raw_scores": raw_scores.mean(),
+                   "objective/kl": sequence_kl,
                    "objective/rlhf_reward": scores.mean() - kl_coef * kl.sum(1).mean(),
                    "objective/entropy": entropy.sum() / count,
                    "objective/ended": samples.finished.float().mean(), "objective/length": count / len(rows),

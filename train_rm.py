@@ -3,6 +3,11 @@
     P(y_w > y_l | x) = sigmoid(r(x, y_w) - r(x, y_l))   Bradley-Terry
     L = - log sigmoid(r(x, y_w) - r(x, y_l))            Stiennon 2020, section 3.4; Chaudhari 2024, section 2
 
+Minimising the mean of L over N comparisons is maximum likelihood. With a prior on the weights it is MAP
+(Chaudhari 2024, section 2.1): --prior_precision c adds c / (2 N) |weights|^2, a Gaussian of variance 1 / c.
+--weight_decay is another thing: AdamW shrinks the weights beside the loss, whatever the data. Only coupled
+decay (adam, rmsprop) is a prior, and a decay of w is then a precision of N w, on matrices.
+
 A ranking of K responses gives all its pairs, in one batch and divided by C(K, 2); ties are dropped (Ouyang
 2022, Eq. 1). The model is the SFT model with a scalar head, read at the last real token: EOS, unless the
 text was truncated. Only differences of rewards are identified. After training, the mean and standard
@@ -21,7 +26,7 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from nanorlhf.data import collate, load_records, make_group, micro_batches, split_records
+from nanorlhf.data import collate, describe, load_records, make_group, micro_batches, split_records
 from nanorlhf.errors import UserError
 from nanorlhf.files import require_file, require_folder
 from nanorlhf.model import RewardModel
@@ -34,6 +39,7 @@ from nanorlhf.training import batch_indices, learning_rate, make_optimizer, opti
 @dataclass
 class Config:
     # Reward model
+    prior_precision: float = 0.0     # of a Gaussian prior on the weights, centred at 0; 0 = none
     normalize: Literal["standard", "mean", "none"] = "standard"  # Kirk 2023: standard; Stiennon 2020: mean
     normalize_data: str = ""         # record file of completions to normalize on; '' = the held-out responses
 
@@ -59,7 +65,7 @@ class Config:
     warmup_steps: int = 10           # linear warm-up
     lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"  # after the warm-up
     optimizer: Literal["adamw", "adam", "rmsprop"] = "adamw"  # update rule
-    weight_decay: float = 0.0        # on matrices only
+    weight_decay: float = 0.0        # on matrices only; apart from the loss in AdamW
     max_grad_norm: float = 1.0       # clip the gradient's norm to this; 0 = off
 
     # Run
@@ -77,6 +83,11 @@ class Config:
 def preference_loss(chosen, rejected):
     """-log sigmoid(r_w - r_l) of each pair (Bradley-Terry). chosen, rejected: [N] rewards -> [N] losses."""
     return -F.logsigmoid(chosen - rejected)
+
+
+def negative_log_prior(parameters, precision):
+    """- log of the prior N(0, 1 / precision) of all weights, without its constant. Scalar."""
+    return 0.5 * precision * sum((p ** 2).sum() for p in parameters)
 
 
 def ranked_pairs(scores):
@@ -168,6 +179,8 @@ def train(config):
     if not groups:
         raise UserError(f"{config.data}: no two responses of a prompt differ in score")
 
+    describe("rm", tokenizer, [e for g in groups for e in g.examples])
+
     optimizer = make_optimizer(model.parameters(), config.optimizer, config.lr, config.weight_decay)
     state = run.load_checkpoint({"model": model}, {"optimizer": optimizer})
     run.begin(state["step"])
@@ -182,6 +195,10 @@ def train(config):
             loss.backward()
             loss_sum, tokens = loss_sum + loss.item(), tokens + out.tokens
             correct, pairs = correct + int((chosen > rejected).sum()), pairs + len(chosen)
+        if config.prior_precision > 0:
+            prior = negative_log_prior(model.parameters(), config.prior_precision) / len(groups)
+            prior.backward()
+            loss_sum += prior.item()
         lr = learning_rate(step, total, config.lr, config.warmup_steps, config.lr_schedule)
         norm = optimizer_step({optimizer: lr}, config.max_grad_norm, step + 1, rows, loss_sum)
 

@@ -12,6 +12,12 @@ p_i is a mean over tokens and L_ft a sum, so on long responses L_ft outweighs L_
 Candidates come from the data (--from_data), from the policy (--sampling), or from both. In the paper's
 names, P is --sampling none, BP is beam, DP is diverse_beam, and D is diverse_beam with --from_data false.
 They are drawn once, from the starting policy; --resample_every k draws them again every k steps (OP-k).
+IP-n is n trainings, each with its own warm-up and decay and candidates from the policy before it:
+    for n in 1 2 3; do
+        python train_rrhf.py --sampling diverse_beam --init out/ip$((n-1)) --out out/ip$n
+    done                             # out/ip0 is the SFT model
+To train another model on such candidates, sample_bon.py writes a policy's samples as ranked.jsonl, for
+--kind ranked --sampling none --reward given.
 
 The released code differs from the paper, and --released_code reproduces it: p_i and L_ft are divided by the
 padded width of the batch instead of |y_i|, because it edits the labels in place before it takes their
@@ -26,8 +32,8 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from nanorlhf.data import (Example, Group, collate, encode_prompts, encode_response, length_limits,
-                           load_records, micro_batches)
+from nanorlhf.data import (Example, Group, collate, describe, encode_prompts, encode_response,
+                           length_limits, load_records, micro_batches)
 from nanorlhf.errors import UserError
 from nanorlhf.evaluate import eval_sampler
 from nanorlhf.files import read_jsonl, require_folder, write_records
@@ -74,7 +80,7 @@ class Config:
     warmup_steps: int = 10           # linear warm-up
     lr_schedule: Literal["cosine", "linear", "constant"] = "linear"  # after the warm-up
     optimizer: Literal["adamw", "adam", "rmsprop"] = "adamw"  # update rule
-    weight_decay: float = 0.0        # on matrices only
+    weight_decay: float = 0.0        # on matrices only; apart from the loss in AdamW
     max_grad_norm: float = 1.0       # clip the gradient's norm to this; 0 = off
 
     # Samples, as candidates and to evaluate while training
@@ -208,6 +214,7 @@ def train(config):
                            tokenizer=tokenizer)
     prompts = encode_prompts(tokenizer, records, config, model.config.context,
                              response_length=1 if config.sampling == "none" else config.response_length)
+    describe("rrhf", tokenizer, [Example(p, len(p)) for p in prompts])
     rewards = {}
     if config.reward != "given":
         rewards["reward"] = load_reward(config.reward, tokenizer, run.device, records, config.data)
@@ -228,9 +235,10 @@ def train(config):
             file = run.out / f"candidates-{first:06d}.jsonl"
             if not file.exists():
                 asked, queries = [records[i] for i in needed], [prompts[i] for i in needed]
+                seed = seed_for(config.seed, "candidates", first)
                 with run.autocast():
-                    candidates = draw_candidates(model, asked, queries, tokenizer, rewards.get("reward"), config,
-                                                 seed_for(config.seed, "candidates", first))
+                    candidates = draw_candidates(model, asked, queries, tokenizer, rewards.get("reward"),
+                                                 config, seed)
                 write_records(file, candidates)
             groups = dict(zip(needed, to_groups(read_jsonl(file))))
 

@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from nanorlhf.data import (Group, collate, length_limits, load_and_hold_out, make_all_turns_example,
+from nanorlhf.data import (Group, collate, describe, length_limits, load_and_hold_out, make_all_turns_example,
                            make_example, micro_batches, pack_texts)
 from nanorlhf.files import require_folder
 from nanorlhf.model import Transformer
@@ -66,7 +66,7 @@ class Config:
     warmup_steps: int = 20           # linear warm-up
     lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"  # after the warm-up
     optimizer: Literal["adamw", "adam", "rmsprop"] = "adamw"  # update rule
-    weight_decay: float = 0.0        # on matrices only
+    weight_decay: float = 0.0        # on matrices only; apart from the loss in AdamW
     max_grad_norm: float = 1.0       # clip the gradient's norm to this; 0 = off
 
     # Run
@@ -143,6 +143,8 @@ def train(config):
     records, held_out = load_and_hold_out(config, config.kind, tokenizer, default_limit=limit)
     groups = to_groups(records, tokenizer, config, model.config.context)
     eval_groups = to_groups(held_out, tokenizer, config, model.config.context)
+
+    describe("sft", tokenizer, [e for g in groups for e in g.examples])
 
     optimizer = make_optimizer(model.parameters(), config.optimizer, config.lr, config.weight_decay)
     state = run.load_checkpoint({"model": model}, {"optimizer": optimizer})

@@ -13,6 +13,7 @@ import hashlib
 import json
 import re
 import sys
+import unicodedata
 import zlib
 from pathlib import Path
 from typing import NamedTuple
@@ -70,7 +71,25 @@ def load_records(path_or_name, kind, split="train", limit=None, skip_bad=False, 
         raise DataError(f"{path}: no {kind} records in {seen} rows" + (f" ({reasons})" if bad else ""))
     if bad:
         print(f"{path}: skipped {sum(bad.values())} of {seen} rows ({reasons})", file=sys.stderr)
+    if tokenizer:
+        warn_if_words_are_glued(path, records, tokenizer)
     return records[:limit]
+
+
+def warn_if_words_are_glued(path, records, tokenizer):
+    """Prints one line if responses begin without a space behind their prompts. "Review:Good" has other tokens than any text that
+    a model has read, and a far lower log-probability. A chat template puts something between the two."""
+    glued = []
+    for record in records:
+        prompt, responses = record.get("prompt", ""), record.get("responses", [])
+        response = record.get("completion") or record.get("chosen") or "".join(responses[:1])
+        before, after = prompt[-1:], response[:1]
+        words = (before.isalnum() or before in tuple(":.,;!?")) and after.isalnum()
+        if words and unicodedata.east_asian_width(after) not in "WF" and not conversation(tokenizer, prompt):
+            glued.append(prompt[-12:] + response[:12])
+    if glued:
+        print(f"{path}: in {len(glued)} of {len(records)} records no space stands between prompt and response, as in "
+              f"{glued[0]!r}: if they are one text, begin the response with a space", flush=True)
 
 
 def _review_records(kind, split, n, seed):
@@ -135,7 +154,8 @@ class Example(NamedTuple):
     tokens: list        # prompt ids, then response ids
     prompt_length: int  # at least 1: the first token is always a condition, never a target
     given: tuple = ()   # (first, last) of later stretches that the model did not say: other speakers' turns
-    cut: bool = False   # the prompt lost a part, because it was too long
+    prompt_cut: bool = False    # the prompt was too long and lost a part
+    response_cut: bool = False  # the response was too long and lost its end, so it has no EOS
 
     @property
     def length(self):
@@ -255,8 +275,8 @@ def encode_prompts(tokenizer, records, config, context, response_length=None):
         print(f"{cut} of {len(prompts)} prompts are cut to at most {max_prompt_length} tokens (--max_prompt_length, "
               f"--keep {config.keep})", flush=True)
     if (longest := max(map(len, prompts))) + response_length > max_length:
-        raise UserError(f"a prompt of {longest} tokens and --response_length {response_length} do not fit into {max_length} "
-                        f"tokens (--max_length, else the model's context): lower --response_length or --max_prompt_length")
+        raise UserError(f"a prompt of {longest} tokens leaves no room for --response_length {response_length} in {max_length} "
+                        f"tokens (--max_length, else the model's context): lower one of them, or --max_prompt_length")
     return prompts
 
 
@@ -273,8 +293,22 @@ def make_examples(tokenizer, prompt, responses, max_length=None, max_prompt_leng
         raise DataError(f"a prompt of {len(prompt_ids)} tokens leaves no room for a response within max_length "
                         f"{max_length}: set max_prompt_length lower")
     rows = [_response_ids(tokenizer, response, prompt, messages) for response in responses]
-    room = max_length and max_length - len(prompt_ids)
-    return [Example(prompt_ids + row[:room], len(prompt_ids), cut=cut) for row in rows]
+    room = max_length - len(prompt_ids) if max_length else max(map(len, rows))
+    return [Example(prompt_ids + row[:room], len(prompt_ids), (), cut, len(row) > room) for row in rows]
+
+
+def describe(name, tokenizer, examples):
+    """Prints the first example as the model reads it, prompt and response apart, and how many prompts and responses were cut."""
+    def shown(ids):
+        text = tokenizer.decode(ids, start=False, special=True)
+        return repr(text if len(text) <= 600 else text[:300] + " ... " + text[-300:])
+    tokens, prompt_length = examples[0][:2]
+    print(f"{name}: the first example as the model reads it, prompt {shown(tokens[:prompt_length])}"
+          + (f", response {shown(tokens[prompt_length:])}" if tokens[prompt_length:] else ""), flush=True)
+    if prompts := sum(e.prompt_cut for e in examples):
+        print(f"{name}: {prompts} of {len(examples)} examples have a cut prompt (--max_prompt_length, --keep)", flush=True)
+    if responses := sum(e.response_cut for e in examples):
+        print(f"{name}: {responses} of {len(examples)} responses are cut and have no EOS (--max_length)", flush=True)
 
 
 def make_group(tokenizer, prompt, responses, numbers, config, context):

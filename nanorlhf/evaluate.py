@@ -37,10 +37,14 @@ def eval_sampler(config, records, tokenizer, policy, reference, rewards, run):
 
     --eval_prompts names the prompts, and --eval_reward a reward that is only measured, beside `rewards`, {name: reward}.
     Without --eval_prompts, training on the built-in task's prompts is evaluated on its test prompts under the gold reward;
-    training on other data is not evaluated, and the function returns {}.
+    training on other data is not evaluated: a line says so, and the function returns {}.
     """
     on_reviews = all(reviews.domain_of(r["prompt"]) for r in records[:10])
-    if not (config.eval_prompts or on_reviews) or config.num_eval_prompts == 0:
+    wanted = config.eval_every > 0 and config.num_eval_prompts > 0
+    if wanted and not (config.eval_prompts or on_reviews):
+        print(f"{run.name}: nothing is sampled while training; --eval_prompts FILE names prompts to sample on, and --eval_reward "
+              f"a reward to measure there", flush=True)
+    if not wanted or not (config.eval_prompts or on_reviews):
         return lambda step: {}
     asked = load_records(config.eval_prompts or "reviews", "prompt", "test", config.num_eval_prompts, tokenizer=tokenizer)
     prompts = encode_prompts(tokenizer, asked, config, policy.config.context)

@@ -325,15 +325,15 @@ def test_tldr_truncation_in_large_steps_equals_one_character_at_a_time(tiny):
 def test_trap_14_prompt_and_response_are_tokenised_and_cut_apart(tiny):
     assert data.make_example(Letters(), "abcd", "xy", 7) == Example([*ids("abcdxy"), 1], 4)       # fits: 4 + 3
     assert data.make_example(Letters(), "abcd", "xy", 7, 4) == Example([*ids("abcdxy"), 1], 4)
-    assert data.make_example(Letters(), "abcd", "xy", 7, 2) == Example([*ids("cdxy"), 1], 2, cut=True)  # whatever the response
-    assert data.make_example(Letters(), "abcd", "xyz", 4, 2) == Example(ids("cdxy"), 2, cut=True)  # the response loses its EOS
-    assert data.make_example(Letters(), "abcd", "xyz", 4, 2, keep="start") == Example(ids("abxy"), 2, cut=True)
-    assert data.make_example(Letters(), "ab", "xyz", 4, 3) == Example(ids("abxy"), 2)             # the room that is left
+    assert data.make_example(Letters(), "abcd", "xy", 7, 2) == Example([*ids("cdxy"), 1], 2, prompt_cut=True)  # whatever the response
+    assert data.make_example(Letters(), "abcd", "xyz", 4, 2) == Example(ids("cdxy"), 2, (), True, True)  # the response loses its EOS
+    assert data.make_example(Letters(), "abcd", "xyz", 4, 2, keep="start") == Example(ids("abxy"), 2, (), True, True)
+    assert data.make_example(Letters(), "ab", "xyz", 4, 3) == Example(ids("abxy"), 2, (), False, True)          # the room that is left
     for limits in ((4, None), (4, 4), (2, 3)):
         with pytest.raises(DataError, match="no room for a response"):
             data.make_example(Letters(), "abcd", "x", *limits)
     a, b = data.make_examples(Letters(), "abcd", ["x", "xyz"], 5, 2)
-    assert a == Example([*ids("cdx"), 1], 2, cut=True) and b == Example(ids("cdxyz"), 2, cut=True)
+    assert a == Example([*ids("cdx"), 1], 2, (), True) and b == Example(ids("cdxyz"), 2, (), True, True)
     joined = data.make_example(tiny, "the c", "at")  # " cat" is one token, but none may straddle the border
     assert joined.tokens == tiny.encode("the c") + tiny.encode("at") + [tiny.eos_id]
     assert tiny.encode("the cat") != joined.tokens[:-1]
@@ -394,3 +394,33 @@ def test_micro_batches_keep_every_row_with_little_padding():
     pairs = [(examples[i], examples[i + 1]) for i in range(0, 50, 2)]
     parts = data.micro_batches(pairs, 4, length=lambda pair: max(len(e.tokens) for e in pair))
     assert sum(map(len, parts)) == 25
+
+
+# ---- What the scripts say about their data --------------------------------------------------------------------------
+
+
+def test_responses_without_a_space_behind_their_prompts_are_counted(tmp_path, capsys, tiny):
+    def said(*rows, kind="completion"):
+        file = tmp_path / "rows.jsonl"
+        file.write_text("".join(json.dumps(r) + "\n" for r in rows))
+        data.load_records(str(file), kind, tokenizer=tiny)
+        return capsys.readouterr().out
+    good = [dict(prompt=p, completion=c) for p, c in (
+        ("Review:", " Good."), ("Review:\n", "Good."), ("Review: ", "Good."), ("", "Good."), ("(", "Good)"), ("Translate:", "好的"),
+        ("Review:", "\nGood."), ("\n\nHuman: Hi\n\nAssistant:", " Good."))]
+    assert said(*good) == ""
+    glued = dict(prompt="Review of Up:", completion="Good."), dict(prompt="The plot is", completion="good.")
+    assert "in 2 of 10 records no space stands between prompt and response, as in 'eview of Up:Good.'" in said(*good, *glued)
+    assert "in 1 of 1 records" in said(dict(prompt="A:", chosen="Yes", rejected=" No"), kind="preference")
+    assert "in 1 of 1 records" in said(dict(prompt="A:", responses=["Yes", " No"], scores=[1, 2]), kind="ranked")
+
+
+def test_describe_shows_the_first_example_and_counts_what_was_cut(capsys, tiny):
+    rows = data.make_examples(tiny, "the cat sat", [" on the mat", " on the mat and the dog sat too"], 8, 3)
+    data.describe("sft", tiny, rows)
+    said = capsys.readouterr().out
+    assert "sft: the first example as the model reads it, prompt 'the cat sat', response ' on the mat<|endoftext|>'" in said
+    assert "1 of 2 responses are cut and have no EOS" in said and "prompt (" not in said
+    data.describe("ppo", tiny, data.make_examples(tiny, "the cat sat on the mat", [" too"], 8, 3))
+    said = capsys.readouterr().out
+    assert "prompt ' on the mat'" in said and "1 of 1 examples have a cut prompt" in said and "no EOS" not in said

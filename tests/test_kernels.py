@@ -228,7 +228,22 @@ def test_filters_keep_the_expected_tokens():
     assert kept(top_p=0.6) == [True, True, False, False]                               # the token that crosses top_p stays
     assert kept(top_p=0.0) == kept(top_k=1) == [True, False, False, False]             # one token always stays
     assert kept(temperature=100.0, top_p=0.6) == [True, True, True, False]             # temperature comes before top_p
-    assert filter_logits(torch.tensor([[1.0, 3.0, 3.0, 0.0]]), top_k=1).isfinite().tolist() == [[False, True, True, False]]
+
+
+def test_filters_keep_all_ties_at_the_border():
+    """Equal logits differ in nothing but their ids: keeping some of them would make the log-probability depend on the order."""
+    def kept(logits, **options):
+        return filter_logits(torch.tensor([logits]), **options).isfinite()[0].tolist()
+    assert kept([1.0, 3.0, 3.0, 0.0], top_k=1) == [False, True, True, False]
+    assert kept([1.0, 3.0, 3.0, 0.0], top_p=0.0) == kept([1.0, 3.0, 3.0, 0.0], top_p=0.3) == [False, True, True, False]
+    assert kept([2.0, 1.0, 1.0, 1.0], top_p=0.6) == [True] * 4                         # the second is needed, and its ties stay
+    coarse = (2 * torch.randn(20, 300, generator=torch.Generator().manual_seed(0))).bfloat16().float()   # many ties
+    for options in (dict(top_k=9), dict(top_p=0.7), dict(top_k=40, top_p=0.5)):
+        filtered = filter_logits(coarse, **options)
+        for row, left in zip(coarse, filtered):
+            assert row[left.isfinite()].min() > row[~left.isfinite()].max()
+        shuffled = torch.randperm(300, generator=torch.Generator().manual_seed(1))
+        assert torch.equal(filter_logits(coarse[:, shuffled], **options), filtered[:, shuffled])
 
 
 def test_filters_agree_with_transformers():

@@ -446,6 +446,26 @@ def test_rrhf_p_is_a_mean_over_the_response_with_eos_in_sum_and_length(model):
         assert p.tolist() == pytest.approx(expected, abs=1e-12)
 
 
+# ---- The reward model's prior ---------------------------------------------------------------------------------------
+
+
+def test_the_mean_loss_and_the_prior_s_share_are_minimal_at_the_map():
+    """A linear reward on N comparisons: sum of losses + precision/2 |w|^2 (MAP, found by Newton's method) and the mean loss +
+    prior / N of train_rm.py have the same minimum; maximum likelihood is elsewhere."""
+    N, precision = 40, 3.0
+    difference = randn(N, 3, seed=1) * torch.tensor([2.0, 1.0, 0.3], dtype=F64) + 0.4   # of the two responses' features
+    w = torch.zeros(3, dtype=F64)
+    for _ in range(50):
+        p = torch.sigmoid(difference @ w)
+        gradient = -(difference * (1 - p)[:, None]).sum(0) + precision * w
+        hessian = (difference.T * (p * (1 - p))) @ difference + precision * torch.eye(3, dtype=F64)
+        w = w - torch.linalg.solve(hessian, gradient)
+    w.requires_grad_()
+    loss = preference_loss(difference @ w, torch.zeros(N, dtype=F64)).mean()
+    assert torch.autograd.grad(loss, w, retain_graph=True)[0].norm() > 1e-2
+    assert torch.autograd.grad(loss + train_rm.negative_log_prior([w], precision) / N, w)[0].norm() < 1e-12
+
+
 # ---- PPO ------------------------------------------------------------------------------------------------------------
 
 
@@ -467,6 +487,58 @@ def test_k1_and_k3_are_unbiased_for_the_kl_of_policy_from_reference():
     for name in ("k1", "k3"):
         assert (logp.exp() * kl_penalty(logp, logq, name)).sum().item() == pytest.approx(kl, abs=1e-12)
     assert abs(kl - other) > 1e-2
+
+
+def enumerated_gradients(estimator, beta=0.2, V=4, length=3):
+    """Returns two gradients of J = E[s(y)] - beta KL(pi || pi_ref) over all responses y of a tiny language model: by PPO's own
+    functions before the first update (rewards, advantages, loss), and of J itself by autograd. Id V-1 is EOS."""
+    policy, reference = (Transformer(ModelConfig(vocab_size=V, context=6, width=8, layers=1, heads=2, kv_heads=2, head_dim=4,
+                                                 ffn=16, init_std=0.6), seed).double() for seed in (1, 2))
+    words = range(V - 1)
+    texts = [[*y, V - 1] for n in range(length) for y in itertools.product(words, repeat=n)]
+    texts += [list(y) for y in itertools.product(words, repeat=length)]                # truncated: no EOS
+    batch = collate([Example([0, *y], 1) for y in texts], 0)
+    scores = randn(len(texts), seed=3)
+    logp, ref = policy.logprobs(batch.tokens, batch.mask), reference.logprobs(batch.tokens, batch.mask).detach()
+    p = logp.sum(1).exp()
+    assert p.sum().item() == pytest.approx(1, abs=1e-12)                               # they are all responses
+    J = (p * (scores - beta * (logp - ref).sum(1))).sum()
+    exact = torch.cat([g.flatten() for g in torch.autograd.grad(J, policy.parameters(), retain_graph=True)])
+    old = logp.detach()
+    rewards = token_rewards(scores, kl_penalty(old, ref, estimator), batch.mask, beta)
+    adv, returns = advantages(rewards, torch.zeros_like(old), batch.mask, gamma=1.0, lam=1.0)
+    zeros = torch.zeros_like(old)
+    loss, _ = ppo_loss(logp, old, adv * p.detach()[:, None], zeros, zeros, zeros, batch.mask, count=1)
+    ours = torch.cat([-g.flatten() for g in torch.autograd.grad(loss, policy.parameters())])
+    return ours, exact
+
+
+def test_only_k1_in_the_reward_has_the_gradient_of_kl():
+    """The gradient of PPO's first update equals that of E[s] - beta KL, enumerated, for k1 alone; k2 and k3 point elsewhere."""
+    ours, exact = enumerated_gradients("k1")
+    assert (ours - exact).norm() < 1e-12 * max(1, exact.norm())
+    for estimator in ("k2", "k3"):
+        ours, exact = enumerated_gradients(estimator)
+        assert (ours - exact).norm() > 0.02 * exact.norm()
+
+
+def test_what_k2_and_k3_in_the_reward_push_towards():
+    """For one token: E[k3 grad log pi] = grad KL(pi || ref) - grad KL(ref || pi), and E[k2 grad log pi] vanishes to first order
+    at the reference, where E[k1 grad log pi] = grad KL does not."""
+    logits, logq = randn(7, seed=1, grad=True), randn(7, seed=2).log_softmax(-1)
+
+    def pushed(estimator, logits, logq):
+        logp = logits.log_softmax(-1)
+        weight = (logp.exp() * kl_penalty(logp, logq, estimator)).detach()
+        return torch.autograd.grad((weight * logp).sum(), logits)[0]
+    logp = logits.log_softmax(-1)
+    forward_kl = torch.autograd.grad((logp.exp() * (logp - logq)).sum(), logits, retain_graph=True)[0]
+    reverse_kl = torch.autograd.grad((logq.exp() * (logq - logp)).sum(), logits)[0]
+    assert torch.allclose(pushed("k1", logits, logq), forward_kl, atol=1e-14)
+    assert torch.allclose(pushed("k3", logits, logq), forward_kl - reverse_kl, atol=1e-14)
+    near = (logq + 1e-4 * randn(7, seed=3)).detach().requires_grad_()
+    size = pushed("k1", near, logq).norm()
+    assert pushed("k2", near, logq).norm() < 1e-3 * size and pushed("k3", near, logq).norm() < 1e-3 * size
 
 
 def test_token_rewards_put_the_score_on_the_last_response_token():

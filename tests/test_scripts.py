@@ -844,7 +844,7 @@ def test_a_prompt_that_leaves_no_room_gives_a_one_line_error(here, tmp_path, mon
     for module in (train_ppo, train_rrhf, sample_bon):
         options = ("--data", file, "--response_length", "8", "--out", tmp_path / "x")
         assert "leaves no room" in stops(monkeypatch, module, *options, "--max_prompt_length", "96")
-        assert "do not fit into 96 tokens" in stops(monkeypatch, module, *options, "--max_prompt_length", "89")
+        assert "leaves no room for --response_length" in stops(monkeypatch, module, *options, "--max_prompt_length", "89")
     assert not (tmp_path / "x").exists()
 
 
@@ -882,6 +882,17 @@ def test_every_script_and_evaluate_read_the_same_part_of_an_overlong_prompt(here
     evaluate.evaluate_policies({"dpo": "out/dpo"}, evaluate.Options(
         **dict(shared, data=f"posts={shared['data']}"), num_samples=2, out=str(tmp_path / "evaluation")))
     assert len(fed) >= 3 and all(row[:len(want)] == want for row in fed)
+
+
+def test_the_prior_adds_its_share_to_the_reward_model_s_loss(here, tmp_path):
+    from nanorlhf.data import load_records, split_records
+
+    plain, prior = (go(train_rm, tmp_path / f"x{c}", max_steps=1, eval_every=0, prior_precision=c) for c in (0.0, 30.0))
+    records, _ = split_records(load_records(train_rm.Config.data, "ranked"), 0.2)
+    N = sum(len(set(r["scores"])) > 1 for r in records)
+    square = sum((p.double() ** 2).sum().item() for p in RewardModel.from_pretrained("out/sft", fresh_head=True).parameters())
+    assert prior[0]["loss"] - plain[0]["loss"] == pytest.approx(30 / (2 * N) * square, rel=1e-4)
+    assert prior[0]["grad_norm"] != plain[0]["grad_norm"]
 
 
 def test_a_length_beyond_the_context_is_refused_before_anything_is_written(here, tmp_path, monkeypatch):
@@ -968,7 +979,7 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(here, tmp_path, monkeypatc
     stops(monkeypatch, module, "--out", "out/sft", "--overwrite", "--data", "nowhere.jsonl")
     if {"response_length", "num_eval_prompts"} <= known_options(module, dict(response_length=0, num_eval_prompts=0)).keys():
         long = ("--response_length", 999, "--max_prompt_length", 8, "--limit", 40)
-        assert "do not fit into 96 tokens" in stops(monkeypatch, module, "--out", "out/sft", "--overwrite", *long)
+        assert "leaves no room for --response_length" in stops(monkeypatch, module, "--out", "out/sft", "--overwrite", *long)
     assert snapshot("out") == before
 
 

@@ -72,6 +72,32 @@ def hardware_limits(device):
     return dict(flops=2 * 2048**3 / best["product"], bytes_per_second=4 * 2**27 / best["read"])
 
 
+def cpu_seconds():
+    """Returns (CPU seconds of all processes, of this one and its children, stolen by the host) so far, from Linux's /proc/stat;
+    None elsewhere."""
+    try:
+        user, nice, system, _, _, irq, softirq, steal = map(int, open("/proc/stat").readline().split()[1:9])
+    except (OSError, ValueError):
+        return None
+    tick = os.sysconf("SC_CLK_TCK")
+    return (user + nice + system + irq + softirq) / tick, sum(os.times()[:4]), steal / tick
+
+
+def warn_if_busy(before, elapsed):
+    """Prints a warning if others used more than a twentieth of the cores since `before`, a result of cpu_seconds. Returns the
+    shares, {others, stolen}."""
+    after = cpu_seconds()
+    if not before or not after:
+        return {}
+    everybody, ours, stolen = (b - a for a, b in zip(before, after))
+    cores = elapsed * os.cpu_count()
+    shares = dict(others=max(0.0, everybody - ours) / cores, stolen=stolen / cores)
+    if sum(shares.values()) > 0.05:
+        print(f"warning: other processes took {shares['others']:.0%} of the cores while this ran, and the host {shares['stolen']:.0%} "
+              f"(steal): threads wait for each other, so times can be many times too long", flush=True)
+    return shares
+
+
 def report(name, ours, peer, limit, **more):
     """Prints one line and returns its JSON row. ours, peer and limit are in seconds."""
     row = dict(name=name, ours_seconds=ours, peer_seconds=peer, speedup=peer / ours, share_of_limit=limit / ours, **more)
@@ -143,14 +169,14 @@ def require_package(module):
 
 
 def both_models(o, device, context):
-    """Returns the same random GPT-2 twice, as ours and as transformers'."""
+    """Returns the same random model twice, as ours and as transformers'."""
     transformers = require_package("transformers")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     warnings.simplefilter("ignore", FutureWarning)
     D, H = o.width or 384, o.heads or 6
-    config = ModelConfig(vocab_size=o.vocab or 8192, context=context, width=D, layers=o.layers or 6, heads=H, kv_heads=H,
-                         head_dim=D // H, ffn=4 * D)
+    config = ModelConfig.for_family(o.family, D, vocab_size=o.vocab or 8192, context=context, layers=o.layers or 6, heads=H,
+                                    kv_heads=o.kv_heads or H, head_dim=D // H)
     ours = Transformer(config).to(device)
     with tempfile.TemporaryDirectory() as folder:
         ours.save_pretrained(folder)
@@ -161,7 +187,7 @@ def both_models(o, device, context):
 def bench_generate(o, device, limits):
     ours, theirs = both_models(o, device, 1024)
     V, T = ours.config.vocab_size, o.new_tokens
-    weights = sum(p.numel() for p in ours.parameters()) - ours.positions.weight.numel()
+    weights = sum(p.numel() for name, p in ours.named_parameters() if name != "positions.weight")
     generator = torch.Generator().manual_seed(0)
 
     def prompt(length):
@@ -186,7 +212,7 @@ def bench_generate(o, device, limits):
         # A decoding step costs 2 FLOPs per weight and row and reads every weight once; prompts, 2 per weight and token.
         limit = (T * max(2 * weights * R / limits["flops"], 4 * weights / limits["bytes_per_second"])
                  + 2 * weights * sum(map(len, prompts)) / limits["flops"])
-        size = f"{o.layers or 6}/{ours.config.width}/{ours.config.heads}/{V}"
+        size = f"{o.family} {o.layers or 6}/{ours.config.width}/{ours.config.heads}/{V}"
         rows.append(report(f"generate {size} {name}", t["ours"], t["peer"], limit, ours_tokens_per_second=R * T / t["ours"],
                            peer_tokens_per_second=R * T / t["peer"]))
     return rows
@@ -337,6 +363,8 @@ def main():
     parser.add_argument("--layers", type=int, default=0, help="default 6")
     parser.add_argument("--width", type=int, default=0, help="default 384; logprob 256")
     parser.add_argument("--heads", type=int, default=0, help="default 6")
+    parser.add_argument("--kv_heads", type=int, default=0, help="default: as many as heads")
+    parser.add_argument("--family", choices=["gpt2", "llama"], default="gpt2", help="generate, step: default gpt2")
     parser.add_argument("--vocab", type=int, default=0, help="default 8192; logprob 50257")
     parser.add_argument("--batch", type=int, nargs="+", default=[], help="default 1 16 64 (each in turn); step 16")
     parser.add_argument("--tokens", type=int, default=4096, help="logprob: number of tokens")
@@ -360,15 +388,17 @@ def main():
         name = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()}, {os.cpu_count()} cores"
         print(f"{name}, torch {torch.__version__}: {limits['flops'] / 1e9:.0f} GFLOP/s, "
               f"{limits['bytes_per_second'] / 1e9:.1f} GB/s", flush=True)
+        before, started = cpu_seconds(), time.monotonic()
         rows = {"logprob": bench_logprob, "generate": bench_generate, "step": bench_step,
                 "tokenize": bench_tokenize}[o.benchmark](o, device, limits)
+        busy = warn_if_busy(before, time.monotonic() - started)
     except UserError as error:
         raise SystemExit(f"error: {error}")
     if o.out:
         modules = ("torch", "transformers", "trl", "tokenizers")
         versions = {m: sys.modules[m].__version__ for m in modules if m in sys.modules}
         write_json(o.out, dict(benchmark=o.benchmark, device=name, threads=torch.get_num_threads(), commit=git_commit(),
-                               python=platform.python_version(), **versions, limits=limits, options=vars(o), results=rows))
+                               python=platform.python_version(), **versions, limits=limits, busy=busy, options=vars(o), results=rows))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from torch import nn
 from nanorlhf.errors import UserError
 from nanorlhf.formats.checkpoints import FAMILIES, load_weights, read_config, read_constants, save_weights, tensor_index
 from nanorlhf.kernels import decode_attention, thin_linear, token_logprobs
+from nanorlhf.training import seed_for
 
 
 @dataclasses.dataclass
@@ -231,7 +232,7 @@ class Transformer(nn.Module):
         if self.embed.weight.is_meta:             # load_weights will fill the model
             return
         self.make_rope()
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(seed_for(seed, "model"))
         for name, p in self.named_parameters():
             if p.dim() > 1:                       # as in GPT-2: divided by sqrt(number of residuals) in residual projections
                 scale = math.sqrt(2 * c.layers) if name.endswith(("attn.out.weight", "mlp.down.weight")) else 1
@@ -328,7 +329,7 @@ class RewardModel(nn.Module):
             self.reset_head(seed)
 
     def reset_head(self, seed):
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(seed_for(seed, "head"))
         nn.init.normal_(self.head.weight, std=1 / math.sqrt(self.config.width + 1), generator=generator)
 
     def forward(self, tokens):

@@ -144,7 +144,7 @@ class Run:
             shown = "  ".join(f"{k} {v:.4g}" for k, v in row.items() if not k.startswith("eval/"))
             speed = f"{self.tokens / seconds:,.0f} tokens/s  " if self.tokens else ""
             print(f"{self.name} {step}/{total}  {shown}  {speed}{left // 60}:{left % 60:02d} left", flush=True)
-        if evals := {k: v for k, v in row.items() if k.startswith("eval/")}:
+        if evals := {k: v for k, v in row.items() if k.startswith("eval/") and not k.endswith("_se")}:
             print(f"{self.name} {step}/{total}  " + "  ".join(f"{k} {v:.4g}" for k, v in evals.items()), flush=True)
 
     def log_samples(self, step, records):

@@ -121,8 +121,8 @@ def usable(scored, keep_unfinished):
 
 
 def stream_of(config):
-    """What the random numbers depend on besides the seed: the data's content, wherever it lies, and n. Held-out
-    comparisons drawn with the training comparisons' numbers would repeat some of their texts."""
+    """What the random numbers depend on besides the seed: the data's content, wherever it lies, and n.
+    Held-out comparisons drawn with the numbers of the training comparisons would repeat some of their texts."""
     data = ("reviews", config.split) if config.data == "reviews" else ("file", sha256_of(config.data))
     return *data, config.n
 

@@ -232,7 +232,7 @@ class Transformer(nn.Module):
         if self.embed.weight.is_meta:             # load_weights will fill the model
             return
         self.make_rope()
-        generator = torch.Generator().manual_seed(seed_for(seed, "model"))
+        generator = torch.Generator().manual_seed(seed)
         for name, p in self.named_parameters():
             if p.dim() > 1:                       # as in GPT-2: divided by sqrt(number of residuals) in residual projections
                 scale = math.sqrt(2 * c.layers) if name.endswith(("attn.out.weight", "mlp.down.weight")) else 1

@@ -321,10 +321,10 @@ def table_columns(rows):
     columns |= {f"gap/{s}": (f"gap {name}", ".2f", f"{judge} {first} - {judge} {name} of the same policy")
                 for s, name in names.items()}
     columns |= {
-        "ead_per_input": ("EAD per input", ".2f", "distinct n-grams in the samples of a prompt, relative to those expected, mean "
-                                                  "over n = 1 to 5 and prompts; higher for shorter texts"),
-        "ead_first_per_input": (f"EAD per input, {words} words", ".2f", "the same of the first words of each text, as many as 90% "
-                                "of SFT's texts have, so that a text's length matters less"),
+        "ead_per_input": ("EAD per input", ".2f", "distinct n-grams in the samples of a prompt, relative to those expected, "
+                                                  "mean over n = 1 to 5 and prompts; higher for shorter texts"),
+        "ead_first_per_input": (f"EAD per input, {words} words", ".2f", "the same of the first words of each text, as many as "
+                                "90% of SFT's texts have, so that a text's length matters less"),
         "ead_across": ("EAD across", ".2f", "EAD of the set of one sample per prompt"),
         "ead_first_across": (f"EAD across, {words} words", ".2f", "likewise"),
         "nli_per_input": ("NLI per input", ".2f", "contradictions minus entailments between two samples of a prompt, both "

@@ -32,8 +32,8 @@ def pipeline(out, monkeypatch):
 
 
 def record_streams(monkeypatch):
-    """From now on, notes who starts which random stream: returns {(keys given to seed_for, row): [stage or policy, ...]}. The keys
-    are None if the seed does not come from seed_for."""
+    """From now on, notes who starts which random stream. Returns {(keys given to seed_for, row): [stage or policy, ...]}, where
+    the keys are None if the seed does not come from seed_for."""
     started, keys_of, stage = collections.defaultdict(list), {}, ["the table"]
     seed_for, philox, generator, table_row = training.seed_for, np.random.Philox, torch.Generator, nanorlhf.evaluate.table_row
 
@@ -134,13 +134,6 @@ def test_no_two_purposes_share_random_numbers(run_once):
         "comparisons", "comparisons_test", "comparisons_ood_near", "comparisons_ood_far", "bon"}
 
 
-def test_held_out_comparisons_do_not_repeat_training_comparisons_by_their_random_numbers(finished):
-    """The base's samples hardly depend on the prompt here, so equal numbers would give equal texts."""
-    train, test = ([(r["chosen"], r["rejected"]) for r in map(json.loads, open(finished[0] / name / "comparisons.jsonl"))]
-                   for name in ("comparisons", "comparisons_test"))
-    assert train and test and not set(map(frozenset, train)) & set(map(frozenset, test))
-
-
 def test_the_pipeline_resumes_where_it_stopped_and_lists_no_plot_that_it_did_not_make(finished, monkeypatch):
     out, said = finished
     assert "frontier.png" in said or not (out / "frontier.png").exists()
@@ -179,7 +172,8 @@ def test_a_table_over_seeds_has_means_and_students_t_intervals():
     assert over("x", 1.0, 2.0, 3.0) == pytest.approx((2.0, 2.0 - 4.3027 / 3 ** 0.5, 2.0 + 4.3027 / 3 ** 0.5), abs=1e-4)
     half = 2.0860 * np.std(range(21), ddof=1) / 21 ** 0.5
     assert over("x", *map(float, range(21))) == pytest.approx((10.0, 10 - half, 10 + half), abs=1e-3)
-    assert over("ended", 0.0, 1.0, 0.5) == (0.5, 0.0, 1.0) and over("gold/test", -2.0, -1.9)[1:] == (-2.0, pytest.approx(-1.3147, abs=1e-3))
+    assert over("ended", 0.0, 1.0, 0.5) == (0.5, 0.0, 1.0)
+    assert over("gold/test", -2.0, -1.9) == pytest.approx((-1.95, -2.0, -1.95 + 12.7062 * 0.05), abs=1e-3)
     assert over("x", 0.5, 0.5) == (0.5, None, None) and over("seconds", 1.0, 2.0) == (1.5, None, None)
     assert over_seeds([[{"method": "a", "x": (1.0, 0.5, 2.0)}]])[0]["x"] == (1.0, 0.5, 2.0)
 

@@ -122,7 +122,7 @@ def usable(scored, keep_unfinished):
 
 def stream_of(config):
     """What the random numbers depend on besides the seed: the data's content, wherever it lies, and n.
-    Held-out comparisons drawn with the numbers of the training comparisons would repeat some of their texts."""
+    Held-out comparisons with the random numbers of the training comparisons would repeat some texts."""
     data = ("reviews", config.split) if config.data == "reviews" else ("file", sha256_of(config.data))
     return *data, config.n
 
@@ -193,7 +193,7 @@ def write_outputs(run, scored, config, stream):
         write_records(run.out / "ranked.jsonl", ranked)
     if config.label_temperature >= 0:
         temperature, pairs = config.label_temperature, []
-        for i, r in enumerate(records):                                            # each prompt has its stream
+        for i, r in enumerate(records):                                  # a stream for each prompt
             rng = np.random.Generator(np.random.Philox(key=[seed_for(config.seed, "labels", *stream), i]))
             pairs += comparisons(r, temperature, rng)
         write_records(run.out / "comparisons.jsonl", pairs)
@@ -202,7 +202,7 @@ def write_outputs(run, scored, config, stream):
                                     temperature)
             print(f"{len(pairs)} comparisons; a perfect judge would agree with {ceiling:.1%} of their labels")
     else:
-        print("comparisons.jsonl is not written: that takes --label_temperature (0 or more) and --n 2 or more")
+        print("comparisons.jsonl is not written: that takes --label_temperature (0 or more) and --n above 1")
 
 
 def write_curve(run, scored, config):

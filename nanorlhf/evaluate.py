@@ -196,7 +196,7 @@ def table_row(evaluation, name, model, n=1):
     of its 95% interval over prompts)}, the ends None where there is no interval; values: {column: one number per prompt}."""
     e, row, values, texts = evaluation, {"method": name}, {}, []
     values |= per_input_values(e, model, n)
-    row["ead_first_words"] = e.first_words, None, None
+    row["first_words"] = e.first_words, None, None
     for split, prompts in e.prompts.items():
         records = e.records[split]
         responses = [drawn[0] for drawn in e.draw(model, split, 1, n, "samples")]
@@ -306,9 +306,10 @@ def table_columns(rows):
     names = {"test": "ID"} | {s: s.replace("ood_", "OOD-") for s in ("ood_near", "ood_far")}
     splits = [c.removeprefix("reward/") for c in rows[0] if c.startswith("reward/") and not c.endswith(MINUS_SFT)]
     judge, names = "gold" if f"gold/{splits[0]}" in rows[0] else "reward", {s: names.get(s, s) for s in splits}
-    first, words = names[splits[0]], f"{rows[0]['ead_first_words'][0]:.3g}"
-    columns = {f"{judge}/{s}": (f"{judge} {name}", ".2f", "the judge's mean score of one sample per prompt" + (
-        "; this split is the one of all columns without a split" if s == splits[0] else "")) for s, name in names.items()}
+    first, words = names[splits[0]], f"{rows[0]['first_words'][0]:.3g}"
+    columns = {f"{judge}/{s}": (f"{judge} {name}", ".2f", f"likewise, on the split {s}") for s, name in names.items()}
+    columns[f"{judge}/{splits[0]}"] = (f"{judge} {first}", ".2f", f"the judge's mean score of one sample per prompt of the split "
+                                       f"{splits[0]}; columns that name no split are of this one")
     columns.setdefault(f"reward/{splits[0]}", ("learned reward", ".2f", "mean score by the reward that best-of-N chooses by"))
     columns |= {
         "kl": ("KL to SFT", ".2f", "KL(policy || SFT) in nats per response, exact at every token of the policy's samples; of "

@@ -5,7 +5,6 @@ import json
 import math
 import random
 import shutil
-import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -14,7 +13,6 @@ import pytest
 import torch
 
 import sample_bon
-from conftest import ROOT
 from nanorlhf import evaluate, reviews
 from nanorlhf.data import Example, collate, encode_prompt, encode_response
 from nanorlhf.errors import UserError
@@ -538,28 +536,30 @@ def test_prompts_are_cut_as_the_options_say(sft):
     assert len(whole) > 3 and end == whole[-3:] and start == whole[:3]
 
 
-def table(sft, *more):
-    command = [sys.executable, "-m", "nanorlhf.evaluate", f"{sft}/other", "--reference", f"{sft}/sft", "--num_prompts", "4",
-               "--reward", f"{sft}/judge.py:score", "--diversity_prompts", "1", "--num_samples", "2", "--response_length", "6",
-               "--device", "cpu", "--out", f"{sft}/out", *more]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+def test_the_command_names_the_judge_and_overwrites_only_a_table_and_only_if_asked(sft, monkeypatch, capsys):
+    judge, out = f"{sft}/judge.py:score", sft / "out"
 
+    def table(*more):
+        """Runs the command here; returns what it printed, or its error."""
+        monkeypatch.setattr(sys, "argv", [
+            "evaluate", f"{sft}/other", "--reference", f"{sft}/sft", "--num_prompts", "4", "--reward", judge, "--diversity_prompts",
+            "1", "--num_samples", "2", "--response_length", "6", "--device", "cpu", "--out", str(out), *more])
+        try:
+            evaluate.main()
+        except SystemExit as error:
+            return str(error)
+        return capsys.readouterr().out
 
-def test_the_command_names_the_judge_and_overwrites_only_a_table_and_only_if_asked(sft):
-    first = table(sft, "--temperature", "0")
-    assert first.returncode == 0, first.stderr
-    assert "The judge is `gold` = the true reward of the built-in task. The learned reward is " in first.stdout
-    written = (sft / "out" / "table.md").read_text(encoding="utf-8")
-    assert written.strip() in first.stdout
-    again = table(sft)
-    assert again.returncode == 1 and again.stderr.count("\n") == 1 and "already holds files" in again.stderr
-    assert "--overwrite" in again.stderr and (sft / "out" / "table.md").read_text(encoding="utf-8") == written
-    judge = f"{sft}/judge.py:score"
-    assert f"The judge is `gold` = {judge}." in table(sft, "--overwrite", "--gold", judge).stdout
-    run = table(sft, "--out", f"{sft}/sft", "--overwrite")
-    assert run.returncode == 1 and "holds no table" in run.stderr and not (sft / "sft" / "table.json").exists()
-    bad = table(sft, "--keep", "middle", "--overwrite")
-    assert bad.returncode == 1 and "--keep middle" in bad.stderr and bad.stderr.count("\n") == 1
+    first = table("--temperature", "0")
+    assert f"The judge is `gold` = the true reward of the built-in task. The learned reward is {judge}." in first
+    written = (out / "table.md").read_text(encoding="utf-8")
+    assert written.strip() in first
+    again = table()
+    assert again.startswith("error: ") and "already holds files" in again and "--overwrite" in again and "\n" not in again
+    assert (out / "table.md").read_text(encoding="utf-8") == written
+    assert f"The judge is `gold` = {judge}." in table("--overwrite", "--gold", judge)
+    assert "holds no table" in table("--out", f"{sft}/sft", "--overwrite") and not (sft / "sft" / "table.json").exists()
+    assert table("--keep", "middle", "--overwrite").startswith("error: --keep middle")
 
 
 def bon(sft, out, **changed):

@@ -14,8 +14,8 @@ def seed_for(seed, *keys):
     """Returns a 63-bit seed for one purpose, such as ("rollout", step).
 
     All randomness is a pure function of (seed, purpose, step) and no generator's state is carried along, so a resumed run draws
-    what the uninterrupted run would have drawn. Two purposes never share random numbers, so every generator's seed comes from
-    here. Runs of one seed share those of the same purpose: PPO and PPO-GT differ by less noise than two seeds would.
+    what the uninterrupted run would have drawn. Two purposes never share random numbers, so every generator of a run gets
+    its seed here. Runs of one seed share those of the same purpose, so that PPO and PPO-GT, say, differ by less noise.
     """
     words = [seed] + [int.from_bytes(hashlib.sha256(str(k).encode()).digest()[:8], "little") for k in keys]
     return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> 1)

@@ -9,8 +9,11 @@ measured (--eval_reward): taking one maximum of N would overestimate the first a
 In --out:  best.jsonl         prompt, completion, score                      for train_sft.py
            ranked.jsonl       prompt, responses, scores                      for train_rrhf.py --kind ranked
            comparisons.jsonl  prompt, chosen, rejected (--label_temperature) for train_rm.py and train_dpo.py
-           curve.json         n, reward, eval_reward, kl
+           curve.json         n, reward, eval_reward, kl; reward_interval: half of its 95% interval
 Other columns of the data are written along.
+
+The samples depend on --seed, --n and the data (a file's content, or the split), but on neither the reward nor
+--batch_size. So another reward ranks the same samples, and other prompts never get the same random numbers.
 
 --label_temperature makes comparisons as in DPO's sentiment setting: the responses to a prompt are paired,
 and a noisy judge prefers a to b with probability sigmoid((r_a - r_b) / temperature). At 0 the higher score
@@ -27,7 +30,7 @@ import numpy as np
 
 from nanorlhf.data import Example, decode_response, describe, encode_prompts, load_records
 from nanorlhf.errors import UserError
-from nanorlhf.files import require_folder, write_json, write_records
+from nanorlhf.files import require_folder, sha256_of, write_json, write_records
 from nanorlhf.formats.records import other_columns
 from nanorlhf.generate import generate, repeated
 from nanorlhf.metrics import best_of_n_estimate, bon_kl, mean_and_interval
@@ -118,6 +121,13 @@ def usable(scored, keep_unfinished):
     return scored | {k: [scored[k][i] for i in kept] for k in ("responses", "scores")}
 
 
+def stream_of(config):
+    """What the random numbers depend on besides the seed: the data's content, wherever it lies, and n.
+    Held-out comparisons with the random numbers of the training comparisons would repeat some texts."""
+    data = ("reviews", config.split) if config.data == "reviews" else ("file", sha256_of(config.data))
+    return *data, config.n
+
+
 def sample(config):
     run = Run(config, "bon")
     if run.finished:
@@ -136,14 +146,16 @@ def sample(config):
     eval_reward = load_reward(measured, tokenizer, run.device, records, config.data) if measured else None
     columns = other_columns(records)
 
-    # Each batch of prompts has its own seed. --resume starts again: the same seeds draw the same samples.
+    # --resume starts again: the same seed draws the same samples.
     run.begin(0)
+    stream = stream_of(config)
     scored, n = [], config.n
     for first in range(0, len(prompts), config.batch_size):
         queries, asked = (items[first:first + config.batch_size] for items in (prompts, records))
         with run.autocast():
             samples = generate(policy, queries, config.response_length, config.temperature, config.top_k,
-                               config.top_p, n, seed_for(config.seed, "bon", first), tokenizer=tokenizer)
+                               config.top_p, n, seed_for(config.seed, "bon", *stream), tokenizer=tokenizer,
+                               first_row=first * n)
         responses = samples.responses()
         scores = reward(repeated(queries, n), responses, repeated(asked, n)).view(-1, n)            # [P, n]
         if eval_reward:
@@ -159,12 +171,12 @@ def sample(config):
             metrics["eval_reward/of_best"] = values.gather(1, scores.argmax(1, keepdim=True)).mean()
         run.log(len(scored), len(prompts), metrics, tokens=sum(map(len, responses)))
 
-    write_outputs(run, scored, config)
+    write_outputs(run, scored, config, stream)
     write_curve(run, scored, config)
     run.done()
 
 
-def write_outputs(run, scored, config):
+def write_outputs(run, scored, config, stream):
     """best.jsonl, ranked.jsonl and comparisons.jsonl."""
     records = [usable(s, config.keep_unfinished) for s in scored]
     if dropped := len(scored) * config.n - sum(len(r["responses"]) for r in records):
@@ -182,14 +194,17 @@ def write_outputs(run, scored, config):
                   for r in records if len(r["responses"]) > 1]
         write_records(run.out / "ranked.jsonl", ranked)
     if config.label_temperature >= 0:
-        temperature = config.label_temperature
-        rng = np.random.Generator(np.random.Philox(key=seed_for(config.seed, "labels")))
-        pairs = [pair for r in records for pair in comparisons(r, temperature, rng)]
+        temperature, pairs = config.label_temperature, []
+        for i, r in enumerate(records):                                  # a stream for each prompt
+            rng = np.random.Generator(np.random.Philox(key=[seed_for(config.seed, "labels", *stream), i]))
+            pairs += comparisons(r, temperature, rng)
         write_records(run.out / "comparisons.jsonl", pairs)
         if pairs:
             ceiling = label_ceiling([p["score_chosen"] for p in pairs], [p["score_rejected"] for p in pairs],
                                     temperature)
             print(f"{len(pairs)} comparisons; a perfect judge would agree with {ceiling:.1%} of their labels")
+    else:
+        print("comparisons.jsonl is not written: that takes --label_temperature (0 or more) and --n above 1")
 
 
 def write_curve(run, scored, config):

@@ -8,8 +8,6 @@ stopped at any moment, running it again resumes.
 """
 
 import dataclasses
-import math
-import statistics
 import time
 from pathlib import Path
 
@@ -19,11 +17,12 @@ import train_ppo
 import train_rm
 import train_rrhf
 import train_sft
-from nanorlhf.evaluate import Options as EvaluateOptions
-from nanorlhf.evaluate import table_columns, evaluate_policies, markdown_table
 from nanorlhf.errors import UserError
+from nanorlhf.evaluate import Options as EvaluateOptions
+from nanorlhf.evaluate import GOLD_RANGE, OVER_PROMPTS, evaluate_policies, markdown_table, possible_range, report
 from nanorlhf.files import read_json, read_jsonl, write_json, write_records, write_text
-from nanorlhf.options import parse_options
+from nanorlhf.metrics import mean_and_interval, share_interval, within
+from nanorlhf.options import check_options, parse_options
 from nanorlhf.run import git_commit
 
 
@@ -103,17 +102,20 @@ def reward_model_rows(out):
         accuracy, n = last[f"eval/{split}/accuracy"], last[f"eval/{split}/pairs"]
         ceiling = sample_bon.label_ceiling([p["score_chosen"] for p in pairs], [p["score_rejected"] for p in pairs],
                                            LABEL_TEMPERATURE)
-        row = {"method": split, "accuracy": (accuracy, 1.96 * math.sqrt(accuracy * (1 - accuracy) / n)),
-               "ceiling": (ceiling, None)}
-        quarters = {f"q{k}": last.get(f"eval/{split}/accuracy_q{k}") for k in range(1, 5)}
-        row |= {k: (v, None) for k, v in quarters.items() if v is not None}
+        row = {"method": split, "accuracy": share_interval(accuracy, n), "ceiling": (ceiling, None, None)}
+        quarters = {k: last.get(f"eval/{split}/accuracy_q{k}") for k in range(1, 5)}
+        row |= {f"accuracy_q{k}": share_interval(v, n / 4) for k, v in quarters.items() if v is not None}
         rows.append(row)
     return rows
 
 
 REWARD_MODEL_COLUMNS = {
-    "accuracy": ("accuracy", ".0%"), "ceiling": ("ceiling", ".0%"), "q1": ("least sure quarter", ".0%"),
-    "q2": ("second", ".0%"), "q3": ("third", ".0%"), "q4": ("surest quarter", ".0%")}
+    "accuracy": ("accuracy", ".0%"), "ceiling": ("ceiling", ".0%"), "accuracy_q1": ("least sure quarter", ".0%"),
+    "accuracy_q2": ("second", ".0%"), "accuracy_q3": ("third", ".0%"), "accuracy_q4": ("surest quarter", ".0%")}
+REWARD_MODEL_LEGEND = """- accuracy: share of held-out comparisons that the reward model orders as their noisy labels do
+- ceiling: what an oracle with the true reward would reach
+- quarters: the accuracy in quarters of the comparisons, by the reward model's own confidence
+"""
 
 
 def run_seed(out, seed, scale):
@@ -124,24 +126,21 @@ def run_seed(out, seed, scale):
         reference=f"{out}/sft", reward=f"{out}/rm", bon=N, seed=seed, num_prompts=max(8, round(250 * scale)),
         diversity_prompts=max(4, round(50 * scale))))
     for row in rows:
-        row["seconds"] = (seconds.get(POLICIES.get(row["method"], "bon"), 0.0), None)
+        row["seconds"] = (seconds.get(POLICIES.get(row["method"], "bon"), 0.0), None, None)
     return rows, samples
 
 
 def over_seeds(tables):
     """Averages rows over the seeds, with 95% intervals (Student's t) over the seeds. A single seed's rows do not change."""
-    S = len(tables)
-    if S == 1:
+    if len(tables) == 1:
         return tables[0]
-    t = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}.get(S, 2.26)
     rows = []
     for same in zip(*tables):
         row = {"method": same[0]["method"]}
         for column in same[0]:
             if column != "method" and all(column in r for r in same):
-                values = [r[column][0] for r in same]
-                half = t * statistics.stdev(values) / math.sqrt(S)
-                row[column] = (statistics.fmean(values), half if half > 0 and column != "seconds" else None)
+                mean, half = mean_and_interval([r[column][0] for r in same])
+                row[column] = within(mean, 0.0 if column == "seconds" else half, *possible_range(column, GOLD_RANGE))
         rows.append(row)
     return rows
 
@@ -159,12 +158,13 @@ def frontier(folders):
 
 
 def plot_frontier(lines, sft_gold, file):
-    """Plots gold reward against KL to SFT (Rafailov 2023, Figure 2): one point per evaluation, one colour per method."""
+    """Plots gold reward against KL to SFT (Rafailov 2023, Figure 2): one point per evaluation, one colour per method. Returns
+    whether it could."""
     try:
         import matplotlib
     except ImportError:
         print("no plot: it needs the extra `plot` (pip install -e '.[plot]')")
-        return
+        return False
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     figure, axes = plt.subplots(figsize=(8, 5))
@@ -177,6 +177,7 @@ def plot_frontier(lines, sft_gold, file):
     axes.legend(fontsize=8)
     figure.savefig(file, dpi=120, bbox_inches="tight")
     plt.close(figure)
+    return True
 
 
 def samples_page(samples, prompts_a_split=2):
@@ -196,25 +197,29 @@ def main():
     root = Path(options.out)
     folders = [root / f"seed-{options.seed + k}" for k in range(options.seeds)] if options.seeds > 1 else [root]
     try:
+        check_options(options)
         results = [run_seed(folder, options.seed + k, options.scale) for k, folder in enumerate(folders)]
-    except UserError as error:
+    except (UserError, OSError) as error:
         raise SystemExit(f"error: {error}")
     except KeyboardInterrupt:
         raise SystemExit("interrupted; the same command resumes from here")
     tables, samples = zip(*results)
     rows, lines = over_seeds(tables), frontier(folders)
-    intervals = "Student's t over the seeds" if options.seeds > 1 else "normal, over the prompts"
     judge = over_seeds([reward_model_rows(folder) for folder in folders])
-    reward_model = markdown_table(judge, REWARD_MODEL_COLUMNS).replace("| method ", "| reward model on ", 1)
-    table = (f"{markdown_table(rows, table_columns(rows))}\n\n{reward_model}\n\n"
-             f"{options.seeds} seed(s); ± is half of a 95% interval ({intervals}).\n")
+    note = "" if options.scale >= 1 else (
+        f"A run shortened to {options.scale:.3g} of its length (--scale): it shows that every stage runs. Its numbers say "
+        f"nothing about the methods.")
+    intervals = f"over the {options.seeds} seeds, by Student's t" if options.seeds > 1 else OVER_PROMPTS
+    table = report(rows, f"{note} The judge is `gold`, the true reward of the built-in task.".strip(), intervals)
+    table += f"\n{markdown_table(judge, REWARD_MODEL_COLUMNS, 'reward model on')}\n\n{REWARD_MODEL_LEGEND}"
     write_text(root / "table.md", table)
-    write_json(root / "table.json", dict(rows=rows, judge=judge, seeds=tables, commit=git_commit(), frontier=lines,
+    write_json(root / "table.json", dict(rows=rows, judge=judge, seeds=tables, commit=git_commit(), frontier=lines, note=note,
                                          options=dataclasses.asdict(options), seconds=round(time.monotonic() - started)))
     write_records(root / "samples.jsonl", [s for one_seed in samples for s in one_seed])
     write_text(root / "samples.md", samples_page(samples[0]))
-    plot_frontier(lines, rows[0]["gold/test"][0], root / "frontier.png")
-    print(f"\n{table}\n{root}/table.md, table.json, frontier.png, samples.md; {time.monotonic() - started:.0f} seconds")
+    plot = plot_frontier(lines, rows[0]["gold/test"][0], root / "frontier.png")
+    print(f"\n{table}\n{root}/table.md, table.json, samples.md{', frontier.png' if plot else ''}; "
+          f"{time.monotonic() - started:.0f} seconds")
 
 
 if __name__ == "__main__":

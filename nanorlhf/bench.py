@@ -93,8 +93,8 @@ def warn_if_busy(before, elapsed):
     cores = elapsed * os.cpu_count()
     shares = dict(others=max(0.0, everybody - ours) / cores, stolen=stolen / cores)
     if sum(shares.values()) > 0.05:
-        print(f"warning: other processes took {shares['others']:.0%} of the cores while this ran, and the host {shares['stolen']:.0%} "
-              f"(steal): threads wait for each other, so times can be many times too long", flush=True)
+        print(f"warning: other processes took {shares['others']:.0%} of the cores while this ran, and the host "
+              f"{shares['stolen']:.0%} (steal): threads wait for each other, so times can be many times too long", flush=True)
     return shares
 
 
@@ -398,7 +398,8 @@ def main():
         modules = ("torch", "transformers", "trl", "tokenizers")
         versions = {m: sys.modules[m].__version__ for m in modules if m in sys.modules}
         write_json(o.out, dict(benchmark=o.benchmark, device=name, threads=torch.get_num_threads(), commit=git_commit(),
-                               python=platform.python_version(), **versions, limits=limits, busy=busy, options=vars(o), results=rows))
+                               python=platform.python_version(), **versions, limits=limits, busy=busy, options=vars(o),
+                               results=rows))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@
 import dataclasses
 import functools
 import itertools
+import math
 import sys
 import time
 from pathlib import Path
@@ -20,10 +21,11 @@ from nanorlhf.data import (Example, collate, decode_response, encode_prompts, en
 from nanorlhf.errors import UserError
 from nanorlhf.files import local_folder, require_folder, write_json, write_records, write_text
 from nanorlhf.generate import generate, repeated
-from nanorlhf.metrics import (across_input_diversity, bon_kl, expectation_adjusted_distinct, mean_and_interval,
-                              mnli_relation, nli_diversity, sbert_diversity, sequence_kl, win_rate)
+from nanorlhf.metrics import (across_input_diversity, bon_kl, difference_and_interval, expectation_adjusted_distinct,
+                              mean_and_interval, mnli_relation, nli_diversity, sbert_diversity, sequence_kl, share_interval,
+                              win_rate, within, words_of)
 from nanorlhf.model import Transformer, check_fit, pick_device
-from nanorlhf.options import named_files, parse_options
+from nanorlhf.options import check_options, named_files, parse_options
 from nanorlhf.rewards import load_reward
 from nanorlhf.tokenizer import check_same_ids, load_tokenizer
 from nanorlhf.training import seed_for
@@ -66,9 +68,10 @@ def eval_sampler(config, records, tokenizer, policy, reference, rewards, run):
 def measure(policy, reference, tokenizer, prompts, rewards, max_new_tokens, temperature=1.0, seed=0, autocast=None,
             records=None):
     """Samples one response per prompt. Returns means of each reward, sequence KL to the reference, length and the share that
-    ended with EOS, as {"eval/...": number}; and the texts as records.
+    ended with EOS, as {"eval/NAME": mean, "eval/NAME_se": its standard error over the prompts}; and the texts as records.
 
-    prompts: lists of ids; records: the records they belong to; rewards: {name: reward of load_reward}.
+    prompts: lists of ids; records: the records they belong to; rewards: {name: reward of load_reward}. The random numbers are
+    the same at every step, so that two evaluations of a run differ by its weights only; nothing else uses them.
     """
     device = policy.embed.weight.device
     with autocast or torch.autocast(device.type, enabled=False):
@@ -76,21 +79,25 @@ def measure(policy, reference, tokenizer, prompts, rewards, max_new_tokens, temp
         responses = samples.responses()
         kl = sampled_kl(policy, reference, tokenizer, prompts, responses, temperature)
     scores = {name: reward(prompts, responses, records) for name, reward in rewards.items()}
-    metrics = {f"eval/{name}": float(s.mean()) for name, s in scores.items()}
-    metrics |= {"eval/kl": float(np.mean(kl)), "eval/length": float(np.mean([len(r) for r in responses])),
-                "eval/ended": float(samples.finished.float().mean())}
+    columns = scores | {"kl": kl, "length": [len(r) for r in responses], "ended": samples.finished.float().cpu()}
+    columns = {f"eval/{name}": np.asarray(values, dtype=np.float64) for name, values in columns.items()}
+    metrics = {name: float(v.mean()) for name, v in columns.items()}
+    if len(prompts) > 1:
+        metrics |= {f"{name}_se": float(v.std(ddof=1) / math.sqrt(len(v))) for name, v in columns.items()}
     texts = [dict(prompt=tokenizer.decode(p), completion=tokenizer.decode(r, start=False),
                   **{n: float(s[i]) for n, s in scores.items()}) for i, (p, r) in enumerate(zip(prompts, responses))]
     return metrics, texts
 
 
 def sampled_kl(policy, reference, tokenizer, prompts, responses, temperature, batch_size=64):
-    """sequence_kl of these responses of the policy: a list of numbers, not in the prompts' order."""
-    kl, examples = [], [Example(p + r, len(p)) for p, r in zip(prompts, responses)]
-    for part in micro_batches(examples, batch_size):
-        batch = collate(part, tokenizer.pad_id, policy.embed.weight.device)
-        kl += sequence_kl(policy, reference, batch.tokens, batch.mask, temperature).tolist()
-    return kl
+    """Returns sequence_kl of each of these responses of the policy, a list of numbers. At temperature 0 a policy is one text
+    without a distribution: then the KL is that of temperature 1 along the text."""
+    examples = [Example(p + r, len(p)) for p, r in zip(prompts, responses)]
+    kl = np.empty(len(examples))
+    for rows in micro_batches(range(len(examples)), batch_size, length=lambda i: examples[i].length):
+        batch = collate([examples[i] for i in rows], tokenizer.pad_id, policy.embed.weight.device)
+        kl[rows] = sequence_kl(policy, reference, batch.tokens, batch.mask, temperature or 1.0).cpu()
+    return kl.tolist()
 
 
 # ---- A table over finished checkpoints ------------------------------------------------------------------------------
@@ -117,10 +124,32 @@ class Options:
     seed: int = 0                    # of the samples
     device: str = "auto"             # cpu, cuda, cuda:1, ...; auto = a GPU if there is one
     out: str = "out/evaluation"      # folder for table.md, table.json and samples.jsonl
+    overwrite: bool = False          # overwrite the table in --out
+
+
+ANY, GOLD_RANGE = (-math.inf, math.inf), (reviews.REWARD_MIN, reviews.REWARD_MAX)
+RANGES = {"win": (0, 1), "ended": (0, 1), "accuracy": (0, 1), "ead": (0, 1), "nli": (-2, 2), "sbert": (0, 2),
+          "kl": (0, math.inf), "length": (0, math.inf)}                 # of the columns whose names begin so
+MINUS_SFT = " - SFT"                                                    # ends the names of columns of paired differences
+
+
+def possible_range(column, gold_range=ANY):
+    """Returns (lowest, highest) possible value of a column of the table; gold_range: of the true reward."""
+    if column.endswith(MINUS_SFT) or column.startswith("gap/"):
+        lowest, highest = possible_range(column.removesuffix(MINUS_SFT).replace("gap/", "gold/"), gold_range)
+        return lowest - highest, highest - lowest
+    return next((r for start, r in (RANGES | {"gold": gold_range}).items() if column.startswith(start)), ANY)
+
+
+def judge_of(options):
+    """Returns (column, reward) of the judge, which decides which of two texts wins: "gold" or "reward", and what it names."""
+    gold = options.gold or ("gold" if options.data == "reviews" else "")
+    return ("gold", gold) if gold else ("reward", options.reward)
 
 
 class Evaluation:
-    """What all policies of a table share: prompts by split, the reference, the rewards, the scores of the data's own answers."""
+    """What all policies of a table share: prompts by split, the reference, the rewards, the scores of the data's own answers and
+    of the reference's texts that a policy's texts have to beat."""
 
     def __init__(self, options):
         self.options, device = options, pick_device(options.device)
@@ -128,10 +157,11 @@ class Evaluation:
         self.reference = Transformer.from_pretrained(options.reference).to(device)
         check_fit(self.reference, tokenizer)
         self.on_reviews = options.data == "reviews"
-        gold = options.gold or ("gold" if self.on_reviews else "")
+        self.judge, judge = judge_of(options)
         self.rewards = {"reward": load_reward(options.reward, tokenizer, device)}
-        self.rewards |= {"gold": load_reward(gold, tokenizer, device)} if gold else {}
-        self.judge = "gold" if gold else "reward"                       # decides which of two texts wins
+        if self.judge == "gold":
+            self.rewards["gold"] = load_reward(judge, tokenizer, device)
+        self.gold_range = GOLD_RANGE if judge == "gold" else ANY
         if self.on_reviews:
             sources = {split: ("reviews", split) for split in ("test", "ood_near", "ood_far")}
         else:
@@ -150,66 +180,89 @@ class Evaluation:
             written = [encode_response(tokenizer, r["completion"], r["prompt"])[:max_length - len(p)]
                        for r, p in zip(asked, self.prompts[self.first])]
             self.written_scores = self.rewards[self.judge](self.prompts[self.first], written, asked)
+        opponents = [drawn[0] for drawn in self.draw(self.reference, self.first, 1, 1, "opponent")]
+        self.opponent_scores = self.rewards[self.judge](self.prompts[self.first], opponents, asked)
+        self.first_words = None                                         # set by the first row, the reference's
 
     def draw(self, model, split, K, n, purpose, limit=None):
         """Draws K responses to each of a split's prompts, [P][K] lists of ids. With n > 1 each is the best of n samples of its
-        own under the learned reward."""
+        own under the learned reward. All policies get the same random numbers, so that their differences are less noisy."""
         o, prompts, records = self.options, self.prompts[split][:limit], self.records[split][:limit]
         responses = generate(model, prompts, o.response_length, o.temperature, num_samples=K * n, tokenizer=self.tokenizer,
-                             seed=seed_for(o.seed, purpose)).responses()
+                             seed=seed_for(o.seed, "table", purpose, split, n)).responses()
         if n > 1:
             scores = self.rewards["reward"](repeated(prompts, K * n), responses, repeated(records, K * n)).view(-1, n)
             responses = [responses[i * n + int(best)] for i, best in enumerate(scores.argmax(1))]
         return [responses[i:i + K] for i in range(0, len(responses), K)]
 
+    def interval(self, column, mean, half):
+        return within(mean, half, *possible_range(column, self.gold_range))
+
 
 def table_row(evaluation, name, model, n=1):
-    """Returns (row, texts) of one policy, or of best-of-n of it. row: {"method": name, column: (value, half width of its 95%
-    interval over prompts, or None)}; its "scores" are the first split's rewards by the judge, one per prompt."""
-    e, row, texts = evaluation, {"method": name}, []
+    """Returns (row, values, texts) of one policy, or of best-of-n of it. row: {"method": name, column: (value, low end, high end
+    of its 95% interval over prompts)}, the ends None where there is no interval; values: {column: one number per prompt}."""
+    e, row, values, texts = evaluation, {"method": name}, {}, []
+    values |= per_input_values(e, model, n)
+    row["first_words"] = e.first_words, None, None
     for split, prompts in e.prompts.items():
         records = e.records[split]
-        responses = [drawn[0] for drawn in e.draw(model, split, 1, n, split)]
+        responses = [drawn[0] for drawn in e.draw(model, split, 1, n, "samples")]
         scores = {k: reward(prompts, responses, records) for k, reward in e.rewards.items()}
-        row |= {f"{k}/{split}": mean_and_interval(s) for k, s in scores.items()}
+        values |= {f"{k}/{split}": s.tolist() for k, s in scores.items()}
         if split == e.first:
-            row |= first_split_columns(e, model, n, responses, scores[e.judge])
-        else:
-            here, there = row[f"{e.judge}/{e.first}"][0], row[f"{e.judge}/{split}"][0]
-            row[f"gap/{split}"] = (here - there, None)                  # OOD gap: ID - OOD
+            values["length"] = [len(y) for y in responses]
+            if n == 1:
+                values["kl"] = sampled_kl(model, e.reference, e.tokenizer, prompts, responses, e.options.temperature)
+            row |= first_split_columns(e, n, responses, scores[e.judge])
+        else:                                                           # OOD gap: ID - OOD
+            gap = difference_and_interval(values[f"{e.judge}/{e.first}"], values[f"{e.judge}/{split}"])
+            row[f"gap/{split}"] = e.interval(f"gap/{split}", *gap)
         texts += [dict(method=name, split=split, prompt=r["prompt"], completion=decode_response(e.tokenizer, y, r["prompt"]),
                        **{k: float(s[i]) for k, s in scores.items()}) for i, (r, y) in enumerate(zip(records, responses))]
+    row |= {column: e.interval(column, *mean_and_interval(v)) for column, v in values.items()}
+    return row, values, texts
+
+
+def per_input_values(evaluation, model, n):
+    """Returns {column: diversity of the K samples of each of the first prompts}. The reference comes first and sets how many
+    words the length-matched EAD counts."""
+    e = evaluation
     outputs = e.draw(model, e.first, e.options.num_samples, n, "diversity", e.options.diversity_prompts)
     outputs = [[e.tokenizer.decode(y, start=False) for y in drawn] for drawn in outputs]
-    metrics = {"ead": expectation_adjusted_distinct}
+    if e.first_words is None:
+        e.first_words = max(1, int(np.percentile([len(words_of(text)) for drawn in outputs for text in drawn], 10)))
+    metrics = {"ead": expectation_adjusted_distinct,
+               "ead_first": functools.partial(expectation_adjusted_distinct, first=e.first_words)}
     if e.options.nli or e.on_reviews:
         relation = mnli_relation() if e.options.nli else reviews.relation
         metrics["nli"] = functools.partial(nli_diversity, relation=relation)
     if e.options.sbert:
         metrics["sbert"] = sbert_diversity
-    return row | {f"{k}_per_input": mean_and_interval(list(map(metric, outputs))) for k, metric in metrics.items()}, texts
+    return {f"{k}_per_input": list(map(metric, outputs)) for k, metric in metrics.items()}
 
 
-def first_split_columns(evaluation, model, n, responses, scores):
-    """Columns of a row that are measured on the first split only."""
-    e, columns = evaluation, {"scores": scores}
+def first_split_columns(evaluation, n, responses, scores):
+    """Columns of a row that are measured on the first split only and are no means over prompts."""
+    e, columns = evaluation, {}
     if n > 1:
-        columns["kl"] = bon_kl(n), None
-    else:
-        columns["kl"] = mean_and_interval(sampled_kl(model, e.reference, e.tokenizer, e.prompts[e.first], responses,
-                                                     e.options.temperature))
+        columns["kl"] = bon_kl(n), None, None
+    columns["win_sft"] = win_rate(scores, e.opponent_scores)
     if e.written_scores is not None:
         columns["win_reference"] = win_rate(scores, e.written_scores)
     outputs = [[e.tokenizer.decode(y, start=False)] for y in responses]
-    columns["ead_across"] = across_input_diversity(outputs, expectation_adjusted_distinct), None
-    columns["length"] = mean_and_interval([len(y) for y in responses])
-    columns["ended"] = mean_and_interval([y[-1] in e.tokenizer.end_ids for y in responses])
+    for column, first in (("ead_across", None), ("ead_first_across", e.first_words)):
+        ead = across_input_diversity(outputs, functools.partial(expectation_adjusted_distinct, first=first))
+        columns[column] = ead, None, None
+    columns["ended"] = share_interval(float(np.mean([y[-1] in e.tokenizer.end_ids for y in responses])), len(responses))
     return columns
 
 
 def evaluate_policies(folders, options):
     """Evaluates checkpoint folders {name: folder}, the reference first, as "SFT", and best-of-N of it last, if asked for.
-    Returns (rows of markdown_table, all sampled texts as records)."""
+    Returns (rows of `report`, all sampled texts as records). For each column that is a mean over prompts, a policy's row also
+    has "COLUMN - SFT": the mean difference to SFT on the same prompts with its own interval."""
+    check_options(options)
     for folder in [options.reference, *folders.values()]:
         require_folder(folder, "the script that makes it")
     evaluation = Evaluation(options)
@@ -218,49 +271,103 @@ def evaluate_policies(folders, options):
     todo = [("SFT", options.reference, 1)] + [(name, f, 1) for name, f in folders.items() if Path(f) != Path(options.reference)]
     if options.bon:
         todo.append((f"best-of-{options.bon}", options.reference, options.bon))
-    rows, samples = [], []
+    rows, samples, of_sft = [], [], None
     for name, folder, n in todo:
         start = time.monotonic()
         model = evaluation.reference
         if folder != options.reference:
             model = Transformer.from_pretrained(folder).to(evaluation.reference.embed.weight.device)
             check_fit(model, evaluation.tokenizer)
-        row, texts = table_row(evaluation, name, model, n)
-        row["win_sft"] = win_rate(row["scores"], rows[0]["scores"]) if rows else (0.5, None)
+        row, values, texts = table_row(evaluation, name, model, n)
+        if of_sft is None:
+            of_sft, row["win_sft"] = values, (0.5, None, None)
+        else:
+            for column in values:
+                difference = mean_and_interval(np.subtract(values[column], of_sft[column]))
+                row[column + MINUS_SFT] = evaluation.interval(column + MINUS_SFT, *difference)
         rows.append(row)
         samples += texts
         print(f"evaluated {name} in {time.monotonic() - start:.0f} s: "
               f"{evaluation.judge} {row[f'{evaluation.judge}/{evaluation.first}'][0]:.3f}, "
               f"KL {row['kl'][0]:.2f}", flush=True)
-    for row in rows:
-        del row["scores"]
     return rows, samples
 
 
-def markdown_table(rows, columns):
-    """A Markdown table of rows {column: (value, half width or None)}; columns: {column: (heading, format)}."""
+def markdown_table(rows, columns, first="method"):
+    """Returns a Markdown table of rows {column: (value, low end, high end)}, the ends None if there are none. columns: {column:
+    (heading, format, ...)}; first: the heading of the rows' names."""
     def cell(value, spec):
         if value is None:
             return "-"
-        return format(value[0], spec) + (f" ± {value[1]:{spec}}" if value[1] else "")
-    lines = ["| method | " + " | ".join(h for h, _ in columns.values()) + " |", "|---" + "|---:" * len(columns) + "|"]
-    lines += [f"| {r['method']} | " + " | ".join(cell(r.get(c), spec) for c, (_, spec) in columns.items()) + " |" for r in rows]
+        mean, low, high = value
+        if low is None:
+            return format(mean, spec)
+        below, above = format(mean - low, spec), format(high - mean, spec)
+        return f"{mean:{spec}} ± {above}" if below == above else f"{mean:{spec}} [{low:{spec}}, {high:{spec}}]"
+    lines = [f"| {first} | " + " | ".join(c[0] for c in columns.values()) + " |", "|---" + "|---:" * len(columns) + "|"]
+    lines += [f"| {r['method']} | " + " | ".join(cell(r.get(c), v[1]) for c, v in columns.items()) + " |" for r in rows]
     return "\n".join(lines)
 
 
 def table_columns(rows):
-    """Headings and formats of the columns that these rows have, in reading order."""
+    """Returns {column: (heading, format, meaning)} of the columns to print that these rows have, in reading order."""
     names = {"test": "ID"} | {s: s.replace("ood_", "OOD-") for s in ("ood_near", "ood_far")}
-    splits = [c.removeprefix("reward/") for c in rows[0] if c.startswith("reward/")]
-    judge = "gold" if f"gold/{splits[0]}" in rows[0] else "reward"
-    columns = {f"{judge}/{s}": (f"{judge} {names.get(s, s)}", ".2f") for s in splits} | (
-        {f"reward/{splits[0]}": ("learned reward", ".2f")} if judge == "gold" else {}) | {
-        "kl": ("KL to SFT", ".2f"), "win_sft": ("win vs SFT", ".0%"),
-        "win_reference": ("win vs reference", ".0%"), "ead_per_input": ("EAD per input", ".2f"),
-        "ead_across": ("EAD across", ".2f"), "nli_per_input": ("NLI per input", ".2f"),
-        "sbert_per_input": ("SBERT per input", ".2f"), "length": ("tokens", ".0f"), "ended": ("ended", ".0%"),
-        "seconds": ("seconds", ".0f")}
+    splits = [c.removeprefix("reward/") for c in rows[0] if c.startswith("reward/") and not c.endswith(MINUS_SFT)]
+    judge, names = "gold" if f"gold/{splits[0]}" in rows[0] else "reward", {s: names.get(s, s) for s in splits}
+    first, words = names[splits[0]], f"{rows[0]['first_words'][0]:.3g}"
+    columns = {f"{judge}/{s}": (f"{judge} {name}", ".2f", f"likewise, on the split {s}") for s, name in names.items()}
+    columns[f"{judge}/{splits[0]}"] = (f"{judge} {first}", ".2f", f"the judge's mean score of one sample per prompt of the split "
+                                       f"{splits[0]}; columns that name no split are of this one")
+    columns.setdefault(f"reward/{splits[0]}", ("learned reward", ".2f", "mean score by the reward that best-of-N chooses by"))
+    columns |= {
+        "kl": ("KL to SFT", ".2f", "KL(policy || SFT) in nats per response, exact at every token of the policy's samples; of "
+                                   "best-of-N the formula, an upper bound"),
+        "win_sft": ("win vs SFT", ".0%", "share of prompts where the judge prefers the policy's text to one that SFT drew with "
+                                         "random numbers of its own; a tie is half a win"),
+        "win_reference": ("win vs reference", ".0%", "likewise, against the answer in the data"),
+        f"{judge}/{splits[0]}{MINUS_SFT}": (f"{judge} {first} - SFT", ".2f", "mean difference to SFT's score on the same prompt; "
+                                            "compare policies by it, as it has less noise than two columns have")}
+    columns |= {f"gap/{s}": (f"gap {name}", ".2f", f"{judge} {first} - {judge} {name} of the same policy")
+                for s, name in names.items()}
+    columns |= {
+        "ead_per_input": ("EAD per input", ".2f", "distinct n-grams in the samples of a prompt, relative to those expected, "
+                                                  "mean over n = 1 to 5 and prompts; higher for shorter texts"),
+        "ead_first_per_input": (f"EAD per input, {words} words", ".2f", "the same of the first words of each text, as many as "
+                                "90% of SFT's texts have, so that a text's length matters less"),
+        "ead_across": ("EAD across", ".2f", "EAD of the set of one sample per prompt"),
+        "ead_first_across": (f"EAD across, {words} words", ".2f", "likewise"),
+        "nli_per_input": ("NLI per input", ".2f", "contradictions minus entailments between two samples of a prompt, both "
+                                                  "directions, -2 to 2; higher is more diverse"),
+        "sbert_per_input": ("SBERT per input", ".2f", "1 - mean cosine of the embeddings of two samples of a prompt"),
+        "length": ("tokens", ".1f", "mean length of a response, EOS included"),
+        "ended": ("ended", ".0%", "share of responses that ended with EOS"),
+        "seconds": ("seconds", ".0f", "training time")}
     return {c: v for c, v in columns.items() if any(c in r for r in rows)}
+
+
+def report(rows, judged_by, intervals):
+    """Returns Markdown: who judges, a table of scores, a table about the texts, and what each column and the intervals mean."""
+    columns = table_columns(rows)
+    about_texts = {c: v for c, v in columns.items() if c.startswith(("ead", "nli", "sbert", "length", "ended", "seconds"))}
+    scores = {c: v for c, v in columns.items() if c not in about_texts}
+    legend = "\n".join(f"- {heading}: {meaning}" for heading, _, meaning in columns.values())
+    return (f"{judged_by}\n\n{markdown_table(rows, scores)}\n\n{markdown_table(rows, about_texts)}\n\n{legend}\n"
+            f"- ±: half of a 95% interval {intervals}. Where it is not symmetric, its two ends stand in brackets. A number "
+            f"without one is a formula's or a single value's, or all its values are the same.\n")
+
+
+OVER_PROMPTS = ("over the prompts, by Student's t (the gap: Welch's), of shares by Wilson; how much another seed of training "
+                "would change is not in it")
+
+
+def check_unused(options):
+    """Raises UserError if --out holds files, unless --overwrite and an older table are there."""
+    out = Path(options.out)
+    if out.exists() and any(out.iterdir()):
+        if not options.overwrite:
+            raise UserError(f"{out} already holds files: name another --out, or replace its table with --overwrite")
+        if not (out / "table.json").exists():
+            raise UserError(f"{out} holds no table of an evaluation, so --overwrite does not touch it")
 
 
 def main():
@@ -268,15 +375,21 @@ def main():
     options = parse_options(Options, "python -m nanorlhf.evaluate RUN [RUN...] [options]: a table over checkpoint folders.",
                             sys.argv[1 + len(folders):])
     try:
+        check_options(options)
+        check_unused(options)
         names = [Path(f).name for f in folders]
         rows, samples = evaluate_policies({name if names.count(name) == 1 else f: f for name, f in zip(names, folders)}, options)
-    except UserError as error:
+        column, judge = judge_of(options)
+        judged_by = f"The judge is `{column}` = {'the true reward of the built-in task' if judge == 'gold' else judge}."
+        judged_by += (f" The learned reward is {options.reward}." if column == "gold" else
+                      " It is also the learned reward: no --gold was given.")
+        table = report(rows, judged_by, OVER_PROMPTS)
+        write_json(Path(options.out) / "table.json", rows)
+        write_records(Path(options.out) / "samples.jsonl", samples)
+        write_text(Path(options.out) / "table.md", table)
+    except (UserError, OSError) as error:
         raise SystemExit(f"error: {error}")
-    table = markdown_table(rows, table_columns(rows))
     print(table)
-    write_json(Path(options.out) / "table.json", rows)
-    write_records(Path(options.out) / "samples.jsonl", samples)
-    write_text(Path(options.out) / "table.md", table + "\n")
 
 
 if __name__ == "__main__":

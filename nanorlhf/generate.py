@@ -29,14 +29,15 @@ class Samples:
 
 @torch.no_grad()
 def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, num_samples=1, seed=0, stop=(),
-             tokenizer=None, batch_size=256):
+             tokenizer=None, batch_size=256, first_row=0):
     """Samples num_samples responses of at most max_new_tokens tokens to each prompt. prompts: lists of ids, none empty.
 
     temperature 0 is greedy; top_k 0 and top_p 1 are off. stop: strings that end a response when its text, special tokens
     included, contains one (needs the tokenizer; the text up to and including the string is kept). Any of the tokenizer's
     end_ids ends a response (without a tokenizer: of config.json's), and ids beyond its vocabulary are never drawn. Row r uses
-    only the random stream (seed, r), so its draws depend neither on its neighbours nor on batch_size, the number of rows
-    decoded at once. Raises UserError if a prompt leaves no room in the context.
+    only the random stream (seed, first_row + r), so its draws depend neither on its neighbours nor on batch_size, the number of
+    rows decoded at once, and a caller that splits its prompts over several calls can number them through. Raises UserError if
+    a prompt leaves no room in the context.
     """
     if stop and tokenizer is None:
         raise ValueError("stop strings need a tokenizer")
@@ -48,7 +49,8 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
     R = len(prompts) * num_samples
     uniform = np.empty((R, max_new_tokens), dtype=np.float32)
     for row in range(R):
-        uniform[row] = np.random.Generator(np.random.Philox(key=[seed, row])).random(max_new_tokens, dtype=np.float32)
+        stream = np.random.Generator(np.random.Philox(key=[seed, first_row + row]))
+        uniform[row] = stream.random(max_new_tokens, dtype=np.float32)
     uniform = torch.from_numpy(uniform).to(device)
     pad = model.config.pad_id or 0
     out = Samples(torch.full((R, max_new_tokens), pad, device=device), torch.zeros(R, max_new_tokens, device=device),

@@ -63,11 +63,20 @@ def best_of_n_estimate(scores, n, values=None):
 # ---- Diversity ------------------------------------------------------------------------------------------------------
 
 
-def expectation_adjusted_distinct(texts, vocab_size=50257):
+def words_of(text):
+    """Returns the words that EAD counts, as Kirk's code splits them: at spaces, after removing '.' and newlines."""
+    return [w for w in text.replace(".", "").replace("\n", "").split(" ") if w]
+
+
+def expectation_adjusted_distinct(texts, vocab_size=50257, first=None):
     """Returns the EAD of a set of texts (Liu 2022, as used by Kirk 2023): the number of distinct n-grams over the number
-    expected from as many uniformly drawn tokens, averaged over n = 1..5. Words are split at spaces after removing '.' and
-    newlines; vocab_size is the same for every n, as in Kirk's code. Texts without words give 0."""
-    words = [[w for w in t.replace(".", "").replace("\n", "").split(" ") if w] for t in texts]
+    expected from as many uniformly drawn tokens, averaged over n = 1..5. vocab_size is the same for every n, as in Kirk's
+    code. Texts without words give 0.
+
+    With that vocab_size EAD corrects no length: sets of shorter texts score higher, because fewer n-grams repeat less. `first`
+    counts only the first so many words of each text, which makes policies of different lengths comparable.
+    """
+    words = [words_of(t)[:first] for t in texts]
     scores = []
     for n in range(1, 6):
         grams = [tuple(w[i:i + n]) for w in words for i in range(len(w) - n + 1)]
@@ -142,13 +151,55 @@ def mnli_relation(name="roberta-large-mnli"):
 # ---- Means, intervals, win rates ------------------------------------------------------------------------------------
 
 
+@functools.lru_cache
+def t_quantile(df):
+    """Returns the 97.5% quantile of Student's t with df >= 1 degrees of freedom, which need not be a whole number.
+
+    With t = sqrt(df) tan(a) the density of the angle a is proportional to cos(a)^(df-1); the trapezoidal rule integrates it.
+    """
+    if df > 1e6:
+        return 1.959964                                                                # the normal distribution's
+    angle = np.linspace(0, min(math.pi / 2, 40 / math.sqrt(df)), 20001)
+    density = np.cos(angle) ** (df - 1)
+    share = np.concatenate([[0.0], np.cumsum(density[1:] + density[:-1])])
+    return math.sqrt(df) * math.tan(np.interp(0.95 * share[-1], share, angle))
+
+
 def mean_and_interval(values):
-    """Returns (mean, half width of the 95% normal interval) of independent values."""
+    """Returns (mean, half width of its 95% interval by Student's t) of independent values. The half width is 0 if the values are
+    all the same or a single one: then they do not say how uncertain their mean is."""
     v = np.asarray(values, dtype=np.float64)
-    return float(v.mean()), float(1.96 * v.std(ddof=1) / math.sqrt(len(v))) if len(v) > 1 else 0.0
+    half = t_quantile(len(v) - 1) * v.std(ddof=1) / math.sqrt(len(v)) if np.ptp(v) > 0 else 0.0
+    return float(v.mean()), float(half)
+
+
+def difference_and_interval(a, b):
+    """Returns (mean of a - mean of b, half width of its 95% interval by Welch's t) of two independent sets of values; the half
+    width is 0 as in mean_and_interval. For values that belong together in pairs, take mean_and_interval of their differences."""
+    a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    mean, half = float(a.mean() - b.mean()), 0.0
+    if min(len(a), len(b)) > 1 and max(np.ptp(a), np.ptp(b)) > 0:
+        va, vb = a.var(ddof=1) / len(a), b.var(ddof=1) / len(b)
+        df = (va + vb) ** 2 / (va ** 2 / (len(a) - 1) + vb ** 2 / (len(b) - 1))        # Welch 1947
+        half = float(t_quantile(df) * math.sqrt(va + vb))
+    return mean, half
+
+
+def within(mean, half, lowest=-math.inf, highest=math.inf):
+    """Returns (mean, low end, high end) of the interval mean +- half, cut at the quantity's possible values. A half width of 0
+    means that none is known: the ends are None."""
+    return (mean, max(lowest, mean - half), min(highest, mean + half)) if half else (mean, None, None)
+
+
+def share_interval(share, n):
+    """Returns (share, low end, high end) of a share of n independent cases: Wilson's 95% interval (1927). It stays within [0, 1]
+    and keeps a width at 0 and 1. For values between 0 and 1, such as wins with ties as 1/2, it is at most too wide."""
+    z2 = 1.959964 ** 2
+    middle, half = share + z2 / (2 * n), math.sqrt(z2 * (share * (1 - share) + z2 / (4 * n)) / n)
+    return share, max(0.0, (middle - half) / (1 + z2 / n)), min(1.0, (middle + half) / (1 + z2 / n))
 
 
 def win_rate(ours, theirs):
-    """Returns (mean, half width of the 95% interval) of the share of prompts where our score beats theirs; a tie is half."""
+    """Returns (share of prompts where our score beats theirs, low end, high end of its 95% interval); a tie is half a win."""
     a, b = np.asarray(ours), np.asarray(theirs)
-    return mean_and_interval((a > b) + 0.5 * (a == b))
+    return share_interval(float(np.mean((a > b) + 0.5 * (a == b))), len(a))

@@ -17,6 +17,7 @@ from torch import nn
 from nanorlhf.errors import UserError
 from nanorlhf.formats.checkpoints import FAMILIES, load_weights, read_config, read_constants, save_weights, tensor_index
 from nanorlhf.kernels import decode_attention, thin_linear, token_logprobs
+from nanorlhf.training import seed_for
 
 
 @dataclasses.dataclass
@@ -331,7 +332,7 @@ class RewardModel(nn.Module):
             self.reset_head(seed)
 
     def reset_head(self, seed):
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(seed_for(seed, "head"))
         nn.init.normal_(self.head.weight, std=1 / math.sqrt(self.config.width + 1), generator=generator)
 
     def forward(self, tokens):

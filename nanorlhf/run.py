@@ -24,6 +24,7 @@ from nanorlhf.files import atomic_write, read_json, read_jsonl, sha256_of, write
 from nanorlhf.model import ModelConfig, Transformer, check_fit, pick_device
 from nanorlhf.options import HOW_TO_BEGIN, check_options, read_options
 from nanorlhf.tokenizer import check_same_ids, load_tokenizer
+from nanorlhf.training import seed_for
 
 MAY_CHANGE_ON_RESUME = (*HOW_TO_BEGIN, "device", "compile", "micro_batch_size", "eval_every", "save_every")
 MAKE_COMPARISONS = ("python sample_bon.py --split train --limit 8000 --n 2 --reward gold --label_temperature 0.2 "
@@ -142,7 +143,7 @@ class Run:
             shown = "  ".join(f"{k} {v:.4g}" for k, v in row.items() if not k.startswith("eval/"))
             speed = f"{self.tokens / seconds:,.0f} tokens/s  " if self.tokens else ""
             print(f"{self.name} {step}/{total}  {shown}  {speed}{left // 60}:{left % 60:02d} left", flush=True)
-        if evals := {k: v for k, v in row.items() if k.startswith("eval/")}:
+        if evals := {k: v for k, v in row.items() if k.startswith("eval/") and not k.endswith("_se")}:
             print(f"{self.name} {step}/{total}  " + "  ".join(f"{k} {v:.4g}" for k, v in evals.items()), flush=True)
 
     def log_samples(self, step, records):
@@ -207,7 +208,7 @@ def new_model(config):
     shape = ModelConfig.for_family(
         family=config.family, vocab_size=tokenizer.vocab_size, context=config.context, width=width, layers=layers, heads=heads,
         kv_heads=kv_heads, head_dim=width // heads, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
-    return tokenizer, Transformer(shape, config.seed)
+    return tokenizer, Transformer(shape, seed_for(config.seed, "model"))
 
 
 def checked_state(folder):

@@ -4,18 +4,24 @@ import itertools
 import json
 import math
 import random
+import shutil
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+import sample_bon
 from nanorlhf import evaluate, reviews
 from nanorlhf.data import Example, collate, encode_prompt, encode_response
 from nanorlhf.errors import UserError
-from nanorlhf.evaluate import measure
+from nanorlhf.evaluate import (Evaluation, Options, evaluate_policies, markdown_table, measure, possible_range, report,
+                               sampled_kl)
 from nanorlhf.generate import generate
-from nanorlhf.metrics import (across_input_diversity, best_of_n_estimate, bon_kl, expectation_adjusted_distinct,
-                              mean_and_interval, nli_diversity, per_input_diversity, sbert_diversity, sequence_kl, win_rate)
+from nanorlhf.metrics import (across_input_diversity, best_of_n_estimate, bon_kl, difference_and_interval,
+                              expectation_adjusted_distinct, mean_and_interval, nli_diversity, per_input_diversity,
+                              sbert_diversity, sequence_kl, share_interval, t_quantile, win_rate, within)
 from nanorlhf.model import ModelConfig, RewardModel, Transformer
 from nanorlhf.rewards import load_reward
 from nanorlhf.tokenizer import load_tokenizer
@@ -100,6 +106,20 @@ def test_ead_of_distinct_words_is_about_1_and_repetition_lowers_it():
     assert expectation_adjusted_distinct(texts[:1] * 4) < expectation_adjusted_distinct(texts[:2] * 2) < 0.6
 
 
+def test_ead_of_the_first_words_does_not_depend_on_how_long_the_texts_go_on():
+    """Plain EAD rises when texts are cut (a vocabulary of 50257 corrects nothing in small sets); the length-matched one does not
+    change as long as the first words remain."""
+    rng = random.Random(0)
+    texts = [" ".join(rng.choices("the plot cast is was not very good bad and story".split(), k=25)) + "." for _ in range(16)]
+    plain, matched = [], []
+    for length in (25, 15, 8):
+        cut = [" ".join(t.split(" ")[:length]) for t in texts]
+        plain.append(expectation_adjusted_distinct(cut))
+        matched.append(expectation_adjusted_distinct(cut, first=8))
+    assert plain == sorted(plain) and plain[-1] > plain[0] + 0.02
+    assert matched == [plain[-1]] * 3
+
+
 def test_diversity_is_measured_per_input_and_across_first_outputs():
     """Across inputs, the set is that of the first outputs, not of all outputs pooled."""
     outputs = [["a", "b", "c"], ["a", "a", "a"]]
@@ -134,22 +154,73 @@ def test_nli_diversity_is_higher_for_contradictions():
 # ---- Rates and intervals --------------------------------------------------------------------------------------------
 
 
+# 97.5% quantiles of Student's t as printed in statistical tables
+T_TABLE = dict(enumerate([12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145,
+                          2.131, 2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048,
+                          2.045, 2.042], 1)) | {40: 2.021, 60: 2.000, 120: 1.980, 1e5: 1.960, math.inf: 1.960}
+
+
+def test_the_quantiles_of_students_t_are_the_published_ones():
+    for df, t in T_TABLE.items():
+        assert t_quantile(df) == pytest.approx(t, abs=6e-4), df
+    assert t_quantile(2) == pytest.approx(0.95 / math.sqrt(0.5 * 0.975 * 0.025) / 2, rel=1e-6)       # closed forms
+    assert t_quantile(1) == pytest.approx(math.tan(0.475 * math.pi), rel=1e-6)
+    assert t_quantile(4) < t_quantile(3.5) < t_quantile(3)
+
+
 def test_win_rate_counts_a_tie_as_half():
-    rate, half = win_rate([1, 2, 3, 4], [0, 2, 4, 3])
-    assert rate == 0.625
-    assert half == pytest.approx(1.96 * np.std([1, 0.5, 0, 1], ddof=1) / 2)
-    assert win_rate([1.0], [0.0]) == (1.0, 0.0)
+    assert win_rate([1, 2, 3, 4], [0, 2, 4, 3]) == share_interval(0.625, 4)
     ours, theirs = np.random.default_rng(0).normal(size=(2, 100))
     assert win_rate(ours, theirs)[0] + win_rate(theirs, ours)[0] == pytest.approx(1)
 
 
-def test_the_interval_covers_the_mean_in_about_95_percent_of_trials():
-    rng = np.random.default_rng(1)
-    inside = []
-    for _ in range(1000):
-        mean, half = mean_and_interval(rng.normal(3, 2, size=50))
-        inside.append(abs(mean - 3) < half)
-    assert 0.92 < np.mean(inside) < 0.97
+@pytest.mark.parametrize("wins, n, low, high", [(0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (5, 10, 0.2366, 0.7634),
+                                                (81, 263, 0.2553, 0.3662), (1, 1, 0.2065, 1.0)])
+def test_shares_have_wilsons_interval(wins, n, low, high):
+    """Published values (Newcombe 1998; Brown 2001). All wins are no proof that a loss is impossible."""
+    assert share_interval(wins / n, n) == pytest.approx((wins / n, low, high), abs=6e-5)
+
+
+@pytest.mark.parametrize("n", [4, 50])
+def test_the_intervals_cover_the_mean_in_95_percent_of_trials_however_few_values(n):
+    """The normal's 1.96 would cover 85% of the means of 4 values."""
+    rng = np.random.default_rng(n)
+    one, two = [], []
+    for trial in range(4000):
+        x, y = rng.normal(3, 2, size=n), rng.normal(1, 0.5, size=2 * n)
+        mean, half = mean_and_interval(x)
+        one.append(abs(mean - 3) < half)
+        if trial < 400:
+            mean, half = difference_and_interval(x, y)
+            two.append(abs(mean - 2) < half)
+    assert 0.94 < np.mean(one) < 0.96 and 0.92 < np.mean(two) < 0.98
+
+
+def test_welchs_interval_equals_its_formula_and_students_for_equal_variances():
+    a, b = [1.0, 2.0, 3.0, 6.0], [0.0, 1.0, 2.0, 5.0]
+    mean, half = difference_and_interval(a, b)
+    assert mean == 1.0 and half == pytest.approx(T_TABLE[6] * math.sqrt(2 * np.var(a, ddof=1) / 4), abs=2e-3)
+    va, vb = np.var(a, ddof=1) / 4, np.var([0.0, 9.0], ddof=1) / 2
+    df = (va + vb) ** 2 / (va ** 2 / 3 + vb ** 2 / 1)
+    assert difference_and_interval(a, [0.0, 9.0])[1] == pytest.approx(t_quantile(df) * math.sqrt(va + vb))
+    assert difference_and_interval([1.0, 1.0], [2.0, 2.0]) == (-1.0, 0.0) and difference_and_interval([1.0], [2.0, 3.0])[1] == 0.0
+
+
+def test_an_interval_stays_within_what_is_possible_and_never_has_no_width():
+    assert within(1.0, 1.13, -2, 2) == (1.0, pytest.approx(-0.13), 2) and within(1.0, 0.5) == (1.0, 0.5, 1.5)
+    assert within(*mean_and_interval([0.3])) == (0.3, None, None) and within(*mean_and_interval([0.1] * 3))[1:] == (None, None)
+    assert difference_and_interval([0.1] * 3, [0.3] * 3)[1] == 0.0
+    gold = (-2.0, 1.0)
+    assert possible_range("nli_per_input") == (-2, 2) and possible_range("win_sft") == possible_range("ead_across") == (0, 1)
+    assert possible_range("kl") == (0, math.inf) and possible_range("gold/test", gold) == gold
+    assert possible_range("gap/far", gold) == possible_range("gold/test - SFT", gold) == (-3, 3)
+    assert possible_range("ended - SFT") == (-1, 1) and possible_range("gold/x") == (-math.inf, math.inf)
+
+
+def test_a_table_prints_both_ends_of_an_interval_that_is_not_symmetric():
+    rows = [{"method": "a", "x": (0.5, 0.4, 0.6), "y": (1.0, 0.72, 1.0)}, {"method": "b", "x": (0.25, None, None)}]
+    assert markdown_table(rows, {"x": ("X", ".2f"), "y": ("Y", ".0%")}).splitlines() == [
+        "| method | X | Y |", "|---|---:|---:|", "| a | 0.50 ± 0.10 | 100% [72%, 100%] |", "| b | 0.25 | - |"]
 
 
 # ---- KL -------------------------------------------------------------------------------------------------------------
@@ -369,13 +440,171 @@ def test_measure_reports_the_rewards_of_its_texts_and_0_kl_at_the_reference(toke
     )
     rewards = {"gold": load_reward("gold", tokenizer, CPU), "length": lambda p, r, records: torch.tensor([float(len(x)) for x in r])}
     metrics, found = measure(policy, policy, tokenizer, texts[2], rewards, 12)
-    assert metrics["eval/kl"] == 0.0 and metrics.keys() == {"eval/gold", "eval/length", "eval/kl", "eval/ended"}
+    names = {f"eval/{name}{end}" for name in ("gold", "length", "kl", "ended") for end in ("", "_se")}
+    assert metrics["eval/kl"] == 0.0 and metrics.keys() == names
     assert [f["prompt"] for f in found] == texts[0]
-    assert metrics["eval/gold"] == pytest.approx(
-        np.mean([reviews.gold_reward(f["prompt"], f["completion"]) for f in found]), abs=1e-6
-    )
+    gold = [reviews.gold_reward(f["prompt"], f["completion"]) for f in found]
+    lengths = [f["length"] for f in found]
+    assert metrics["eval/gold"] == pytest.approx(np.mean(gold), abs=1e-6)
+    assert metrics["eval/length_se"] == pytest.approx(np.std(lengths, ddof=1) / math.sqrt(len(lengths)), abs=1e-6)
     assert json.dumps(found) and measure(policy, policy, tokenizer, texts[2], rewards, 12)[1] == found  # same seed
     assert measure(policy, policy, tokenizer, texts[2], rewards, 12, seed=1)[1] != found
+    assert not any(k.endswith("_se") for k in measure(policy, policy, tokenizer, texts[2][:1], rewards, 12)[0])
+
+
+def test_sampled_kl_keeps_the_order_and_a_greedy_policys_is_that_of_temperature_1():
+    policy, reference, tokenizer = tiny(0), tiny(1), SimpleNamespace(pad_id=11)
+    prompts, responses = [[1, 2, 3], [4], [5, 6]], [[4, 10], [5, 6, 7, 8, 9, 1, 10], [10]]
+    found = sampled_kl(policy, reference, tokenizer, prompts, responses, 1.0, batch_size=2)
+    alone = [sampled_kl(policy, reference, tokenizer, [p], [r], 1.0)[0] for p, r in zip(prompts, responses)]
+    assert found == pytest.approx(alone, rel=1e-5) and found[0] != pytest.approx(found[1])
+    assert sampled_kl(policy, reference, tokenizer, prompts, responses, 0.0) == pytest.approx(found, rel=1e-5)
+
+
+# ---- A table over checkpoints, and best-of-n ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sft(tokenizer, tmp_path_factory):
+    """A folder with a random policy, and a judge that never scores two texts alike."""
+    folder = tmp_path_factory.mktemp("table")
+    for name, seed in (("sft", 0), ("other", 1)):
+        Transformer(ModelConfig(vocab_size=tokenizer.vocab_size, context=64, width=16, layers=1, heads=2, kv_heads=2, head_dim=8,
+                                ffn=32, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id), seed).save_pretrained(folder / name)
+        tokenizer.save(folder / name)
+    shutil.copytree(folder / "sft", folder / "copy")
+    (folder / "judge.py").write_text(
+        "import zlib\ndef score(prompts, completions): return [zlib.crc32(c.encode()) / 2**32 for c in completions]\n")
+    return folder
+
+
+def options_for(sft, **changed):
+    judge = f"{sft}/judge.py:score"
+    return Options(**dict(reference=f"{sft}/sft", reward=judge, gold=judge, num_prompts=6, diversity_prompts=2, num_samples=2,
+                          response_length=8, device="cpu") | changed)
+
+
+@pytest.fixture(scope="module")
+def rows(sft):
+    found, _ = evaluate_policies({"copy": f"{sft}/copy", "other": f"{sft}/other"}, options_for(sft, bon=3))
+    return {row["method"]: row for row in found}
+
+
+def test_a_policy_meets_texts_of_sft_that_are_drawn_apart_from_its_own(rows):
+    """The same weights and random numbers would give the same texts and nothing but ties; for means they are what makes the
+    difference of equal policies exactly 0."""
+    assert rows["copy"]["win_sft"][0] not in (0.5, 1.0)
+    assert all(v == (0.0, None, None) for c, v in rows["copy"].items() if c.endswith(" - SFT"))
+    assert rows["SFT"]["win_sft"] == (0.5, None, None)
+
+
+def test_differences_to_sft_are_paired_by_prompt(sft):
+    evaluation = Evaluation(options_for(sft))
+    _, ours, _ = evaluate.table_row(evaluation, "SFT", evaluation.reference)
+    _, theirs, _ = evaluate.table_row(evaluation, "other", Transformer.from_pretrained(sft / "other"))
+    (row,) = [r for r in evaluate_policies({"other": f"{sft}/other"}, options_for(sft))[0] if r["method"] == "other"]
+    assert any(row[f"{column} - SFT"][1] is not None for column in ("gold/test", "gold/ood_far"))
+    for column in ("gold/test", "gold/ood_far", "length", "ead_first_per_input"):
+        paired = mean_and_interval(np.subtract(theirs[column], ours[column]))
+        assert row[f"{column} - SFT"] == within(*paired)
+    mean, half = difference_and_interval(theirs["gold/test"], theirs["gold/ood_far"])
+    assert row["gap/ood_far"] == pytest.approx((mean, mean - half, mean + half))
+    assert row["gap/ood_far"][0] == pytest.approx(row["gold/test"][0] - row["gold/ood_far"][0])
+
+
+def test_a_report_explains_every_column_and_has_both_kinds_of_difference(rows):
+    text = report(list(rows.values()), "The judge is X.", "over prompts")
+    headings = [h for line in text.splitlines() if line.startswith("| method") for h in line.strip("| ").split(" | ")[1:]]
+    assert {"gold ID - SFT", "gap OOD-near", "gap OOD-far", "KL to SFT", "NLI per input", "ended"} <= set(headings)
+    assert text.startswith("The judge is X.") and all(f"\n- {h}: " in text for h in headings) and "\n- ±: " in text
+
+
+def test_each_of_k_winners_is_the_best_of_n_samples_of_its_own(sft):
+    e = Evaluation(options_for(sft))
+    drawn = e.draw(e.reference, "test", 2, 3, "diversity", limit=2)
+    pool = generate(e.reference, e.prompts["test"][:2], 8, num_samples=6, tokenizer=e.tokenizer,
+                    seed=evaluate.seed_for(0, "table", "diversity", "test", 3)).responses()
+    for p in range(2):
+        for k in range(2):
+            own = pool[p * 6 + k * 3:p * 6 + k * 3 + 3]
+            scores = e.rewards["reward"]([e.prompts["test"][p]] * 3, own, [e.records["test"][p]] * 3)
+            assert drawn[p][k] == own[int(scores.argmax())]
+
+
+def test_prompts_are_cut_as_the_options_say(sft):
+    whole, end, start = (Evaluation(options_for(sft, **cut)).prompts["test"][0] for cut in (
+        {}, dict(max_prompt_length=3), dict(max_prompt_length=3, keep="start")))
+    assert len(whole) > 3 and end == whole[-3:] and start == whole[:3]
+
+
+def test_the_command_names_the_judge_and_overwrites_only_a_table_and_only_if_asked(sft, monkeypatch, capsys):
+    judge, out = f"{sft}/judge.py:score", sft / "out"
+
+    def table(*more):
+        """Runs the command here; returns what it printed, or its error."""
+        monkeypatch.setattr(sys, "argv", [
+            "evaluate", f"{sft}/other", "--reference", f"{sft}/sft", "--num_prompts", "4", "--reward", judge, "--diversity_prompts",
+            "1", "--num_samples", "2", "--response_length", "6", "--device", "cpu", "--out", str(out), *more])
+        try:
+            evaluate.main()
+        except SystemExit as error:
+            return str(error)
+        return capsys.readouterr().out
+
+    first = table("--temperature", "0")
+    assert f"The judge is `gold` = the true reward of the built-in task. The learned reward is {judge}." in first
+    written = (out / "table.md").read_text(encoding="utf-8")
+    assert written.strip() in first
+    again = table()
+    assert again.startswith("error: ") and "already holds files" in again and "--overwrite" in again and "\n" not in again
+    assert (out / "table.md").read_text(encoding="utf-8") == written
+    assert f"The judge is `gold` = {judge}." in table("--overwrite", "--gold", judge)
+    assert "holds no table" in table("--out", f"{sft}/sft", "--overwrite") and not (sft / "sft" / "table.json").exists()
+    assert table("--keep", "middle", "--overwrite").startswith("error: --keep middle")
+
+
+def bon(sft, out, **changed):
+    """Runs sample_bon.py and returns {prompt: responses} and the comparisons."""
+    config = dict(init=f"{sft}/sft", reward=f"{sft}/judge.py:score", out=str(out), n=3, limit=6, response_length=6, device="cpu",
+                  keep_unfinished=True, label_temperature=0.5)
+    sample_bon.sample(sample_bon.Config(**config | changed))
+    ranked, pairs = (list(map(json.loads, open(out / f"{name}.jsonl", encoding="utf-8"))) for name in ("ranked", "comparisons"))
+    return [(r["prompt"], r["responses"]) for r in ranked], pairs
+
+
+def test_best_of_ns_samples_depend_on_seed_n_and_data_and_on_nothing_else(sft, tmp_path):
+    """Not on the batch size, the reward or where the file lies; but other data never gets the same random numbers."""
+    prompts = [{"prompt": r["prompt"]} for r in reviews.records("test", 6)]
+    for name, rows in (("a.jsonl", prompts), ("b.jsonl", prompts), ("c.jsonl", [*prompts, {"prompt": "Review:"}])):
+        (tmp_path / name).write_text("".join(json.dumps(r) + "\n" for r in rows))
+    samples, pairs = bon(sft, tmp_path / "1")
+    again, same_pairs = bon(sft, tmp_path / "2", batch_size=4)
+    assert again == samples and same_pairs == pairs
+    assert bon(sft, tmp_path / "3", reward="gold")[0] == samples
+    a, b, c = (bon(sft, tmp_path / f"out_{f}", data=str(tmp_path / f"{f}.jsonl"))[0] for f in "abc")
+    assert a == b
+    other, seed = bon(sft, tmp_path / "4", split="ood_near")[0], bon(sft, tmp_path / "5", seed=1)[0]
+    drawn = [{y for _, ys in found for y in ys} for found in (samples, a, c, other, seed)]
+    assert not any(x & y for x, y in itertools.combinations(drawn, 2))
+
+
+def test_the_labels_of_a_prompt_do_not_depend_on_how_many_pairs_the_others_have(sft, tmp_path, monkeypatch):
+    _, pairs = bon(sft, tmp_path / "1")
+    comparisons, fewer = sample_bon.comparisons, []
+    monkeypatch.setattr(sample_bon, "comparisons", lambda record, *rest: fewer.append(record) or comparisons(
+        record if len(fewer) > 1 else record | {"responses": record["responses"][:2]}, *rest))
+    _, changed = bon(sft, tmp_path / "2")
+    first = pairs[0]["prompt"]
+    assert [p for p in changed if p["prompt"] != first] == [p for p in pairs if p["prompt"] != first]
+    assert len(changed) < len(pairs)
+
+
+def test_without_labels_the_missing_file_is_explained(sft, tmp_path, capsys):
+    judge = f"{sft}/judge.py:score"
+    sample_bon.sample(sample_bon.Config(init=f"{sft}/sft", reward=judge, out=str(tmp_path / "x"), n=2, limit=1, response_length=6,
+                                        device="cpu", keep_unfinished=True))
+    assert "comparisons.jsonl is not written: that takes --label_temperature" in capsys.readouterr().out
+    assert not (tmp_path / "x" / "comparisons.jsonl").exists()
 
 
 def test_a_missing_extra_is_named_in_the_error(monkeypatch):

@@ -1,33 +1,90 @@
 """Tests of `python -m nanorlhf`, the README's main command, at 1/100 of its size, and of the READMEs against the code."""
 
+import collections
+import contextlib
+import io
 import json
 import re
 import subprocess
 import sys
 from dataclasses import fields
 
+import numpy as np
 import pytest
 import torch
 
-from conftest import ROOT, SCRIPTS
-from nanorlhf.__main__ import POLICIES, over_seeds, stages
+import nanorlhf.evaluate
+from conftest import ROOT, SCRIPTS, entry_of
+from nanorlhf import training
+from nanorlhf.__main__ import POLICIES, main, over_seeds, reward_model_rows, stages
 from nanorlhf.data import load_records
 from nanorlhf.options import check_options, parse_options
 from nanorlhf.rewards import load_reward
 from nanorlhf.tokenizer import load_tokenizer
 
 
-def pipeline(out, *options):
-    return subprocess.run([sys.executable, "-m", "nanorlhf", "--out", str(out), "--scale", "0.01", *options], cwd=ROOT,
-                          capture_output=True, text=True)
+def pipeline(out, monkeypatch):
+    """Runs the command here; returns what it printed."""
+    monkeypatch.setattr(sys, "argv", ["nanorlhf", "--out", str(out), "--scale", "0.01"])
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        main()
+    return said.getvalue()
+
+
+def record_streams(monkeypatch):
+    """From now on, notes who starts which random stream. Returns {(keys given to seed_for, row): [stage or policy, ...]}, where
+    the keys are None if the seed does not come from seed_for."""
+    started, keys_of, stage = collections.defaultdict(list), {}, ["the table"]
+    seed_for, philox, generator, table_row = training.seed_for, np.random.Philox, torch.Generator, nanorlhf.evaluate.table_row
+
+    def record_seed(seed, *keys):
+        value = seed_for(seed, *keys)
+        keys_of[value] = keys_of.get(seed, ()) + keys
+        return value
+
+    def record_philox(key):
+        seed, row = key if isinstance(key, list) else (key, 0)
+        started[keys_of.get(seed), row].append(stage[-1])
+        return philox(key=key)
+
+    class RecordGenerator(generator):
+        def manual_seed(self, seed):
+            started[keys_of.get(seed), 0].append(stage[-1])
+            return super().manual_seed(seed)
+
+    def within(name, function):
+        def call(*args):
+            stage.append(name(*args))
+            try:
+                return function(*args)
+            finally:
+                stage.pop()
+        return call
+
+    for module in [m for m in sys.modules.values() if vars(m).get("seed_for") is seed_for]:
+        monkeypatch.setattr(module, "seed_for", record_seed)
+    monkeypatch.setattr(np.random, "Philox", record_philox)
+    monkeypatch.setattr(torch, "Generator", RecordGenerator)
+    monkeypatch.setattr(nanorlhf.evaluate, "table_row", within(lambda evaluation, name, *_: name, table_row))
+    for module in SCRIPTS.values():
+        entry = entry_of(module)
+        monkeypatch.setattr(module, entry.__name__, within(lambda config: config.out.rsplit("/", 1)[-1], entry))
+    training.epoch_order.cache_clear()
+    return started
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def run_once(tmp_path_factory):
     out = tmp_path_factory.mktemp("pipeline") / "out"
-    found = pipeline(out)
-    assert found.returncode == 0, found.stderr
-    return out, found.stdout
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        streams = record_streams(monkeypatch)
+        said = pipeline(out, monkeypatch)
+    return out, said, streams
+
+
+@pytest.fixture
+def finished(run_once):
+    return run_once[:2]
 
 
 def test_the_pipeline_writes_a_table_and_samples_of_every_method(finished):
@@ -37,23 +94,58 @@ def test_the_pipeline_writes_a_table_and_samples_of_every_method(finished):
     for row in rows:
         for column in ("gold/test", "gold/ood_near", "gold/ood_far", "reward/test", "kl", "win_sft", "win_reference",
                        "ead_per_input", "ead_across", "length", "ended", "seconds"):
-            value, half = row[column]
-            assert value == value and (half is None or half >= 0), (row["method"], column)
-    assert (out / "table.md").read_text(encoding="utf-8").strip() in said
+            value, low, high = row[column]
+            assert value == value and (low is None or low <= value <= high), (row["method"], column)
+        assert row["method"] == "SFT" or {"gold/ood_far - SFT", "length - SFT", "nli_per_input - SFT"} <= set(row)
+        assert {"gap/ood_near", "gap/ood_far"} <= set(row)
+    table = (out / "table.md").read_text(encoding="utf-8")
+    assert table.strip() in said and "gap OOD-far" in table and "gold ID - SFT" in table
     assert all(name in (out / "samples.md").read_text(encoding="utf-8") for name in POLICIES)
     assert set(json.loads((out / "table.json").read_text(encoding="utf-8"))["frontier"]) >= {"PPO", "DPO", "best-of-n"}
 
 
-def test_the_pipeline_resumes_where_it_stopped(finished):
-    out, _ = finished
+def test_a_shortened_pipeline_says_that_its_numbers_mean_nothing(finished):
+    out, said = finished
+    note = json.loads((out / "table.json").read_text(encoding="utf-8"))["note"]
+    assert note in said and note in (out / "table.md").read_text(encoding="utf-8")
+    assert "shortened to 0.01 of its length" in note and "say nothing" in note
+
+
+def test_no_two_purposes_share_random_numbers(run_once):
+    """Held-out comparisons drawn with the training comparisons' numbers repeat 4 to 5% of their texts. Only methods that are
+    compared may share: PPO's and PPO-GT's rollouts, the order of rows, and the policies' samples for the evaluations."""
+    streams = run_once[2]
+    assert all(keys for keys, _ in streams), "a generator's seed does not come from seed_for"
+    of = collections.defaultdict(dict)
+    for (keys, row), users in streams.items():
+        of[keys[0]][keys, row] = users
+    assert set(of) == {"model", "head", "order", "bon", "labels", "rollout", "minibatches", "candidates", "evaluate", "table"}
+    for purpose in ("model", "head", "bon", "labels", "candidates"):
+        assert all(len(users) == 1 for users in of[purpose].values()), purpose
+    for purpose in ("rollout", "minibatches"):
+        assert all(users == ["ppo", "ppo_gold"] for users in of[purpose].values()), purpose
+    assert not [users for users in of["order"].values() if {"base", "sft"} <= set(users)]
+    policies = [*POLICIES, "best-of-16"]
+    for (keys, _), users in of["table"].items():
+        alone = [["the table"], ["best-of-16"]] if keys[1] == "opponent" or keys[-1] == 16 else []
+        assert users in (alone or [policies[:-1]]), keys
+    assert {keys[1] for keys, _ in of["table"]} == {"samples", "opponent", "diversity"}
+    assert {u for users in of["bon"].values() for u in users} == {
+        "comparisons", "comparisons_test", "comparisons_ood_near", "comparisons_ood_far", "bon"}
+
+
+def test_the_pipeline_resumes_where_it_stopped_and_lists_no_plot_that_it_did_not_make(finished, monkeypatch):
+    out, said = finished
+    assert "frontier.png" in said or not (out / "frontier.png").exists()
     before = (out / "ppo" / "model.safetensors").read_bytes(), (out / "base" / "model.safetensors").stat().st_mtime_ns
     record = json.loads((out / "ppo" / "run.json").read_text(encoding="utf-8"))
     killed = json.dumps({**record, "finished": False})                                 # as if it had been killed at its end
     (out / "ppo" / "run.json").write_text(killed, encoding="utf-8")
-    found = pipeline(out)
-    assert found.returncode == 0, found.stderr
-    assert "] ppo\n" in found.stdout and "] base\n" not in found.stdout
+    monkeypatch.setitem(sys.modules, "matplotlib", None)                               # as if it were not installed
+    said = pipeline(out, monkeypatch)
+    assert "] ppo\n" in said and "] base\n" not in said
     assert before == ((out / "ppo" / "model.safetensors").read_bytes(), (out / "base" / "model.safetensors").stat().st_mtime_ns)
+    assert "no plot: it needs the extra" in said and "frontier.png" not in said
 
 
 def test_a_folder_cannot_mix_two_recipes(finished):
@@ -74,8 +166,30 @@ def test_a_stage_comes_after_the_stages_that_it_reads(tmp_path):
 
 
 def test_a_table_over_seeds_has_means_and_students_t_intervals():
-    rows = over_seeds([[{"method": "a", "x": (v, 0.1), "seconds": (1.0, None)}] for v in (1.0, 2.0, 3.0)])
-    assert rows[0]["x"] == pytest.approx((2.0, 4.30 / 3 ** 0.5)) and rows[0]["seconds"][1] is None
+    """For any number of seeds, cut at the possible values; the same value in every seed says nothing about the next seed."""
+    def over(column, *values):
+        return over_seeds([[{"method": "a", column: (v, v - 0.1, v + 0.1)}] for v in values])[0][column]
+    assert over("x", 1.0, 2.0, 3.0) == pytest.approx((2.0, 2.0 - 4.3027 / 3 ** 0.5, 2.0 + 4.3027 / 3 ** 0.5), abs=1e-4)
+    half = 2.0860 * np.std(range(21), ddof=1) / 21 ** 0.5
+    assert over("x", *map(float, range(21))) == pytest.approx((10.0, 10 - half, 10 + half), abs=1e-3)
+    assert over("ended", 0.0, 1.0, 0.5) == (0.5, 0.0, 1.0)
+    assert over("gold/test", -2.0, -1.9) == pytest.approx((-1.95, -2.0, -1.95 + 12.7062 * 0.05), abs=1e-3)
+    assert over("x", 0.5, 0.5) == (0.5, None, None) and over("seconds", 1.0, 2.0) == (1.5, None, None)
+    assert over_seeds([[{"method": "a", "x": (1.0, 0.5, 2.0)}]])[0]["x"] == (1.0, 0.5, 2.0)
+
+
+def test_the_reward_models_accuracy_has_wilson_intervals(tmp_path):
+    """Every pair of a prompt is the only one, so a split's cases are independent."""
+    (tmp_path / "rm").mkdir()
+    row = {f"eval/{s}/{k}": v for s in ("test", "ood_near", "ood_far") for k, v in
+           {"accuracy": 1.0, "pairs": 40, "accuracy_q1": 0.5}.items()}
+    (tmp_path / "rm" / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    for split in ("test", "ood_near", "ood_far"):
+        (tmp_path / f"comparisons_{split}").mkdir()
+        (tmp_path / f"comparisons_{split}" / "comparisons.jsonl").write_text('{"score_chosen": 1.0, "score_rejected": 1.0}\n')
+    test = reward_model_rows(tmp_path)[0]
+    assert test["accuracy"] == pytest.approx((1.0, 0.9124, 1.0), abs=1e-4) and test["ceiling"] == (0.5, None, None)
+    assert test["accuracy_q1"] == pytest.approx((0.5, 0.2366, 0.7634), abs=1e-4) and "accuracy_q2" not in test
 
 
 # ---- The READMEs against the code -----------------------------------------------------------------------------------
@@ -111,7 +225,7 @@ def test_the_sample_texts_are_verbatim_from_the_committed_run():
 
 def test_the_readmes_table_is_part_of_the_committed_one():
     whole = (ROOT / "results/reviews/table.md").read_text(encoding="utf-8")
-    cells = {line.split(" | ")[0]: line for line in whole.splitlines() if line.startswith("| ")}
+    cells = {line.split(" | ")[0]: line for line in reversed(whole.splitlines()) if line.startswith("| ")}   # the first table's
     rows = re.findall(r"^\| ([\w -]+) \| ([^|]+) \| ([^|]+) \| ([^|]+) \| ([^|]+) \|$", README, re.MULTILINE)
     rows = [row for row in rows if f"| {row[0]}" in cells and row[0] != "method"]
     assert len(rows) == 7

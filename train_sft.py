@@ -95,10 +95,9 @@ def to_groups(records, tokenizer, config, context):
     if config.kind == "text":
         texts = [r["text"] for r in records]
         return [Group([e]) for e in pack_texts(tokenizer, texts, max_length)] if texts else []
-    make = make_all_turns_example if config.all_turns else make_example
-    max_prompt_length = config.max_prompt_length or max_length // 2
-    examples = [make(tokenizer, r["prompt"], r["completion"], max_length, max_prompt_length, config.keep)
-                for r in records]
+    cut = max_length, config.max_prompt_length or max_length // 2, config.keep
+    examples = [make_all_turns_example(tokenizer, r["prompt"], r["completion"], *cut, given=r.get("given", ()))
+                if config.all_turns else make_example(tokenizer, r["prompt"], r["completion"], *cut) for r in records]
     if config.train_on_prompt:
         examples = [e._replace(prompt_length=1, given=()) for e in examples]
     return [Group([e]) for e in examples]

@@ -99,8 +99,10 @@ def _rows(path):
             raise DataError(f"{path}: broken gzip file ({one_line(e)})") from None
     content = content.removeprefix(b"\xef\xbb\xbf")  # a byte-order mark
     form = next((form for start, form in OTHER_FORMATS.items() if content.startswith(start)), None)
-    if not form and content.strip() and not any(line.lstrip()[:1] in (b"{", b"[") for line in content.split(b"\n")):
-        form = "UTF-16 text" if b"\0" in content[:4] else "csv or other text"
+    if b"\0" in content[:4]:
+        form = form or "UTF-16 or binary"
+    elif content.strip() and not any(line.lstrip()[:1] in (b"{", b"[") for line in content.split(b"\n")):
+        form = form or "csv or other text"
     if form:
         raise DataError(f"{path}: {form}, not JSON: write one JSON object per line in UTF-8, plain or gzipped, for example with "
                         f"pandas' to_json(orient='records', lines=True)")

@@ -175,7 +175,9 @@ def _before(row, messages, field):
 
 def _turns(prompt):
     """Returns a prompt as messages. A string that is no transcript is one message of the user's."""
-    return prompt if isinstance(prompt, list) else messages_of(prompt) or [{"role": "user", "content": prompt}]
+    if isinstance(prompt, list):
+        return prompt
+    return messages_of(prompt) or [{"role": "user", "content": prompt}] * bool(prompt.strip())
 
 
 def _is_open(messages):

@@ -96,8 +96,11 @@ def to_groups(records, tokenizer, config, context):
         texts = [r["text"] for r in records]
         return [Group([e]) for e in pack_texts(tokenizer, texts, max_length)] if texts else []
     cut = max_length, config.max_prompt_length or max_length // 2, config.keep
-    examples = [make_all_turns_example(tokenizer, r["prompt"], r["completion"], *cut, given=r.get("given", ()))
-                if config.all_turns else make_example(tokenizer, r["prompt"], r["completion"], *cut) for r in records]
+    if config.all_turns:
+        examples = [make_all_turns_example(tokenizer, r["prompt"], r["completion"], *cut, r.get("given", ()))
+                    for r in records]
+    else:
+        examples = [make_example(tokenizer, r["prompt"], r["completion"], *cut) for r in records]
     if config.train_on_prompt:
         examples = [e._replace(prompt_length=1, given=()) for e in examples]
     return [Group([e]) for e in examples]

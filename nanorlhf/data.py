@@ -42,7 +42,8 @@ def load_records(path_or_name, kind, split="train", limit=None, skip_bad=False, 
 
     A record is a dict of the kind's fields; the attribute `row` of prompts and rankings is the JSON object they were read
     from. Text is taken as it stands. In particular, no space is put between prompt and completion: the completion carries
-    its own leading space where one is wanted (HH and TL;DR files do so).
+    its own leading space where one is wanted (HH and TL;DR files do so). A completion may have "given": numbers of earlier
+    turns of the assistant (0: the first) that nothing is learned from.
     """
     if kind not in FIELDS:
         raise DataError(f"unknown record kind {kind!r}: want one of {', '.join(FIELDS)}")

@@ -81,8 +81,8 @@ def test_messages_of_inverts_transcript():
     for text in ("Human: Hi\n\nAssistant:", "\n\nHuman: Hi\n\nAssistant: ", "\n\nHuman: Hi\n\nAssistant:\n"):
         assert chat.messages_of(text) == [{"role": "user", "content": "Hi"}]
     assert chat.messages_of(prompt_of(TALK[:1]) + " Not ") == [TALK[0], {"role": "assistant", "content": "Not "}]   # open
-    told = [{"role": "system", "content": w} for w in ("a\n\nSystem: b", "c")] + TALK[:1]
-    assert chat.messages_of(prompt_of(told))[0]["content"] == "a\n\nSystem: b\n\nc"
+    told = [{"role": "system", "content": "a\n\nSystem: b"}, *TALK[:1]]
+    assert chat.messages_of(prompt_of(told)) == told
     twice = chat.messages_of("\n\nHuman: a\n\nHuman:b\n\nAssistant:")   # some HH rows have two human turns in a row
     assert twice == [{"role": "user", "content": "a\n\nb"}]
 

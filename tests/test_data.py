@@ -137,6 +137,10 @@ LATER = "\n\nHuman: q\n\nAssistant: a\n\nHuman: r\n\nAssistant: b\n\nHuman: hi\n
     ({"messages": [USER, BOT, Q, {**PARIS, "train": False}]}, "completion", {"prompt": ASKED, "completion": " yes"}),
     ({"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yes", "weight": 0}]}, "prompt",
      {"prompt": ASKED}),
+    ({"prompt": [USER, {**BOT, "weight": 0}], "completion": [PARIS]}, "completion", {"prompt": ASKED + " yes", "completion": "Paris"}),
+    ({"messages": [SYSTEM, SYSTEM, USER, USER, BOT, PARIS]}, "completion",                       # neighbours of one role
+     {"prompt": "\n\nSystem: s\n\ns\n\nHuman: hi\n\nhi\n\nAssistant:", "completion": " yes\n\nParis"}),
+    ({"prompt": [USER], "completion": [BOT, PARIS]}, "completion", {"prompt": ASKED, "completion": " yes\n\nParis"}),
     ({"prompt": "p", "completion": " c", "label": True}, "completion", {"prompt": "p", "completion": " c"}),
     ({"prompt": "p", "completion": " c", "label": False}, "prompt", {"prompt": "p"}),
     ({"text": "a", "label": 0}, "text", {"text": "a"}),
@@ -176,6 +180,9 @@ def test_records_convert_to_other_kinds(tmp_path):
     assert load_records(pair, "completion") == [{"prompt": "p", "completion": " a", "group": "g"}]
     assert load_records(pair, "prompt") == [{"prompt": "p", "completion": " a", "group": "g"}]
     assert load_records(pair, "text") == [{"text": "p a", "group": "g"}]
+    for rejected in (" a", ""):                    # a demonstration needs no other response
+        same = file_of(tmp_path, {**PAIR, "rejected": rejected}, name="d")
+        assert load_records(same, "completion") == [{"prompt": "p", "completion": " a"}]
     assert load_records(pair, "ranked") == [
         {"prompt": "p", "responses": [" a", " b"], "scores": [1.0, 0.0], "group": "g"}]
     assert load_records(ranked, "completion") == [{"prompt": "p", "completion": " b"}]
@@ -255,7 +262,9 @@ BAD = [  # row, kind, error message
      "messages holds a message whose role is 'tool', not one of user, assistant, system"),
     ({"messages": [USER, {**BOT, "weight": 0}]}, "completion", "the answer is not to be learned: its weight is 0, or train is false"),
     ({"messages": [USER, {**BOT, "weight": 0.5}]}, "completion",
-     "weight or train or training or loss of a message is neither 0 nor 1"),
+     "weight of a message is 0.5, neither 0 nor 1"),
+    ({"messages": [USER, {**BOT, "weight": 0}, BOT]}, "completion",
+     "messages holds messages of one role in a row, of which some have weight 0"),
     ({"prompt": "p", "completion": "c", "label": False}, "completion", "label is False: the answer is not to be imitated"),
     ({"messages": [USER, BOT], "kto_tag": False}, "completion", "kto_tag is False: the answer is not to be imitated"),
     ({"messages": [USER, BOT], "tools": [{"type": "function"}]}, "completion",

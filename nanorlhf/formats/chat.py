@@ -46,7 +46,9 @@ def name_of(message, field):
 
 
 def content_of(message, field):
-    """Returns the text of a message."""
+    """Returns the text of a message. Raises a DataError if the text is not all that the message says."""
+    if unread := [key for key in UNREAD if message.get(key)]:
+        raise DataError(f"{field} holds a message with {unread[0]}, which is not read")
     content = [message[key] for key in ("content", "value") if key in message]
     if content and all(c is None for c in content):
         raise DataError(f"{field} holds a message with null as its content")
@@ -55,19 +57,16 @@ def content_of(message, field):
 
 def transcript(messages, field):
     """Turns [{role, content}, ...] into "\\n\\nHuman: ...\\n\\nAssistant: ...". Raises a DataError for what it cannot express."""
-    text, last = "", None
+    text = ""
     for m in messages:
         name, content = name_of(m, field), content_of(m, field)
-        if unread := [key for key in UNREAD if m.get(key)]:
-            raise DataError(f"{field} holds a message with {unread[0]}, which is not read")
         if match := TURN.search(content):
             raise DataError(f"{field} holds a message with {match[0]!r} in it, which would begin another turn")
         if name == "Assistant" and not content.strip():
             raise DataError(f"{field} holds an empty assistant message")
-        if name == "System" and last not in (None, "System"):
+        if name == "System" and text:
             raise DataError(f"{field} holds a system message that is not the first message")
-        text += f"\n\n{content}" if last == name == "System" else f"\n\n{name}: {content}"
-        last = name
+        text += f"\n\n{name}: {content}"
     return text
 
 

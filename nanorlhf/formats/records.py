@@ -30,6 +30,7 @@ TRAINED = ("weight", "train", "training", "loss")  # read, in a message: 0 or fa
 LABELS = ("label", "kto_tag")                      # read: false or 0 for an answer that is not to be imitated (KTO)
 REFUSED = ("tools", "functions", "images", "image", "videos", "audios", "chat_template_kwargs")  # unless they are empty
 
+
 class Record(dict):
     """A dict with the fields of one kind. `row` is the JSON object that a prompt or a ranking was read from, with all its
     fields; None for other records."""
@@ -81,7 +82,7 @@ def records_of(row, kind):
         raise DataError("row is not a JSON object")
     names = one_line(", ".join(name if value is not None else f"{name} (null)" for name, value in row.items()))
     whole, row = row, {name: value for name, value in row.items() if value is not None}
-    if refused := [name for name in REFUSED if row.get(name) not in (None, "", "[]", [], {})]:
+    if refused := [name for name in REFUSED if row.get(name) and row[name] != "[]"]:
         raise DataError(f"{refused[0]} is not read: leave the field out if the rows are right without it")
     fits = [reader for reader in READERS if set(reader[0]) <= row.keys()]
     fits = [reader for reader in fits if not any(set(reader[0]) < set(other[0]) for other in fits)]
@@ -97,10 +98,13 @@ def records_of(row, kind):
         raise DataError(unfit)
     if unfit:
         record = {"prompt": record["prompt"]}
-    for field in ("text", "completion", "chosen", "rejected"):
+    if kind != "completion":
+        record.pop("given", None)
+    compared = kind in ("preference", "ranked")    # for the others, any rejected response will do
+    for field in ("text", "completion", "chosen", *["rejected"] * compared):
         if field in record and not record[field].strip():
             raise DataError(f"empty {field}")
-    if row_kind == "preference" and record["chosen"] == record["rejected"]:
+    if row_kind == "preference" and compared and record["chosen"] == record["rejected"]:
         raise DataError("chosen equals rejected")
     if isinstance(row.get("group"), (str, int)):
         record["group"] = row["group"]
@@ -170,7 +174,18 @@ def _before(row, messages, field):
     if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
         raise DataError("history is not a list of [user, assistant] pairs")
     history = [{"role": role, "content": text} for pair in pairs for role, text in zip(("user", "assistant"), pair)]
-    return [{"role": "system", "content": text} for text in systems[:1]] + history + messages
+    return _joined([{"role": "system", "content": text} for text in systems[:1]] + history + messages, field)
+
+
+def _joined(messages, field):
+    """Returns the messages; neighbours of one role become one message, unless the model is to learn some of them only."""
+    joined = []
+    for name, same in itertools.groupby(messages, lambda m: name_of(m, field)):
+        same = list(same)
+        if name == "Assistant" and len(set(map(_is_learned, same))) > 1:
+            raise DataError(f"{field} holds messages of one role in a row, of which some have weight 0")
+        joined.append({**same[-1], "content": "\n\n".join(content_of(m, field) for m in same)} if len(same) > 1 else same[0])
+    return joined
 
 
 def _turns(prompt):
@@ -193,12 +208,12 @@ def _tidy(prompt):
     return prompt.rstrip() if prompt.rstrip().endswith(ASSISTANT) else prompt
 
 
-def _transcripts(messages, response, field, prompt_field="prompt"):
+def _transcripts(messages, response, field, where="prompt"):
     """Returns a list of messages and the assistant's next one as (prompt, response). The response continues an open answer."""
     answer = transcript([response], field).removeprefix(ASSISTANT)
     if not messages:
         raise DataError(f"{field} has no message before the answer")
-    prompt = transcript(messages, prompt_field)
+    prompt = transcript(messages, where)
     return (prompt, answer[1:]) if _is_open(messages) else (prompt + ASSISTANT, answer)
 
 
@@ -215,6 +230,7 @@ def _dialogue(prompt, response, field):
     if not isinstance(response, list):            # the space in front is added by transcript()
         words = string(response, field)
         response = [{"role": "assistant", "content": words if _is_open(messages) else words.removeprefix(" ")}]
+    response = _joined(response, field)
     if not response or name_of(response[-1], field) != "Assistant":
         raise DataError(f"{field} does not end with an assistant message")
     if name_of(response[0], field) != "Assistant":
@@ -241,16 +257,17 @@ def _learned(messages):
     assistant's earlier turns (0: the first) that nothing is learned from]}, or {}."""
     if messages and not _is_learned(messages[-1]):
         return {"unfit": "the answer is not to be learned: its weight is 0, or train is false"}
-    turns = [list(turn) for name, turn in itertools.groupby(messages, lambda m: name_of(m, "prompt")) if name == "Assistant"]
-    given = [k for k, turn in enumerate(turns[:-1]) if not all(map(_is_learned, turn))]
+    earlier = [m for m in messages[:-2] if name_of(m, "prompt") == "Assistant"]    # messages[-2] is the user's, or an open answer
+    given = [k for k, m in enumerate(earlier) if not _is_learned(m)]
     return {"given": given} if given else {}
 
 
 def _is_learned(message):
-    values = [message[name] for name in TRAINED if message.get(name) is not None]
-    if any(value not in (0, 1) for value in values):
-        raise DataError(f"{' or '.join(TRAINED)} of a message is neither 0 nor 1")
-    return all(values)
+    values = {name: message[name] for name in TRAINED if message.get(name) is not None}
+    for name, value in values.items():
+        if value not in (0, 1):                    # True equals 1
+            raise DataError(f"{name} of a message is {one_line(repr(value))}, neither 0 nor 1")
+    return all(values.values())
 
 
 def _read_prompt(row, field):
@@ -275,8 +292,7 @@ def _read_messages(row, field):
         return {**_read_prompt(row, field), "unfit": f"{field} does not end with an assistant message"}
     learned = [k for k, name in enumerate(speakers) if name == "Assistant" and _is_learned(messages[k])]
     last = learned[-1] if learned else len(messages) - 1
-    prompt = transcript(messages[:last], field) + ASSISTANT
-    _, response = _transcripts(messages[:last], messages[last], field)
+    prompt, response = _transcripts(messages[:last], messages[last], field, field)
     return {"prompt": prompt, "completion": response, **_learned(messages[:last + 1])}
 
 

@@ -102,7 +102,7 @@ def _rows(path):
     form = next((form for start, form in OTHER_FORMATS.items() if content.startswith(start)), None)
     if b"\0" in content[:4]:
         form = form or "UTF-16 or binary"
-    elif content.strip() and not any(line.lstrip()[:1] in (b"{", b"[") for line in content.split(b"\n")):
+    elif content.strip() and not re.search(rb"^[ \t\r]*[{[]", content, re.MULTILINE):
         form = form or "csv or other text"
     if form:
         raise DataError(f"{path}: {form}, not JSON: write one JSON object per line in UTF-8, plain or gzipped, for example with "

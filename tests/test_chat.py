@@ -272,11 +272,12 @@ def test_a_template_that_wants_parts_gets_them(tmp_path, chatml, template):
 @pytest.mark.parametrize("template, says", [
     (INST, "system"), (CHATML.replace("{% else %}", "{% elif m['role'] == 'system' or loop.last %}"), "user"),
     (CHATML.replace("for m in messages", "for m in messages[-2:]"), "system"),
-    (CHATML.replace("m['content'] + '<|im_end|>' }}", "m['content'][:3] + '<|im_end|>' }}"), "assistant")])
+    (CHATML.replace("{{ m['content'] + '<|im_end|>\n' }}", "{{ m['content'][3:] + '<|im_end|>\n' }}"), "system"),
+    (CHATML.replace("{{ m['content'] + '<|im_end|>' }}", "{{ m['content'][:3] + '<|im_end|>' }}"), "assistant")])
 def test_a_template_that_loses_words_is_refused(tmp_path, template, says):
     tokenizer = load_tokenizer(write_tokenizer(tmp_path / "tok", template, "<|im_end|>"))
     rows = file_of(tmp_path, {"messages": [{"role": "system", "content": "Be kind."}, *TALK]})
-    with pytest.raises(DataError, match=rf"rows.jsonl:1: the chat template leaves out words of the messages \(.*{says}"):
+    with pytest.raises(DataError, match=rf"rows.jsonl:1: the chat template leaves out words of the {says}'s messages"):
         load_records(rows, "completion", tokenizer=tokenizer)
 
 

@@ -13,7 +13,7 @@ from nanorlhf import data, training
 from nanorlhf.data import Example, load_records
 from nanorlhf.errors import DataError
 from nanorlhf.formats.chat import messages_of
-from nanorlhf.formats.records import CNNDM_PROMPT, TLDR_PROMPT
+from nanorlhf.formats.records import CNNDM_PROMPT, TLDR_PROMPT, columns_of, other_columns
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"the public data files are not at {DATA}")
@@ -150,6 +150,13 @@ def test_fields_beside_the_others_are_read(row, kind, record, tmp_path):
     assert load_records(file_of(tmp_path, row), kind) == [record]
 
 
+def test_other_columns_are_those_that_no_reader_takes(tmp_path):
+    row = {"prompt": "hi", "system": "s", "history": [], "answer": 4, "label": False, "kto_tag": "x", "context": None, "messages": None}
+    records = load_records(file_of(tmp_path, row), "prompt")
+    assert other_columns(records) == [{"answer": 4, "kto_tag": "x", "context": None}]
+    assert columns_of(records) == {name: [value] for name, value in row.items()}
+
+
 def test_words_of_a_user_never_begin_a_turn_in_a_record(tmp_path):
     words = "My machine:\n\nSystem: Windows 11\n\nEnough?"
     hh = {k: f"\n\nHuman: {words}\n\nAssistant: {a}" for k, a in TWO.items()}
@@ -191,6 +198,9 @@ def test_records_convert_to_other_kinds(tmp_path):
     assert found == {(" b", " a"), (" b", " c"), (" b", " d"), (" d", " a"), (" d", " c")}  # the tie of a and c is dropped
     twice = file_of(tmp_path, {"prompt": "p", "responses": ["a", "a", "b"], "scores": [2, 3, 1]}, name="t")
     assert load_records(twice, "preference") == [{"prompt": "p", "chosen": "a", "rejected": "b"}]
+    around = file_of(tmp_path, {"prompt": "p", "responses": ["a", "b", "a"], "scores": [3, 2, 1]}, name="u")
+    with pytest.raises(DataError, match="no preference records"):
+        load_records(around, "preference")
     same_text = file_of(tmp_path, {"prompt": "p", "responses": ["a", "a"], "scores": [1, 2]}, RANKED, name="s")
     assert len(load_records(same_text, "preference")) == 5 and len(load_records(same_text, "preference", limit=3)) == 3
     both = file_of(tmp_path, {"text": "t", "prompt": "p"}, name="b")  # a row of two kinds is read as the requested one
@@ -261,6 +271,8 @@ BAD = [  # row, kind, error message
     ({"messages": [USER, {"role": "tool", "content": "x"}, BOT]}, "completion",
      "messages holds a message whose role is 'tool', not one of user, assistant, system"),
     ({"messages": [USER, {**BOT, "weight": 0}]}, "completion", "the answer is not to be learned: its weight is 0, or train is false"),
+    ({"prompt": "hi", "chosen": {**BOT, "weight": 0}, "rejected": NO}, "preference",
+     "the answer is not to be learned: its weight is 0, or train is false"),
     ({"messages": [USER, {**BOT, "weight": 0.5}]}, "completion",
      "weight of a message is 0.5, neither 0 nor 1"),
     ({"messages": [USER, {**BOT, "weight": 0}, BOT]}, "completion",

@@ -146,8 +146,8 @@ def _render(tokenizer, messages, add_generation_prompt):
     if not tokenizer.chat_template:
         text = "".join(f"\n\n{NAMES[m['role']]}: {m['content']}" for m in messages)
         return text + (ASSISTANT if add_generation_prompt and not cut else "")
-    # A character that no message has marks the end of each message's words. Templates may change the space behind it, or drop
-    # the reasoning before it.
+    # A character that no message has marks the end of each message's words. A template may change the space around them, and
+    # drop the reasoning at the beginning of the assistant's.
     end = _unused(messages)
     words = [m["content"].rstrip() for m in messages]
     if cut:
@@ -164,10 +164,10 @@ def _render(tokenizer, messages, add_generation_prompt):
         except Exception as error:                # a template may raise anything
             errors.append(DataError(f"the chat template fails: {type(error).__name__}: {one_line(error)}"))
         else:
-            if text.count(end) >= sum(map(bool, words)):
+            lost = [m["role"] for w, m in zip(words, messages) if w and m["role"] != "assistant" and w.lstrip() + end not in text]
+            if not lost and text.count(end) >= sum(map(bool, words)):
                 return (text[:text.rindex(end)] if cut else text).replace(end, "")
-            lost = {m["role"]: 0 for w, m in zip(words, messages) if w not in text}
-            errors.append(DataError(f"the chat template leaves out words of the messages ({', '.join(lost) or 'any role'})"))
+            errors.append(DataError(f"the chat template leaves out words of the {lost[0] if lost else 'assistant'}'s messages"))
     raise errors[0] from None
 
 

@@ -133,10 +133,10 @@ def convert(found, record, kind):
     if kind == "ranked" and found == "preference":
         return [{"prompt": record["prompt"], "responses": [record["chosen"], record["rejected"]],
                  "scores": [1.0, 0.0], **group}]
-    if kind == "preference" and found == "ranked":  # every pair of different texts that is not a tie
+    if kind == "preference" and found == "ranked":  # every pair of different texts, unless it is a tie or the texts change places
         pairs = itertools.permutations(zip(record["responses"], record["scores"]), 2)
         pairs = dict.fromkeys((a, b) for (a, s), (b, t) in pairs if s > t and a != b)
-        return [{"prompt": record["prompt"], "chosen": a, "rejected": b, **group} for a, b in pairs]
+        return [{"prompt": record["prompt"], "chosen": a, "rejected": b, **group} for a, b in pairs if (b, a) not in pairs]
     if kind == "prompt" and found == "preference":
         return convert(found, record, "completion")
     if kind == "prompt" and found == "ranked":
@@ -304,9 +304,11 @@ def _read_preference(row, field, chosen, rejected):
         answer = content_of(answer, chosen) if isinstance(answer, dict) else string(answer, chosen)
         if content_of(asked.pop(), field).strip() != answer.strip():
             raise DataError(f"{field} ends with an answer that is not the chosen one")
-    (prompt, chosen, _), (other, rejected, _) = [_dialogue(asked, row[name], name) for name in (chosen, rejected)]
+    (prompt, chosen, messages), (other, rejected, _) = [_dialogue(asked, row[name], name) for name in (chosen, rejected)]
     if prompt != other:
         raise DataError("prompts differ")
+    if unfit := _learned(messages).get("unfit"):
+        raise DataError(unfit)
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 

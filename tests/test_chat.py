@@ -454,6 +454,7 @@ def base(tmp_path):
 
 def test_scripts_train_on_conversations(base, tmp_path):
     rows = [{"messages": [{"role": "user", "content": f"Is it good {k}?"}, *TALK[1:]]} for k in range(12)]
+    rows.append({"prompt": [{"role": "user", "content": "Is it good?"}, {"role": "assistant", "content": "It "}], "completion": "is."})
     (tmp_path / "talk.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     data, common = str(tmp_path / "talk.jsonl"), dict(device="cpu", data=str(tmp_path / "talk.jsonl"))
     train_sft.train(train_sft.Config(init=str(base), out=str(tmp_path / "sft"), all_turns=True, eval_fraction=0, max_steps=2,
@@ -465,7 +466,8 @@ def test_scripts_train_on_conversations(base, tmp_path):
     sample_bon.sample(sample_bon.Config(init=str(tmp_path / "sft"), out=str(tmp_path / "bon"), reward=reward, n=2, response_length=5,
                                        keep_unfinished=True, **common))
     best = load_records(tmp_path / "bon" / "best.jsonl", "completion")
-    assert best[0]["prompt"] == load_records(data, "completion")[0]["prompt"] and best[0]["completion"].startswith(" ")
+    assert [r["prompt"] for r in best] == [r["prompt"] for r in load_records(data, "completion")]
+    assert all(r["completion"].startswith(" ") for r in best[:-1]) and best[-1]["prompt"].endswith("\n\nAssistant: It ")
     train_ppo.train(train_ppo.Config(init=str(tmp_path / "sft"), out=str(tmp_path / "ppo"), reward=reward, max_steps=1, batch_size=4,
                                      response_length=5, **common))
     assert (tmp_path / "ppo" / "tokenizer_config.json").read_bytes() == (base / "tokenizer_config.json").read_bytes()

@@ -88,6 +88,7 @@ LATER = "\n\nHuman: q\n\nAssistant: a\n\nHuman: r\n\nAssistant: b\n\nHuman: hi\n
     ({"system": "s", "instruction": "hi", "input": "x"}, "prompt", {"prompt": TOLD.replace("hi", "hi\nx")}),
     ({"history": HELLO, "instruction": "hi", "output": "yes"}, "completion", {"prompt": LATER, "completion": " yes"}),
     ({"system": "s", "history": HELLO, "prompt": "hi"}, "prompt", {"prompt": "\n\nSystem: s" + LATER}),
+    ({"history": HELLO, "prompt": [SYSTEM, USER]}, "prompt", {"prompt": "\n\nSystem: s" + LATER}),
     ({"system": "", "system_prompt": None, "history": [], "prompt": "hi"}, "prompt", {"prompt": "hi"}),
     ({"system": "s", "prompt": "hi", "completion": "yes"}, "completion", {"prompt": TOLD, "completion": " yes"}),
     ({"system": "s", "prompt": ASKED, "completion": " yes"}, "completion", {"prompt": TOLD, "completion": " yes"}),
@@ -176,6 +177,8 @@ def test_alpaca_rows_get_the_alpaca_prompt(tmp_path):
     assert first["prompt"].endswith("### Instruction:\nAdd {input}.\n\n### Input:\n1 + {instruction}\n\n### Response:")
     assert first["prompt"].startswith("Below is an instruction that describes a task, paired with")
     assert first["completion"] == "3"
+    dolly = {"instruction": "Add {input}.", "context": "1 + {instruction}", "response": "3"}
+    assert load_records(file_of(tmp_path, dolly), "prompt") == [{"prompt": first["prompt"]}]
     second = load_records(file_of(tmp_path, rows[1]), "preference")[0]
     assert second["prompt"].startswith("Below is an instruction that describes a task. Write")
     assert "### Input" not in second["prompt"] and (second["chosen"], second["rejected"]) == ("la", "no")

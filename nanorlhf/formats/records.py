@@ -166,7 +166,7 @@ def _prompt(row, field):
 def _before(row, messages, field):
     """Returns the messages after those of the row's system message and history. A system message may be given twice."""
     systems = [string(row[name], name) for name in ("system", "system_prompt") if row.get(name)]
-    if systems and messages and name_of(messages[0], field) == "System":
+    if messages and name_of(messages[0], field) == "System":
         systems, messages = [*systems, content_of(messages[0], field)], messages[1:]
     if len(set(systems)) > 1:
         raise DataError("two system messages that differ")

@@ -76,7 +76,8 @@ def test_messages_of_inverts_transcript():
         assert chat.messages_of(prompt_of(TALK[:n])) == TALK[:n]
     system = [{"role": "system", "content": "Be kind."}, *TALK[:3]]
     assert chat.messages_of(prompt_of(system)) == system
-    for text in ("", "Hello", "\n\nHuman: Hi", "x\n\nHuman: Hi\n\nAssistant:", "\n\nAssistant:", "\n\nSystem: s\n\nHuman: a"):
+    for text in ("", "Hello", "\n\nHuman: Hi", "x\n\nHuman: Hi\n\nAssistant:", "\n\nAssistant:", "\n\nSystem: s\n\nHuman: a",
+                 "Assistant: Once", "System: s\n\nAssistant:", "Human: a\nAssistant:"):
         assert chat.messages_of(text) is None
     for text in ("Human: Hi\n\nAssistant:", "\n\nHuman: Hi\n\nAssistant: ", "\n\nHuman: Hi\n\nAssistant:\n"):
         assert chat.messages_of(text) == [{"role": "user", "content": "Hi"}]

@@ -300,10 +300,12 @@ ALWAYS = ("{% for m in messages %}{{ (bos_token if loop.first else '') + '<|im_s
           "'<|im_end|>' }}{% endfor %}{{ '<|im_start|>assistant\n\n' }}")           # as Llama-3-Instruct's at its launch
 
 
+@pytest.mark.parametrize("template", [ALWAYS, "{{ bos_token }}" + ALWAYS.replace("(bos_token if loop.first else '') + ", "")],
+                         ids=["bos in a turn", "bos before"])
 @pytest.mark.parametrize("eos", ["<|im_end|>", "<|end|>"])
-def test_a_template_that_always_writes_its_generation_prompt(tmp_path, eos):
-    always = load_tokenizer(write_tokenizer(tmp_path / "a", ALWAYS, eos))
-    heeds = ALWAYS.replace("{{ '<|im_start|>assistant", "{% if add_generation_prompt %}{{ '<|im_start|>assistant") + "{% endif %}"
+def test_a_template_that_always_writes_its_generation_prompt(tmp_path, template, eos):
+    always = load_tokenizer(write_tokenizer(tmp_path / "a", template, eos))
+    heeds = template.replace("{{ '<|im_start|>assistant", "{% if add_generation_prompt %}{{ '<|im_start|>assistant") + "{% endif %}"
     heeds = load_tokenizer(write_tokenizer(tmp_path / "b", heeds, eos))
     for prompt in (prompt_of(TALK[:3]), prompt_of(TALK[:3]) + " Hard"):
         ids = encode_response(always, "ly.", prompt)

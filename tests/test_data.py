@@ -135,6 +135,8 @@ LATER = "\n\nHuman: q\n\nAssistant: a\n\nHuman: r\n\nAssistant: b\n\nHuman: hi\n
     # weights, and labels of KTO
     ({"messages": [Q, {**PARIS, "weight": 0}, USER, {**BOT, "weight": 1}]}, "completion",
      {"prompt": "\n\nHuman: q\n\nAssistant: Paris" + ASKED, "completion": " yes", "given": [0]}),
+    ({"messages": [Q, {**PARIS, "weight": 0}, USER, BOT]}, "prompt",
+     {"prompt": "\n\nHuman: q\n\nAssistant: Paris" + ASKED, "completion": " yes"}),
     ({"messages": [USER, BOT, Q, {**PARIS, "train": False}]}, "completion", {"prompt": ASKED, "completion": " yes"}),
     ({"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yes", "weight": 0}]}, "prompt",
      {"prompt": ASKED}),

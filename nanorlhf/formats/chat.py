@@ -214,7 +214,7 @@ def encode_turns(tokenizer, messages, response, all_turns=True, given=()):
     (*asked, last), mark = _break_specials(tokenizer, [*messages, last])
     whole = [*asked, last]
     if continues:
-        whole[-2:] = [{"role": "assistant", "content": asked[-1]["content"] + mark + last["content"]}]
+        whole[-2:] = [{"role": "assistant", "content": asked[-1]["content"] + last["content"]}]
     eos = next(t for t, i in tokenizer.special.items() if i == tokenizer.eos_id)
     turns = [k for k, m in enumerate(whole) if m["role"] == "assistant"]
     pieces, done, end = [], "", ""                # done: the text so far; end: the EOS at its end, or ""

@@ -91,13 +91,15 @@ def sft_loss(logprobs, mask, count):
 
 def to_groups(records, tokenizer, config, context):
     """Records -> Groups of one example: a demonstration, or a block of packed texts."""
-    max_length, max_prompt_length = length_limits(config, context)
+    cut = *length_limits(config, context), config.keep
     if config.kind == "text":
         texts = [r["text"] for r in records]
-        return [Group([e]) for e in pack_texts(tokenizer, texts, max_length)] if texts else []
-    make = make_all_turns_example if config.all_turns else make_example
-    examples = [make(tokenizer, r["prompt"], r["completion"], max_length, max_prompt_length, config.keep)
-                for r in records]
+        return [Group([e]) for e in pack_texts(tokenizer, texts, length=cut[0])] if texts else []
+    if config.all_turns:
+        examples = [make_all_turns_example(tokenizer, r["prompt"], r["completion"], *cut, r.get("given", ()))
+                    for r in records]
+    else:
+        examples = [make_example(tokenizer, r["prompt"], r["completion"], *cut) for r in records]
     if config.train_on_prompt:
         examples = [e._replace(prompt_length=1, given=()) for e in examples]
     return [Group([e]) for e in examples]

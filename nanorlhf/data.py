@@ -22,8 +22,8 @@ import torch
 
 from nanorlhf import reviews
 from nanorlhf.errors import DataError, UserError, one_line
-from nanorlhf.formats.chat import (answer_affixes, conversation, encode_for_reply, encode_turns, messages_of,
-                                   without_oldest)
+from nanorlhf.formats.chat import (answer_affixes, conversation, encode_for_reply, encode_turns, is_open,
+                                   messages_of, without_oldest)
 from nanorlhf.formats.records import FIELDS, Record, convert, records_of
 from nanorlhf.tokenizer import load_tokenizer as load_tokenizer  # callers may import it from here
 
@@ -43,7 +43,8 @@ def load_records(path_or_name, kind, split="train", limit=None, skip_bad=False, 
 
     A record is a dict of the kind's fields; the attribute `row` of prompts and rankings is the JSON object they were read
     from. Text is taken as it stands. In particular, no space is put between prompt and completion: the completion carries
-    its own leading space where one is wanted (HH and TL;DR files do so).
+    its own leading space where one is wanted (HH and TL;DR files do so). A completion may have "given": numbers of earlier
+    turns of the assistant (0: the first) that nothing is learned from.
     """
     if kind not in FIELDS:
         raise DataError(f"unknown record kind {kind!r}: want one of {', '.join(FIELDS)}")
@@ -51,7 +52,8 @@ def load_records(path_or_name, kind, split="train", limit=None, skip_bad=False, 
     if path_or_name == "reviews":
         return _review_records(kind, split, limit if limit is not None else 4000 if split == "train" else 500, seed)
     if not path.is_file():
-        raise DataError(f"{path}: no such file (and the only built-in name is `reviews`)")
+        raise DataError(f"{path}: a folder, not a file: name a file in it" if path.is_dir() else
+                        f"{path}: no such file (and the only built-in name is `reviews`)")
     records, bad, seen = [], collections.Counter(), 0
     for line, row in _rows(path):
         seen += 1
@@ -102,6 +104,10 @@ def _review_records(kind, split, n, seed):
     return [Record(r) for row in reviews.records(split, n, seed) for r in convert("completion", row, kind)]
 
 
+OTHER_FORMATS = {b"PAR1": "parquet", b"ARROW1": "arrow", b"PK\x03\x04": "zip or xlsx", b"\xff\xfe": "UTF-16 text",
+                 b"\xfe\xff": "UTF-16 text", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zXZ": "xz"}  # by first bytes
+
+
 def _rows(path):
     """Returns (number, row) pairs: the lines of a file as bytes still to be parsed, or the elements of a JSON array. Numbers
     count from 1; for an array the number in an error is the element's, not a line's."""
@@ -112,6 +118,14 @@ def _rows(path):
         except (OSError, EOFError, zlib.error) as e:
             raise DataError(f"{path}: broken gzip file ({one_line(e)})") from None
     content = content.removeprefix(b"\xef\xbb\xbf")  # a byte-order mark
+    form = next((form for start, form in OTHER_FORMATS.items() if content.startswith(start)), None)
+    if b"\0" in content[:4]:
+        form = form or "UTF-16 or binary"
+    elif content.strip() and not re.search(rb"^[ \t\r]*[{[]", content, re.MULTILINE):
+        form = form or "csv or other text"
+    if form:
+        raise DataError(f"{path}: {form}, not JSON: write one JSON object per line in UTF-8, plain or gzipped, for example with "
+                        f"pandas' to_json(orient='records', lines=True)")
     if content.lstrip()[:1] == b"[":
         try:
             return list(enumerate(json.loads(content.decode()), 1))
@@ -236,17 +250,17 @@ def encode_response(tokenizer, response, prompt=None):
 
 def _response_ids(tokenizer, response, prompt, messages):
     if messages:
-        last = {"role": "assistant", "content": response.removeprefix(" ")}
-        return encode_turns(tokenizer, [*messages, last], all_turns=False)[-1][0]
+        return encode_turns(tokenizer, messages, response, all_turns=False)[-1][0]
     return tokenizer.encode(response, start=prompt == "") + [tokenizer.eos_id]
 
 
 def decode_response(tokenizer, ids, prompt=None):
     """Token ids -> str, as records hold it; the inverse of encode_response."""
     text = tokenizer.decode(ids, start=prompt == "")
-    if prompt and conversation(tokenizer, prompt):
+    if prompt and (messages := conversation(tokenizer, prompt)):
         before, after = answer_affixes(tokenizer)
-        return " " + text.removeprefix(before).removesuffix(after)      # the space is the one behind "Assistant:"
+        text = text.removesuffix(after)
+        return text if is_open(messages) else " " + text.removeprefix(before)   # the space is the one behind "Assistant:"
     return text
 
 
@@ -316,11 +330,12 @@ def make_group(tokenizer, prompt, responses, numbers, config, context):
     return Group(make_examples(tokenizer, prompt, responses, *length_limits(config, context), config.keep), numbers)
 
 
-def make_all_turns_example(tokenizer, prompt, response, max_length=None, max_prompt_length=None, keep="end"):
-    """A conversation as one Example that trains on every turn of the assistant. Other texts and overlong conversations fall
-    back to make_example, which trains on the last response only."""
+def make_all_turns_example(tokenizer, prompt, response, max_length=None, max_prompt_length=None, keep="end", given=()):
+    """A conversation as one Example that trains on every turn of the assistant, except on those of the prompt whose numbers
+    (0: the first) are in `given`. Other texts and overlong conversations fall back to make_example, which trains on the last
+    response only."""
     if (messages := messages_of(prompt)) is not None:
-        pieces = encode_turns(tokenizer, [*messages, {"role": "assistant", "content": response.removeprefix(" ")}])
+        pieces = encode_turns(tokenizer, messages, response, given=given)
         tokens = [] if tokenizer.chat_template or tokenizer.bos_id is None else [tokenizer.bos_id]
         spans = []
         for ids, said in pieces:

@@ -243,13 +243,14 @@ def _beams(model, prompts, T, n, groups, penalty, temperature, length_penalty, t
 def main():
     import argparse
     from nanorlhf.files import local_folder
-    from nanorlhf.formats.chat import ASSISTANT
+    from nanorlhf.formats.chat import ASSISTANT, transcript
     from nanorlhf.model import check_fit, pick_device
     from nanorlhf.tokenizer import load_tokenizer
     parser = argparse.ArgumentParser(prog="python -m nanorlhf.generate", description="Prints samples of checkpoint folders.")
     parser.add_argument("runs", nargs="+", help="checkpoint folders")
     parser.add_argument("--prompt", action="append", required=True, help="text to continue (several may be given)")
     parser.add_argument("--chat", action="store_true", help="send each prompt as a user's message in a conversation")
+    parser.add_argument("--system", help="system message of the conversation (with --chat)")
     parser.add_argument("--max_new_tokens", type=int, default=64, help="longest response in tokens (default: 64)")
     parser.add_argument("--temperature", type=float, default=1.0, help="0 = greedy (default: 1)")
     parser.add_argument("--top_k", type=int, default=0, help="0 = off (default)")
@@ -258,6 +259,9 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="of the samples (default: 0)")
     parser.add_argument("--stop", action="append", default=[], help="string that ends a response (several may be given)")
     options = parser.parse_args()
+    if options.system is not None and not options.chat:
+        parser.error("--system needs --chat")
+    system = [{"role": "system", "content": options.system}] if options.system else []
     try:
         device = pick_device("auto")
         models = [(r, Transformer.from_pretrained(r).to(device), load_tokenizer(local_folder(r))) for r in options.runs]
@@ -265,7 +269,8 @@ def main():
             check_fit(model, tokenizer)
         for prompt in options.prompt:
             print(f"\n=== {prompt}")
-            prompt = f"\n\nHuman: {prompt}{ASSISTANT}" if options.chat else prompt
+            if options.chat:
+                prompt = transcript([*system, {"role": "user", "content": prompt}], "--prompt or --system") + ASSISTANT
             for run, model, tokenizer in models:
                 found = generate(model, [encode_prompt(tokenizer, prompt)], options.max_new_tokens, options.temperature,
                                  options.top_k, options.top_p, options.num_samples, options.seed, options.stop, tokenizer)

@@ -17,7 +17,7 @@ def seed_for(seed, *keys):
     what the uninterrupted run would have drawn. Two purposes never share random numbers, so every generator of a run gets
     its seed here. Runs of one seed share those of the same purpose, so that PPO and PPO-GT, say, differ by less noise.
     """
-    words = [seed] + [int.from_bytes(hashlib.sha256(str(k).encode()).digest()[:8], "little") for k in keys]
+    words = [seed % 2**64] + [int.from_bytes(hashlib.sha256(str(k).encode()).digest()[:8], "little") for k in keys]
     return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> 1)
 
 

@@ -12,6 +12,7 @@ import train_sft
 from golden.make_tokenizer_goldens import variant_of
 from nanorlhf.data import (collate, decode_response, encode_prompt, encode_response, load_records, make_all_turns_example,
                            make_example)
+from nanorlhf import generate
 from nanorlhf.errors import DataError, UserError
 from nanorlhf.formats import chat
 from nanorlhf.model import ModelConfig, RewardModel, Transformer
@@ -75,8 +76,14 @@ def test_messages_of_inverts_transcript():
         assert chat.messages_of(prompt_of(TALK[:n])) == TALK[:n]
     system = [{"role": "system", "content": "Be kind."}, *TALK[:3]]
     assert chat.messages_of(prompt_of(system)) == system
-    for text in ("", "Hello", "\n\nHuman: Hi", "x\n\nHuman: Hi\n\nAssistant:", "\n\nAssistant:", "\n\nHuman: a\n\nAssistant: b"):
+    for text in ("", "Hello", "\n\nHuman: Hi", "x\n\nHuman: Hi\n\nAssistant:", "\n\nAssistant:", "\n\nSystem: s\n\nHuman: a",
+                 "Assistant: Once", "System: s\n\nAssistant:", "Human: a\nAssistant:"):
         assert chat.messages_of(text) is None
+    for text in ("Human: Hi\n\nAssistant:", "\n\nHuman: Hi\n\nAssistant: ", "\n\nHuman: Hi\n\nAssistant:\n"):
+        assert chat.messages_of(text) == [{"role": "user", "content": "Hi"}]
+    assert chat.messages_of(prompt_of(TALK[:1]) + " Not ") == [TALK[0], {"role": "assistant", "content": "Not "}]   # open
+    told = [{"role": "system", "content": "a\n\nSystem: b"}, *TALK[:1]]
+    assert chat.messages_of(prompt_of(told)) == told
     twice = chat.messages_of("\n\nHuman: a\n\nHuman:b\n\nAssistant:")   # some HH rows have two human turns in a row
     assert twice == [{"role": "user", "content": "a\n\nb"}]
 
@@ -110,7 +117,7 @@ def test_every_layout_of_a_conversation_gives_the_same_record(tmp_path):
     ({"messages": [{"role": "tool", "content": "x"}]}, "whose role is 'tool', not one of user"),
     ({"messages": [{"role": ["user"], "content": "x"}]}, "role is .*user"), ({"messages": [{"role": "user"}, TALK[1]]}, "not a string"),
     ({"messages": [{"role": "user", "content": "a\n\nAssistant: b"}, TALK[1]]}, "would begin another turn"),
-    ({"conversations": [3]}, "from, value"), ({"conversations": 3}, "from, value"), ({"messages": []}, "assistant message")])
+    ({"conversations": [3]}, "from, value"), ({"conversations": 3}, "is not a list"), ({"messages": []}, "messages is empty")])
 def test_an_unreadable_conversation_is_rejected_with_its_line(tmp_path, row, says):
     with pytest.raises(DataError, match=says) as caught:
         load_records(file_of(tmp_path, row), "completion")
@@ -195,6 +202,154 @@ def test_all_turns_with_sentencepiece_give_the_tokens_of_make_example(tmp_path, 
         assert example.tokens.count(tokenizer.eos_id) == 2 + (template == "headers") * 2   # those of the template alone
     ids = encode_response(tokenizer, " sat there", prompt_of(messages[:1]))
     assert decode_response(tokenizer, ids, prompt_of(messages[:1])) == " sat there"
+
+
+OPEN = [*TALK[:1], {"role": "assistant", "content": "The cast is "}]
+
+
+def test_an_open_answer_is_continued(tokenizer, tmp_path):
+    prompt = prompt_of(TALK[:1]) + " The cast is "
+    assert chat.messages_of(prompt) == OPEN
+    asked, response = encode_prompt(tokenizer, prompt), encode_response(tokenizer, "good.", prompt)
+    whole = encode_prompt(tokenizer, prompt_of(TALK[:1])) + encode_response(tokenizer, " The cast is good.", prompt_of(TALK[:1]))
+    assert tokenizer.decode(asked + response) == tokenizer.decode(whole)               # the same text, cut inside the answer
+    assert [i for i in asked + response if i in tokenizer.special.values()] == [i for i in whole if i in tokenizer.special.values()]
+    assert decode_response(tokenizer, response, prompt) == "good."
+    example = make_all_turns_example(tokenizer, prompt, "good.")
+    assert example == make_example(tokenizer, prompt, "good.") and example.tokens == asked + response
+    talk = prompt_of(TALK[:3]) + " The cast is "
+    batch = collate([make_all_turns_example(tokenizer, talk, "good.")], tokenizer.pad_id)
+    assert "".join(tokenizer.decode(batch.tokens[batch.mask]).split()) == "Notbad.Itisgreat,really.good."
+    for words in ("<|im_end|>", "|im_end|> x"):                                        # no end of turn across the border
+        before = "<" * words.startswith("|")
+        response = encode_response(tokenizer, words, prompt + before)
+        assert response.count(tokenizer.eos_id) == 1 and decode_response(tokenizer, response, prompt + before).startswith(words)
+
+
+def test_an_open_answer_has_the_text_of_transformers(tokenizer, tmp_path):
+    transformers = pytest.importorskip("transformers", reason="needs transformers (the `parity` extra)")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "tok")
+    text = theirs.apply_chat_template(OPEN, tokenize=False, continue_final_message=True)
+    ids = encode_prompt(tokenizer, prompt_of(TALK[:1]) + " The cast is")
+    assert ids == theirs.encode(text.rstrip(), add_special_tokens=False)
+
+
+def test_an_open_answer_without_a_template_is_plain_text():
+    tokenizer = load_tokenizer("reviews")
+    prompt = prompt_of(TALK[:1]) + " The cast is"
+    example = make_all_turns_example(tokenizer, prompt, " good.")
+    assert encode_prompt(tokenizer, prompt) == tokenizer.encode(prompt)
+    assert example == make_example(tokenizer, prompt, " good.") and tokenizer.decode(example.tokens) == prompt + " good."
+
+
+def test_turns_of_weight_0_are_given_in_all_turns_training(tokenizer, tmp_path):
+    rows = [{"messages": [TALK[0], {**TALK[1], "weight": 0}, *TALK[2:]]}, {"messages": TALK}]
+    found = load_records(file_of(tmp_path, *rows), "completion")
+    config = train_sft.Config(all_turns=True, train_on_prompt=False)
+    groups = train_sft.to_groups(found, tokenizer, config, 200)
+    weighted, plain = (collate(g.examples, tokenizer.pad_id) for g in groups)
+    assert weighted.tokens.tolist() == plain.tokens.tolist()
+    assert tokenizer.decode(weighted.tokens[weighted.mask]).strip().startswith("Hardly.")
+    assert "Not bad." in tokenizer.decode(plain.tokens[plain.mask])
+
+
+PARTS = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% for p in m['content'] %}{% if p.type == 'text' %}"
+         "{{ p.text }}{% endif %}{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"
+         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+MIXED = PARTS.replace("{% for p", "{% if m['role'] == 'system' %}{{ m['content'] }}{% else %}{% for p").replace("{{ '<|im_end|>", "{% endif %}{{ '<|im_end|>")
+FIRST = PARTS.replace("{% for p in m['content'] %}{% if p.type == 'text' %}{{ p.text }}{% endif %}{% endfor %}", "{{ m['content'][0]['text'] }}")
+THINK = CHATML.replace("{% generation %}{{ m['content'] +", "{% generation %}{{ (m['content'].split('</think>')[-1] if not loop.last else m['content']) +")
+
+
+@pytest.mark.parametrize("template", [PARTS, MIXED, FIRST], ids=["parts", "mixed", "first"])
+def test_a_template_that_wants_parts_gets_them(tmp_path, chatml, template):
+    tokenizer = load_tokenizer(write_tokenizer(tmp_path / "parts", template, "<|im_end|>"))
+    for words in ("a", "user", " In [parts], 'type': \"text\" \n"):                     # words that the template writes, too
+        prompt = prompt_of([{"role": "system", "content": "Be kind."}, *TALK[:2], {"role": "user", "content": words}])
+        assert encode_prompt(tokenizer, prompt) == encode_prompt(chatml, prompt)
+        assert encode_response(tokenizer, " Hardly.", prompt) == encode_response(chatml, " Hardly.", prompt)
+
+
+@pytest.mark.parametrize("template, says", [
+    (INST, "system"), (CHATML.replace("{% else %}", "{% elif m['role'] == 'system' or loop.last %}"), "user"),
+    (CHATML.replace("for m in messages", "for m in messages[-2:]"), "system"),
+    (CHATML.replace("{{ m['content'] + '<|im_end|>\n' }}", "{{ m['content'][3:] + '<|im_end|>\n' }}"), "system"),
+    (CHATML.replace("{{ m['content'] + '<|im_end|>' }}", "{{ m['content'][:3] + '<|im_end|>' }}"), "assistant")])
+def test_a_template_that_loses_words_is_refused(tmp_path, template, says):
+    tokenizer = load_tokenizer(write_tokenizer(tmp_path / "tok", template, "<|im_end|>"))
+    rows = file_of(tmp_path, {"messages": [{"role": "system", "content": "Be kind."}, *TALK]})
+    with pytest.raises(DataError, match=rf"rows.jsonl:1: the chat template leaves out words of the {says}'s messages"):
+        load_records(rows, "completion", tokenizer=tokenizer)
+
+
+def test_a_template_may_drop_earlier_reasoning_and_fold_the_system_message(tmp_path):
+    thought = {"role": "assistant", "content": "<think>\nHm.\n</think>Good."}
+    talk = [TALK[0], thought, TALK[2]]
+    tokenizer = load_tokenizer(write_tokenizer(tmp_path / "a", THINK, "<|im_end|>"))
+    text = tokenizer.decode(encode_prompt(tokenizer, prompt_of(talk)))
+    assert "Hm." not in text and "Good." in text
+    fold = ("{% set s = messages[0]['content'] %}{% for m in messages[1:] %}{% if m['role'] == 'user' %}"
+            "{{ '[INST] ' + (s + '\n' if loop.last else '') + m['content'] | trim + ' [/INST]' }}"
+            "{% else %}{{ m['content'] + eos_token }}{% endif %}{% endfor %}")
+    tokenizer = load_tokenizer(write_tokenizer(tmp_path / "b", fold, "<|end|>"))
+    text = tokenizer.decode(encode_prompt(tokenizer, prompt_of([{"role": "system", "content": "Be kind."}, *TALK[:3]])))
+    assert text.endswith("[INST] Be kind.\nAnd the  cast? [/INST]")
+
+
+ALWAYS = ("{% for m in messages %}{{ (bos_token if loop.first else '') + '<|im_start|>' + m['role'] + '\n\n' + m['content'] | trim + "
+          "'<|im_end|>' }}{% endfor %}{{ '<|im_start|>assistant\n\n' }}")           # as Llama-3-Instruct's at its launch
+
+
+@pytest.mark.parametrize("template", [ALWAYS, "{{ bos_token }}" + ALWAYS.replace("(bos_token if loop.first else '') + ", "")],
+                         ids=["bos in a turn", "bos before"])
+@pytest.mark.parametrize("eos", ["<|im_end|>", "<|end|>"])
+def test_a_template_that_always_writes_its_generation_prompt(tmp_path, template, eos):
+    always = load_tokenizer(write_tokenizer(tmp_path / "a", template, eos))
+    heeds = template.replace("{{ '<|im_start|>assistant", "{% if add_generation_prompt %}{{ '<|im_start|>assistant") + "{% endif %}"
+    heeds = load_tokenizer(write_tokenizer(tmp_path / "b", heeds, eos))
+    for prompt in (prompt_of(TALK[:3]), prompt_of(TALK[:3]) + " Hard"):
+        ids = encode_response(always, "ly.", prompt)
+        assert ids == encode_response(heeds, "ly.", prompt) and decode_response(always, ids, prompt).strip() == "ly."
+        assert encode_prompt(always, prompt) == encode_prompt(heeds, prompt)
+        assert make_all_turns_example(always, prompt, "ly.") == make_all_turns_example(heeds, prompt, "ly.")
+
+
+def test_a_template_whose_end_of_answer_cannot_be_found_is_refused(tmp_path):
+    picky = "{% if messages[0]['role'] == 'x' %}{% endif %}"                             # it needs a message
+    tokenizer = load_tokenizer(write_tokenizer(tmp_path / "a", picky + ALWAYS, "<|end|>"))
+    with pytest.raises(DataError, match="does not heed add_generation_prompt"):
+        encode_response(tokenizer, " Hardly.", prompt_of(TALK[:3]))
+    for name, template in (("b", picky + ALWAYS), ("c", picky + INST.replace(" + eos_token", ""))):   # these end in plain sight
+        tokenizer = load_tokenizer(write_tokenizer(tmp_path / name, template, "<|im_end|>"))
+        ids = encode_response(tokenizer, " Hardly.", prompt_of(TALK[:3]))
+        assert ids.count(tokenizer.eos_id) == 1 and decode_response(tokenizer, ids, prompt_of(TALK[:3])) == " Hardly."
+
+
+def test_tojson_takes_the_arguments_of_transformers(tmp_path):
+    call = "{{ {'b': ['é', '<'], 'a': 1} | tojson(%s) }}"
+    for arguments, want in (("", '{"b": ["é", "<"], "a": 1}'), ("ensure_ascii=True", '{"b": ["\\u00e9", "<"], "a": 1}'),
+                            ("indent=1", '{\n "b": [\n  "é",\n  "<"\n ],\n "a": 1\n}'),
+                            ("separators=(',', ':'), sort_keys=True", '{"a":1,"b":["é","<"]}')):
+        tokenizer = load_tokenizer(write_tokenizer(tmp_path / "tok", (call % arguments) + CHATML, "<|im_end|>"))
+        assert tokenizer.decode(encode_prompt(tokenizer, prompt_of(TALK[:1]))).startswith(want)
+
+
+def test_generate_chat_takes_a_system_message_and_keeps_the_users_words(base, monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr(generate, "encode_prompt", lambda tokenizer, prompt: seen.append(prompt) or [0])
+
+    def run(*options):
+        monkeypatch.setattr("sys.argv", ["generate", str(base), "--max_new_tokens", "1", *options])
+        generate.main()
+    run("--chat", "--system", "Be kind.", "--prompt", "Hi\n\nSystem: x")
+    assert chat.messages_of(seen[-1]) == [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi\n\nSystem: x"}]
+    run("--prompt", "Hi")
+    assert seen[-1] == "Hi"
+    with pytest.raises(SystemExit, match="error: .*would begin another turn"):
+        run("--chat", "--prompt", "Hi\n\nAssistant: Sure!\n\nHuman: More")
+    with pytest.raises(SystemExit, match="2"):
+        run("--system", "Be kind.", "--prompt", "Hi")
+    assert "--system needs --chat" in capsys.readouterr().err
 
 
 def test_the_end_of_turn_string_in_a_message_does_not_end_the_turn(tmp_path):
@@ -302,6 +457,7 @@ def base(tmp_path):
 
 def test_scripts_train_on_conversations(base, tmp_path):
     rows = [{"messages": [{"role": "user", "content": f"Is it good {k}?"}, *TALK[1:]]} for k in range(12)]
+    rows.append({"prompt": [{"role": "user", "content": "Is it good?"}, {"role": "assistant", "content": "It "}], "completion": "is."})
     (tmp_path / "talk.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     data, common = str(tmp_path / "talk.jsonl"), dict(device="cpu", data=str(tmp_path / "talk.jsonl"))
     train_sft.train(train_sft.Config(init=str(base), out=str(tmp_path / "sft"), all_turns=True, eval_fraction=0, max_steps=2,
@@ -313,7 +469,8 @@ def test_scripts_train_on_conversations(base, tmp_path):
     sample_bon.sample(sample_bon.Config(init=str(tmp_path / "sft"), out=str(tmp_path / "bon"), reward=reward, n=2, response_length=5,
                                        keep_unfinished=True, **common))
     best = load_records(tmp_path / "bon" / "best.jsonl", "completion")
-    assert best[0]["prompt"] == load_records(data, "completion")[0]["prompt"] and best[0]["completion"].startswith(" ")
+    assert [r["prompt"] for r in best] == [r["prompt"] for r in load_records(data, "completion")]
+    assert all(r["completion"].startswith(" ") for r in best[:-1]) and best[-1]["prompt"].endswith("\n\nAssistant: It ")
     train_ppo.train(train_ppo.Config(init=str(tmp_path / "sft"), out=str(tmp_path / "ppo"), reward=reward, max_steps=1, batch_size=4,
                                      response_length=5, **common))
     assert (tmp_path / "ppo" / "tokenizer_config.json").read_bytes() == (base / "tokenizer_config.json").read_bytes()

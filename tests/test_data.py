@@ -12,7 +12,8 @@ import torch
 from nanorlhf import data, training
 from nanorlhf.data import Example, load_records
 from nanorlhf.errors import DataError
-from nanorlhf.formats.records import CNNDM_PROMPT, TLDR_PROMPT
+from nanorlhf.formats.chat import messages_of
+from nanorlhf.formats.records import CNNDM_PROMPT, TLDR_PROMPT, columns_of, other_columns
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"the public data files are not at {DATA}")
@@ -70,6 +71,107 @@ def test_every_row_layout_gives_its_record(row, kind, record, tmp_path):
     assert load_records(file_of(tmp_path, row), kind) == [record]
 
 
+SYSTEM, Q = {"role": "system", "content": "s"}, {"role": "user", "content": "q"}
+TOLD, ASKED = "\n\nSystem: s\n\nHuman: hi\n\nAssistant:", "\n\nHuman: hi\n\nAssistant:"
+TWO, FOUR = {"chosen": "yes", "rejected": "no"}, {"chosen": [USER, BOT], "rejected": [USER, NO]}
+PARIS, HELLO = {"role": "assistant", "content": "Paris"}, [["q", "a"], ["r", "b"]]
+LATER = "\n\nHuman: q\n\nAssistant: a\n\nHuman: r\n\nAssistant: b\n\nHuman: hi\n\nAssistant:"
+
+
+@pytest.mark.parametrize("row, kind, record", [
+    # a system message or a history beside the other fields
+    ({"system": "s", "messages": [USER, BOT]}, "completion", {"prompt": TOLD, "completion": " yes"}),
+    ({"system_prompt": "s", "messages": [SYSTEM, USER, BOT]}, "completion", {"prompt": TOLD, "completion": " yes"}),
+    ({"system": "s", "conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yes"}]}, "completion",
+     {"prompt": TOLD, "completion": " yes"}),
+    ({"system": "s", "instruction": "hi", "input": "", "output": "yes"}, "completion", {"prompt": TOLD, "completion": " yes"}),
+    ({"system": "s", "instruction": "hi", "input": "x"}, "prompt", {"prompt": TOLD.replace("hi", "hi\nx")}),
+    ({"history": HELLO, "instruction": "hi", "output": "yes"}, "completion", {"prompt": LATER, "completion": " yes"}),
+    ({"system": "s", "history": HELLO, "prompt": "hi"}, "prompt", {"prompt": "\n\nSystem: s" + LATER}),
+    ({"history": HELLO, "prompt": [SYSTEM, USER]}, "prompt", {"prompt": "\n\nSystem: s" + LATER}),
+    ({"system": "", "system_prompt": None, "history": [], "prompt": "hi"}, "prompt", {"prompt": "hi"}),
+    ({"system": "s", "prompt": "hi", "completion": "yes"}, "completion", {"prompt": TOLD, "completion": " yes"}),
+    ({"system": "s", "prompt": ASKED, "completion": " yes"}, "completion", {"prompt": TOLD, "completion": " yes"}),
+    ({"system": "s", "prompt": [USER]}, "prompt", {"prompt": TOLD}),
+    ({"system": "s", "prompt": [USER], **TWO}, "preference", {"prompt": TOLD, "chosen": " yes", "rejected": " no"}),
+    ({"system": "s", "prompt": "hi", **FOUR}, "preference", {"prompt": TOLD, "chosen": " yes", "rejected": " no"}),
+    ({"system": "s", "instruction": "hi", **TWO}, "preference", {"prompt": TOLD, "chosen": " yes", "rejected": " no"}),
+    ({"system": "s", "chosen": ASKED + " yes", "rejected": ASKED + " no"}, "preference",
+     {"prompt": TOLD, "chosen": " yes", "rejected": " no", "group": "\n\nHuman: hi"}),
+    ({"system": "s", "query": "hi", "responses": ["yes", "no"], "scores": [2, 1]}, "ranked",
+     {"prompt": TOLD, "responses": [" yes", " no"], "scores": [2.0, 1.0]}),
+    ({"messages": [{"role": "developer", "content": "s"}, USER, BOT]}, "completion", {"prompt": TOLD, "completion": " yes"}),
+    # whole conversations beside a prompt that has something they lack
+    ({"prompt": [SYSTEM, USER], **FOUR}, "preference", {"prompt": TOLD, "chosen": " yes", "rejected": " no"}),
+    ({"prompt": [Q], "chosen": [Q, PARIS, USER, BOT], "rejected": [Q, PARIS, USER, NO]}, "preference",
+     {"prompt": "\n\nHuman: q\n\nAssistant: Paris" + ASKED, "chosen": " yes", "rejected": " no"}),
+    ({"prompt": "hi", "chosen": [Q, PARIS, USER, BOT], "rejected": [Q, PARIS, USER, NO]}, "preference",  # its last question
+     {"prompt": "\n\nHuman: q\n\nAssistant: Paris" + ASKED, "chosen": " yes", "rejected": " no"}),
+    ({"prompt": ASKED, **FOUR}, "preference", {"prompt": ASKED, "chosen": " yes", "rejected": " no"}),
+    # messages beside chosen and rejected are the prompt; they may end with the chosen answer
+    ({"messages": [USER], **TWO}, "preference", {"prompt": ASKED, "chosen": " yes", "rejected": " no"}),
+    ({"messages": [USER], "chosen": BOT, "rejected": [NO]}, "preference", {"prompt": ASKED, "chosen": " yes", "rejected": " no"}),
+    ({"messages": [USER, BOT], **TWO}, "preference", {"prompt": ASKED, "chosen": " yes", "rejected": " no"}),
+    ({"messages": [USER, BOT], **FOUR}, "preference", {"prompt": ASKED, "chosen": " yes", "rejected": " no"}),
+    ({"prompt": "hi", "messages": [USER, BOT], **FOUR}, "completion", {"prompt": ASKED, "completion": " yes"}),  # UltraFeedback
+    # an answer that has begun
+    ({"prompt": [USER, {"role": "assistant", "content": "The sky is"}], "completion": [{"role": "assistant", "content": " blue."}]},
+     "completion", {"prompt": ASKED + " The sky is", "completion": " blue."}),
+    ({"prompt": [USER, {"role": "assistant", "content": "The sky is"}], "chosen": " blue.", "rejected": " red."}, "preference",
+     {"prompt": ASKED + " The sky is", "chosen": " blue.", "rejected": " red."}),
+    ({"prompt": [USER, {"role": "assistant", "content": "The sky is"}]}, "prompt", {"prompt": ASKED + " The sky is"}),
+    # the user has the last word; null; a transcript's white space
+    ({"messages": [USER]}, "prompt", {"prompt": ASKED}), ({"conversations": [USER]}, "prompt", {"prompt": ASKED}),
+    ({"text": None, "prompt": "p", "completion": " c"}, "completion", {"prompt": "p", "completion": " c"}),
+    ({"prompt": "p", "completion": None}, "prompt", {"prompt": "p"}),
+    ({"messages": [{**USER, "tool_calls": None, "weight": None}, BOT], "prompt": None}, "completion",
+     {"prompt": ASKED, "completion": " yes"}),
+    ({"messages": [{"role": None, "content": None, "from": "human", "value": "hi"}, BOT]}, "completion",
+     {"prompt": ASKED, "completion": " yes"}),
+    ({"prompt": ASKED + " "}, "prompt", {"prompt": ASKED}),
+    ({"prompt": ASKED + " ", "completion": "yes"}, "completion", {"prompt": ASKED, "completion": " yes"}),
+    ({"prompt": ASKED.lstrip(), "completion": " yes"}, "completion", {"prompt": ASKED, "completion": " yes"}),
+    ({"prompt": "p ", "completion": "yes"}, "completion", {"prompt": "p ", "completion": "yes"}),         # no conversation
+    # weights, and labels of KTO
+    ({"messages": [Q, {**PARIS, "weight": 0}, USER, {**BOT, "weight": 1}]}, "completion",
+     {"prompt": "\n\nHuman: q\n\nAssistant: Paris" + ASKED, "completion": " yes", "given": [0]}),
+    ({"messages": [Q, {**PARIS, "weight": 0}, USER, BOT]}, "prompt",
+     {"prompt": "\n\nHuman: q\n\nAssistant: Paris" + ASKED, "completion": " yes"}),
+    ({"messages": [USER, BOT, Q, {**PARIS, "train": False}]}, "completion", {"prompt": ASKED, "completion": " yes"}),
+    ({"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yes", "weight": 0}]}, "prompt",
+     {"prompt": ASKED}),
+    ({"prompt": [USER, {**BOT, "weight": 0}], "completion": [PARIS]}, "completion", {"prompt": ASKED + " yes", "completion": "Paris"}),
+    ({"messages": [SYSTEM, SYSTEM, USER, USER, BOT, PARIS]}, "completion",                       # neighbours of one role
+     {"prompt": "\n\nSystem: s\n\ns\n\nHuman: hi\n\nhi\n\nAssistant:", "completion": " yes\n\nParis"}),
+    ({"prompt": [USER], "completion": [BOT, PARIS]}, "completion", {"prompt": ASKED, "completion": " yes\n\nParis"}),
+    ({"prompt": "p", "completion": " c", "label": True}, "completion", {"prompt": "p", "completion": " c"}),
+    ({"prompt": "p", "completion": " c", "label": False}, "prompt", {"prompt": "p"}),
+    ({"text": "a", "label": 0}, "text", {"text": "a"}),
+    ({"prompt": "p", "completion": " c", "instruction": "other"}, "completion", {"prompt": "p", "completion": " c"}),
+])
+def test_fields_beside_the_others_are_read(row, kind, record, tmp_path):
+    assert load_records(file_of(tmp_path, row), kind) == [record]
+
+
+def test_other_columns_are_those_that_no_reader_takes(tmp_path):
+    row = {"prompt": "hi", "system": "s", "history": [], "answer": 4, "label": False, "kto_tag": "x", "context": None, "messages": None}
+    records = load_records(file_of(tmp_path, row), "prompt")
+    assert other_columns(records) == [{"answer": 4, "kto_tag": "x", "context": None}]
+    assert columns_of(records) == {name: [value] for name, value in row.items()}
+
+
+def test_words_of_a_user_never_begin_a_turn_in_a_record(tmp_path):
+    words = "My machine:\n\nSystem: Windows 11\n\nEnough?"
+    hh = {k: f"\n\nHuman: {words}\n\nAssistant: {a}" for k, a in TWO.items()}
+    for row in (hh, {"prompt": [{"role": "user", "content": words}], **TWO}):
+        record = load_records(file_of(tmp_path, row), "preference")[0]
+        assert messages_of(record["prompt"]) == [{"role": "user", "content": words}]
+    assert messages_of(TOLD) == [SYSTEM, USER]
+    row = {"prompt": [{"role": "user", "content": "a\n\nHuman: b"}]}
+    with pytest.raises(DataError, match="would begin another turn"):
+        load_records(file_of(tmp_path, row), "prompt")
+
+
 def test_alpaca_rows_get_the_alpaca_prompt(tmp_path):
     rows = [{"instruction": "Add {input}.", "input": "1 + {instruction}", "output": "3"},
             {"instruction": "Sing.", "input": "", "chosen": "la", "rejected": "no", "output": "la"}]
@@ -77,6 +179,8 @@ def test_alpaca_rows_get_the_alpaca_prompt(tmp_path):
     assert first["prompt"].endswith("### Instruction:\nAdd {input}.\n\n### Input:\n1 + {instruction}\n\n### Response:")
     assert first["prompt"].startswith("Below is an instruction that describes a task, paired with")
     assert first["completion"] == "3"
+    dolly = {"instruction": "Add {input}.", "context": "1 + {instruction}", "response": "3"}
+    assert load_records(file_of(tmp_path, dolly), "prompt") == [{"prompt": first["prompt"]}]
     second = load_records(file_of(tmp_path, rows[1]), "preference")[0]
     assert second["prompt"].startswith("Below is an instruction that describes a task. Write")
     assert "### Input" not in second["prompt"] and (second["chosen"], second["rejected"]) == ("la", "no")
@@ -88,12 +192,20 @@ def test_records_convert_to_other_kinds(tmp_path):
     assert load_records(pair, "completion") == [{"prompt": "p", "completion": " a", "group": "g"}]
     assert load_records(pair, "prompt") == [{"prompt": "p", "completion": " a", "group": "g"}]
     assert load_records(pair, "text") == [{"text": "p a", "group": "g"}]
+    for rejected in (" a", ""):                    # a demonstration needs no other response
+        same = file_of(tmp_path, {**PAIR, "rejected": rejected}, name="d")
+        assert load_records(same, "completion") == [{"prompt": "p", "completion": " a"}]
     assert load_records(pair, "ranked") == [
         {"prompt": "p", "responses": [" a", " b"], "scores": [1.0, 0.0], "group": "g"}]
     assert load_records(ranked, "completion") == [{"prompt": "p", "completion": " b"}]
     assert load_records(ranked, "prompt") == [{"prompt": "p"}]
     found = {(r["chosen"], r["rejected"]) for r in load_records(ranked, "preference")}
     assert found == {(" b", " a"), (" b", " c"), (" b", " d"), (" d", " a"), (" d", " c")}  # the tie of a and c is dropped
+    twice = file_of(tmp_path, {"prompt": "p", "responses": ["a", "a", "b"], "scores": [2, 3, 1]}, name="t")
+    assert load_records(twice, "preference") == [{"prompt": "p", "chosen": "a", "rejected": "b"}]
+    around = file_of(tmp_path, {"prompt": "p", "responses": ["a", "b", "a"], "scores": [3, 2, 1]}, name="u")
+    with pytest.raises(DataError, match="no preference records"):
+        load_records(around, "preference")
     same_text = file_of(tmp_path, {"prompt": "p", "responses": ["a", "a"], "scores": [1, 2]}, RANKED, name="s")
     assert len(load_records(same_text, "preference")) == 5 and len(load_records(same_text, "preference", limit=3)) == 3
     both = file_of(tmp_path, {"text": "t", "prompt": "p"}, name="b")  # a row of two kinds is read as the requested one
@@ -111,12 +223,12 @@ def test_an_impossible_conversion_gives_an_error_that_names_the_fields(row, kind
 
 
 BAD = [  # row, kind, error message
-    (b'{"text": "\xff"}', "text", "bad UTF-8"), (b'{"text": ', "text", "bad JSON"),
+    (b'{"text": "\xff"}', "text", "bad UTF-8: save the file as UTF-8"), (b'{"text": ', "text", "bad JSON"),
     (b"3", "text", "row is not a JSON object"),
     (b"[" * 100_000, "text", "bad JSON"),
     ({"a": 1, "b": 2}, "text", "no known record in the fields a, b"),
     ({}, "text", "no known record in the fields (none)"),
-    ({"text": 3}, "text", "text is not a string"), ({"text": None}, "text", "text is not a string"),
+    ({"text": 3}, "text", "text is not a string"), ({"text": None}, "text", "no known record in the fields text (null)"),
     ({"text": " \n"}, "text", "empty text"), ({"text": "\ud83d"}, "text", "unpaired surrogate in text"),
     ({"prompt": 1}, "prompt", "prompt is not a string"),
     ({"prompt": "p", "completion": " "}, "completion", "empty completion"),
@@ -151,6 +263,38 @@ BAD = [  # row, kind, error message
      "summaries.text is not a string"),
     ({"info": {}, "summaries": [{"text": "a"}, {"text": "b"}], "choice": 0}, "preference",
      "info.article is not a string"),
+    ({"messages": [USER]}, "completion", "messages does not end with an assistant message"),
+    ({"messages": []}, "prompt", "messages is empty"), ({"prompt": []}, "prompt", "prompt is empty"),
+    ({"messages": [BOT]}, "completion", "messages has no message before the answer"),
+    ({"chosen": [BOT], "rejected": [NO]}, "preference", "chosen has no message before the answer"),
+    ({"messages": [USER, {**BOT, "content": ""}, USER, BOT]}, "completion", "messages holds an empty assistant message"),
+    ({"messages": [USER, BOT, SYSTEM, USER, BOT]}, "completion", "messages holds a system message that is not the first message"),
+    ({"messages": [USER, {**BOT, "content": None}]}, "completion", "messages holds a message with null as its content"),
+    ({"messages": [{**USER, "content": [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {}}]}, BOT]}, "completion",
+     "a message of messages holds a part of type 'image_url': only text parts are read"),
+    ({"messages": [USER, {**BOT, "tool_calls": [{"id": "1"}]}]}, "completion", "messages holds a message with tool_calls, which is not read"),
+    ({"messages": [USER, {"role": "tool", "content": "x"}, BOT]}, "completion",
+     "messages holds a message whose role is 'tool', not one of user, assistant, system"),
+    ({"messages": [USER, {**BOT, "weight": 0}]}, "completion", "the answer is not to be learned: its weight is 0, or train is false"),
+    ({"prompt": "hi", "chosen": {**BOT, "weight": 0}, "rejected": NO}, "preference",
+     "the answer is not to be learned: its weight is 0, or train is false"),
+    ({"messages": [USER, {**BOT, "weight": 0.5}]}, "completion",
+     "weight of a message is 0.5, neither 0 nor 1"),
+    ({"messages": [USER, {**BOT, "weight": 0}, BOT]}, "completion",
+     "messages holds messages of one role in a row, of which some have weight 0"),
+    ({"prompt": "p", "completion": "c", "label": False}, "completion", "label is False: the answer is not to be imitated"),
+    ({"messages": [USER, BOT], "kto_tag": False}, "completion", "kto_tag is False: the answer is not to be imitated"),
+    ({"messages": [USER, BOT], "tools": [{"type": "function"}]}, "completion",
+     "tools is not read: leave the field out if the rows are right without it"),
+    ({"system": "a", "messages": [SYSTEM, USER, BOT]}, "completion", "two system messages that differ"),
+    ({"system": "a", "system_prompt": "b", "prompt": "p"}, "prompt", "two system messages that differ"),
+    ({"history": [USER], "prompt": "p"}, "prompt", "history is not a list of [user, assistant] pairs"),
+    ({"prompt": [Q], **FOUR}, "preference", "prompt is not the beginning of chosen"),
+    ({"prompt": "q", **FOUR}, "preference", "prompt is not the beginning of chosen"),
+    ({"messages": [USER, NO], **TWO}, "preference", "messages ends with an answer that is not the chosen one"),
+    ({"prompt": [USER, BOT], "completion": [NO, USER, BOT]}, "completion",
+     "prompt ends inside an answer, but completion is more than the rest of it"),
+    ({"prompt": "hi", "responses": [[USER, BOT], [USER, PARIS, Q, NO]], "scores": [2, 1]}, "ranked", "prompts differ"),
     ({"rl_prompt": "p", "sampled_answers": [{"sampled_string": "a", "pm_scores": []}] * 2}, "ranked",
      "sampled_answers need a sampled_string and pm_scores[].pm_score each"),
 ]
@@ -185,9 +329,15 @@ def test_an_unreadable_file_gives_a_one_line_error(tmp_path):
     (tmp_path / "cut.gz").write_bytes(gzip.compress(b'{"text": "a"}' * 999)[:-20])
     (tmp_path / "cut.json").write_bytes(b'[{"text": "a"}')
     (tmp_path / "empty").write_bytes(b"\n")
+    row = '{"text": "a"}\n'
+    for name, content in (("a.csv", b'text,label\n"a",0\n'), ("a.xlsx", b"PK\x03\x04\x14"), ("a.parquet", b"PAR1\x15\x04"),
+                          ("16", row.encode("utf-16")), ("16le", row.encode("utf-16-le")), ("1.zst", b"\x28\xb5\x2f\xfd\x24")):
+        (tmp_path / name).write_bytes(content)
     for name, message in (("cut.gz", "broken gzip"), ("cut.json", "bad JSON array"),
                           ("empty", "no text records in 0 rows"),
-                          ("nowhere.jsonl", "no such file"), (".", "no such file")):
+                          ("nowhere.jsonl", "no such file"), (".", "a folder, not a file"), ("a.csv", "csv or other text, not JSON"),
+                          ("a.xlsx", "zip or xlsx, not JSON"), ("a.parquet", "parquet, not JSON"), ("16", "UTF-16 text, not JSON"),
+                          ("16le", "UTF-16 or binary, not JSON"), ("1.zst", "zstd, not JSON")):
         with pytest.raises(DataError, match=message) as e:
             load_records(tmp_path / name, "text")
         assert "\n" not in str(e.value)

@@ -8,6 +8,7 @@ the model reads the transcript as it is. The words of a message never become a s
 
 import functools
 import json
+import os
 import re
 import time
 
@@ -15,12 +16,18 @@ from nanorlhf.errors import DataError, one_line
 
 ASSISTANT = "\n\nAssistant:"  # ends a prompt; the response then begins with a space
 ROLES = {"Human": "user", "Assistant": "assistant", "System": "system"}
-TURN = re.compile(r"\n\n(Human|Assistant|System):")
+NAMES = {"user": "Human", "human": "Human", "assistant": "Assistant", "gpt": "Assistant", "system": "System",
+         "developer": "System"}
+TURN = re.compile(r"\n\n(Human|Assistant):")  # a system message is always the first: elsewhere, "System:" is somebody's words
+UNREAD = ("tool_calls", "tool_call_id", "function_call", "reasoning_content", "reasoning", "thinking", "images", "audio")
 
 
 def string(value, field):
-    if isinstance(value, list) and all(isinstance(p, dict) and p.get("type") == "text" for p in value):
-        value = "".join(string(p.get("text"), field) for p in value)                   # content in parts
+    """Returns a text, or the joined text parts of a list of them. Raises a DataError for anything else."""
+    if isinstance(value, list) and value and all(isinstance(p, dict) and "type" in p for p in value):
+        if other := [p["type"] for p in value if p["type"] != "text"]:
+            raise DataError(f"{field} holds a part of type {one_line(repr(other[0]))}: only text parts are read")
+        value = "".join(string(p.get("text"), field) for p in value)
     if not isinstance(value, str):
         raise DataError(f"{field} is not a string")
     if any("\ud800" <= c <= "\udfff" for c in value):
@@ -28,25 +35,52 @@ def string(value, field):
     return value
 
 
+def name_of(message, field):
+    """Returns whose turn a message is: Human, Assistant or System. OpenAI writes {role, content}, ShareGPT {from, value}."""
+    if not isinstance(message, dict):
+        raise DataError(f"{field} holds {one_line(repr(message))}, which is no message {{role, content}} or {{from, value}}")
+    role = message.get("role") or message.get("from")
+    if not isinstance(role, str) or role not in NAMES:
+        raise DataError(f"{field} holds a message whose role is {one_line(repr(role))}, not one of user, assistant, system")
+    return NAMES[role]
+
+
+def content_of(message, field):
+    """Returns the text of a message. Raises a DataError if the text is not all that the message says."""
+    if unread := [key for key in UNREAD if message.get(key)]:
+        raise DataError(f"{field} holds a message with {unread[0]}, which is not read")
+    content = [message[key] for key in ("content", "value") if key in message]
+    if content and all(c is None for c in content):
+        raise DataError(f"{field} holds a message with null as its content")
+    return string(next((c for c in content if c is not None), None), f"a message of {field}")
+
+
 def transcript(messages, field):
-    """Turns [{role, content}, ...] into "\\n\\nHuman: ...\\n\\nAssistant: ..."."""
-    names, text = {role: name for name, role in ROLES.items()}, ""
+    """Turns [{role, content}, ...] into "\\n\\nHuman: ...\\n\\nAssistant: ...". Raises a DataError for what it cannot express."""
+    text = ""
     for m in messages:
-        if not isinstance(m, dict) or m.get("role") not in list(names):                # a list: a role may be unhashable
-            role = m.get("role") if isinstance(m, dict) else m
-            raise DataError(f"{field} holds a message whose role is {one_line(repr(role))}, not one of {', '.join(names)}")
-        content = string(m.get("content"), f"a message of {field}")
+        name, content = name_of(m, field), content_of(m, field)
         if match := TURN.search(content):
             raise DataError(f"{field} holds a message with {match[0]!r} in it, which would begin another turn")
-        text += f"\n\n{names[m['role']]}: {content}"
+        if name == "Assistant" and not content.strip():
+            raise DataError(f"{field} holds an empty assistant message")
+        if name == "System" and text:
+            raise DataError(f"{field} holds a system message that is not the first message")
+        text += f"\n\n{name}: {content}"
     return text
 
 
 def messages_of(prompt):
-    """Returns the messages of a transcript that ends with ASSISTANT; None for any other text. Consecutive messages of one
-    role are merged."""
-    before, *turns = TURN.split(prompt.removesuffix(ASSISTANT))
-    if before or not turns or not prompt.endswith(ASSISTANT):
+    """Returns the messages of a transcript that ends with ASSISTANT (and perhaps a space), or with the beginning of an answer,
+    which is then the last message; None for any other text. Consecutive messages of one role are merged. The blank lines before
+    a first "Human:" may be missing."""
+    bare = prompt.lstrip()
+    before, *turns = TURN.split("\n\n" + bare if bare.startswith("Human:") else prompt)
+    if before.startswith("\n\nSystem:"):
+        turns = ["System", before.removeprefix("\n\nSystem:"), *turns]
+    elif before:
+        return None
+    if turns[-2:-1] != ["Assistant"]:
         return None
     messages = []
     for name, content in zip(turns[::2], turns[1::2]):
@@ -54,7 +88,14 @@ def messages_of(prompt):
             messages[-1]["content"] += "\n\n" + content.removeprefix(" ")
         else:
             messages.append({"role": ROLES[name], "content": content.removeprefix(" ")})
-    return messages
+    if not messages[-1]["content"].strip():
+        messages.pop()
+    return messages or None
+
+
+def is_open(messages):
+    """True if the conversation ends inside an answer, which a response continues."""
+    return messages[-1]["role"] == "assistant"
 
 
 def without_oldest(messages):
@@ -78,31 +119,69 @@ def _compiled(template):
     def raise_exception(message):
         raise DataError(f"the chat template refuses the conversation: {one_line(message)}")
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-    environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
+    environment.filters["tojson"] = _tojson
     environment.globals |= dict(raise_exception=raise_exception, strftime_now=lambda form: time.strftime(form))
     # transformers finds the assistant's words by {% generation %}; encode_turns does not need it.
     template = re.sub(r"(\{%-?\s*)generation(\s*-?%\})", r"\1if true\2", template)
     return environment.from_string(re.sub(r"(\{%-?\s*)endgeneration(\s*-?%\})", r"\1endif\2", template))
 
 
+def _tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+    """transformers' filter: Jinja's own escapes <, > and & for HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+class _Parts(list):
+    """A message's content as a list of one text part, for templates that loop over parts. Printed whole, it is its text."""
+
+    def __init__(self, text):
+        super().__init__([{"type": "text", "text": text}])
+
+    def __str__(self):
+        return self[0]["text"]
+
+
 def _render(tokenizer, messages, add_generation_prompt):
-    """Returns the text of a conversation. With add_generation_prompt it ends where the assistant's reply begins."""
+    """Returns the text of a conversation. With add_generation_prompt it ends where the assistant's reply begins: behind the
+    template's generation prompt, or behind the words of an open answer. Raises a DataError if a message's words are lost."""
+    cut = add_generation_prompt and bool(messages) and is_open(messages)
     if not tokenizer.chat_template:
-        return transcript(messages, "messages") + (ASSISTANT if add_generation_prompt else "")
-    try:
-        return _compiled(tokenizer.chat_template).render(
-            messages=messages, add_generation_prompt=add_generation_prompt, tools=None, documents=None,
-            **tokenizer.special_text)
-    except DataError:
-        raise
-    except Exception as error:                    # a template may raise anything
-        raise DataError(f"the chat template fails: {type(error).__name__}: {one_line(error)}") from None
+        text = "".join(f"\n\n{NAMES[m['role']]}: {m['content']}" for m in messages)
+        return text + (ASSISTANT if add_generation_prompt and not cut else "")
+    # A character that no message has marks the end of each message's words. A template may change the space around them, and
+    # drop the reasoning at the beginning of the assistant's.
+    end = _unused(messages)
+    words = [m["content"].rstrip() for m in messages]
+    if cut:
+        words[-1] = messages[-1]["content"]
+    marked = [w + end + m["content"][len(w):] if w else m["content"] for w, m in zip(words, messages)]
+    errors = []
+    for form in (str, _Parts):
+        try:
+            text = _compiled(tokenizer.chat_template).render(
+                messages=[{"role": m["role"], "content": form(c)} for m, c in zip(messages, marked)],
+                add_generation_prompt=add_generation_prompt and not cut, tools=None, documents=None, **tokenizer.special_text)
+        except DataError as error:
+            errors.append(error)
+        except Exception as error:                # a template may raise anything
+            errors.append(DataError(f"the chat template fails: {type(error).__name__}: {one_line(error)}"))
+        else:
+            lost = [m["role"] for w, m in zip(words, messages) if w and m["role"] != "assistant" and w.lstrip() + end not in text]
+            if not lost and text.count(end) >= sum(map(bool, words)):
+                return (text[:text.rindex(end)] if cut else text).replace(end, "")
+            errors.append(DataError(f"the chat template leaves out words of the {lost[0] if lost else 'assistant'}'s messages"))
+    raise errors[0] from None
+
+
+def _unused(messages):
+    """Returns a character that no message has."""
+    return next(chr(c) for c in range(0xE000, 0xF8FF) if not any(chr(c) in m["content"] for m in messages))
 
 
 def _break_specials(tokenizer, messages):
     """Returns (messages, mark). Special-token strings in the messages are broken by `mark`, a character that no message has.
     encode_marked removes it again, after it has found the special tokens that the template wrote."""
-    mark = next(chr(c) for c in range(0xE000, 0xF8FF) if not any(chr(c) in m["content"] for m in messages))
+    mark = _unused(messages)
     longest_first = sorted((t for t in tokenizer.special if len(t) > 1), key=len, reverse=True)
 
     def spell(role, text):
@@ -110,7 +189,7 @@ def _break_specials(tokenizer, messages):
             # Non-special added tokens (e.g. </think>) stay in the assistant's text, and in other roles' unless the template
             # uses them (white space does not count as used). EOS never stays.
             template = (tokenizer.chat_template or "") if role != "assistant" and t.strip() else ""
-            may_stay = t in tokenizer.plain and tokenizer.special[t] != tokenizer.eos_id and t not in template
+            may_stay = t in tokenizer.plain and tokenizer.special[t] not in tokenizer.end_ids and t not in template
             text = text if may_stay else text.replace(t, t[0] + mark + t[1:])
         return text
     return [{"role": m["role"], "content": spell(m["role"], m["content"])} for m in messages], mark
@@ -122,43 +201,79 @@ def encode_for_reply(tokenizer, messages):
     return tokenizer.encode_marked(_render(tokenizer, messages, True), mark=mark)
 
 
-def encode_turns(tokenizer, messages, all_turns=True):
-    """Returns a conversation, whose last turn is the assistant's, as [(ids, whether the assistant says them), ...]. With
-    all_turns=False, everything before the last turn is one piece.
+def encode_turns(tokenizer, messages, response, all_turns=True, given=()):
+    """Returns a conversation and its response as [(ids, whether the assistant says them), ...]. With all_turns=False, everything
+    before the response is one piece. given: numbers of the assistant's turns (0: the first) that do not count as said.
 
-    The assistant's turn is what the template adds to its own generation prompt, up to and including EOS. The last turn ends
-    with EOS even if the template writes none. A turn is tokenised apart from what it answers, as everywhere.
+    The assistant's turn is what the template adds to its own generation prompt, up to and including EOS (any of the tokenizer's
+    end_ids); to an open answer, it is the rest. The last turn ends with EOS even if the template writes none. A turn is
+    tokenised apart from what it answers, as everywhere.
     """
-    messages, mark = _break_specials(tokenizer, messages)
-    eos = next(t for t, i in tokenizer.special.items() if i == tokenizer.eos_id)
-    turns = [k for k, m in enumerate(messages) if m["role"] == "assistant" and k > 0]
+    continues = is_open(messages)
+    last = {"role": "assistant", "content": response if continues else response.removeprefix(" ")}
+    (*asked, last), mark = _break_specials(tokenizer, [*messages, last])
+    whole = [*asked, last]
+    if continues:
+        whole[-2:] = [{"role": "assistant", "content": asked[-1]["content"] + last["content"]}]
+    ends = sorted((t for t, i in tokenizer.special.items() if i in tokenizer.end_ids), key=len, reverse=True)
+    ends = re.compile("|".join(map(re.escape, ends)))
+    turns = [k for k, m in enumerate(whole) if m["role"] == "assistant"]
     pieces, done, end = [], "", ""                # done: the text so far; end: the EOS at its end, or ""
-    for k in turns if all_turns else turns[-1:]:
-        before, after = _render(tokenizer, messages[:k], True), _render(tokenizer, messages[:k + 1], False)
+    for number, k in enumerate(turns):
+        if k < turns[-1] and (k == 0 or not all_turns):
+            continue
+        before = _render(tokenizer, asked if k == turns[-1] else whole[:k], True)
+        after = _render(tokenizer, whole[:k + 1], False)
         if not before.startswith(done):
             raise DataError("the chat template changes earlier turns as the conversation grows: train on the last turn only")
         if not after.startswith(before):
             raise DataError("the chat template does not continue its own generation prompt")
         # Encoded with the EOS before it: SentencePiece may put a space after EOS (LLaMA 1 also needs one before EOS).
         context = tokenizer.encode_marked(end + before[len(done):], start=not done, mark=mark)
-        if end and context[:1] == [tokenizer.eos_id]:
+        if end and context[:1] == [tokenizer.special[end]]:
             context = context[1:]
         elif end:
             context = tokenizer.encode_marked(before[len(done):], start=False, mark=mark)
-        answer, end, _ = after[len(before):].partition(eos)
-        pieces += [(context, False), (tokenizer.encode_marked(answer + end, start=False, mark=mark), True)]
+        answer, end = after[len(before):], ""
+        if match := ends.search(answer):
+            answer, end = answer[:match.start()], match[0]
+        else:
+            answer = answer.removesuffix(_next_header(tokenizer))
+        pieces += [(context, False), (tokenizer.encode_marked(answer + end, start=False, mark=mark), number not in given)]
         done = before + answer + end
-    if pieces[-1][0][-1:] != [tokenizer.eos_id]:
+    if not pieces[-1][0] or pieces[-1][0][-1] not in tokenizer.end_ids:
         pieces[-1][0].append(tokenizer.eos_id)
     return pieces
 
 
 @functools.lru_cache(8)
-def answer_affixes(tokenizer):
-    """Returns what the chat template puts around the assistant's words, once decoded: spaces, or its own end of turn."""
+def _next_header(tokenizer):
+    """Returns the generation prompt that a template writes after every conversation, whatever add_generation_prompt says; ""
+    for other templates. Without messages, such a template writes nothing else."""
     talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "§"}]
     try:
-        ids, _ = encode_turns(tokenizer, talk, all_turns=False)[-1]
+        asked, answered = _render(tokenizer, talk[:1], False), _render(tokenizer, talk, False)
+        if not tokenizer.chat_template or asked != _render(tokenizer, talk[:1], True):
+            return ""
+    except DataError:                             # this template rejects the probe conversation
+        return ""
+    try:
+        header = _render(tokenizer, [], True).removeprefix(tokenizer.special_text.get("bos_token", ""))
+        if asked.endswith(header):
+            return header
+    except DataError:                             # it needs a message
+        pass
+    tails = asked.rpartition("Hi")[2], answered.rpartition("§")[2]
+    if os.path.commonprefix([t.rstrip()[::-1] for t in tails]):
+        raise DataError("the chat template does not heed add_generation_prompt, so the end of an answer cannot be found")
+    return ""
+
+
+@functools.lru_cache(8)
+def answer_affixes(tokenizer):
+    """Returns what the chat template puts around the assistant's words, once decoded: spaces, or its own end of turn."""
+    try:
+        ids, _ = encode_turns(tokenizer, [{"role": "user", "content": "Hi"}], " §", all_turns=False)[-1]
     except DataError:                             # this template rejects the probe conversation
         return "", ""
     before, _, after = tokenizer.decode(ids, start=False).partition("§")

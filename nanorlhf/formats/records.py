@@ -12,7 +12,7 @@ import re
 import sys
 
 from nanorlhf.errors import DataError, one_line
-from nanorlhf.formats.chat import ASSISTANT, string, transcript
+from nanorlhf.formats.chat import ASSISTANT, content_of, messages_of, name_of, string, transcript
 
 FIELDS = {"text": ("text",), "prompt": ("prompt",), "completion": ("prompt", "completion"),
           "preference": ("prompt", "chosen", "rejected"), "ranked": ("prompt", "responses", "scores")}
@@ -23,6 +23,12 @@ ALPACA_PROMPT = ("Below is an instruction that describes a task. Write a respons
 ALPACA_INPUT_PROMPT = ("Below is an instruction that describes a task, paired with an input that provides further "
                        "context. Write a response that appropriately completes the request.\n\n"
                        "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:")
+
+# Fields that change what the others mean, besides those in READERS:
+BEFORE = ("system", "system_prompt", "history")    # read: what comes before the prompt
+TRAINED = ("weight", "train", "training", "loss")  # read, in a message: 0 or false if nothing is learned from this turn
+LABELS = ("label", "kto_tag")                      # read: false or 0 for an answer that is not to be imitated (KTO)
+REFUSED = ("tools", "functions", "images", "image", "videos", "audios", "chat_template_kwargs")  # unless they are empty
 
 
 class Record(dict):
@@ -41,11 +47,12 @@ def columns_of(records):
 def other_columns(records):
     """Returns for each record the fields of its row that no reader here takes, such as `answer`: they may be written beside new
     fields. A value that JSON cannot hold (NaN, half of a surrogate pair) is left out, which one line on stderr says."""
-    taken = {name for fields, _, _ in READERS for name in fields} | {"input", "system", "group", "score", "score_chosen",
+    taken = {name for fields, _, _ in READERS for name in fields} | {"input", *BEFORE, "group", "score", "score_chosen",
                                                                      "score_rejected"}
     columns, left_out = [], set()
     for record in records:
-        others = {name: value for name, value in (record.row or {}).items() if name not in taken}
+        others = {name: value for name, value in (record.row or {}).items()
+                  if name not in taken and not (name in LABELS and isinstance(value, int))}
         bad = {name for name, value in others.items() if not is_json({name: value})}
         columns.append({name: value for name, value in others.items() if name not in bad})
         left_out |= bad
@@ -68,32 +75,46 @@ def records_of(row, kind):
         try:
             row = json.loads(row.decode())
         except UnicodeDecodeError:
-            raise DataError("bad UTF-8") from None
+            raise DataError("bad UTF-8: save the file as UTF-8") from None
         except (ValueError, RecursionError):
             raise DataError("bad JSON") from None
     if not isinstance(row, dict):
         raise DataError("row is not a JSON object")
+    names = one_line(", ".join(name if value is not None else f"{name} (null)" for name, value in row.items()))
+    whole, row = row, {name: value for name, value in row.items() if value is not None}
+    if refused := [name for name in REFUSED if row.get(name) and row[name] != "[]"]:
+        raise DataError(f"{refused[0]} is not read: leave the field out if the rows are right without it")
     fits = [reader for reader in READERS if set(reader[0]) <= row.keys()]
     fits = [reader for reader in fits if not any(set(reader[0]) < set(other[0]) for other in fits)]
     if not fits:
-        raise DataError(f"no known record in the fields {one_line(', '.join(row)) or '(none)'}")
+        raise DataError(f"no known record in the fields {names or '(none)'}")
     # Prefer the kind asked for, else the first that fits. A prompt is read by the fullest layout: it has a reference answer.
-    _, row_kind, read = min(fits, key=lambda reader: reader[1] == "text" if kind == "prompt" else reader[1] != kind)
-    record = read(row)
-    for field in ("text", "completion", "chosen", "rejected"):
+    fields, row_kind, read = min(fits, key=lambda reader: reader[1] == "text" if kind == "prompt" else reader[1] != kind)
+    record = read(row, *fields)
+    unfit = record.pop("unfit", None)              # why only the prompt is of use
+    if row_kind == "completion" and (labels := [name for name in LABELS if row.get(name) == 0]):
+        unfit = f"{labels[0]} is {row[labels[0]]}: the answer is not to be imitated"
+    if unfit and kind != "prompt":
+        raise DataError(unfit)
+    if unfit:
+        record = {"prompt": record["prompt"]}
+    if kind != "completion":
+        record.pop("given", None)
+    compared = kind in ("preference", "ranked")    # for the others, any rejected response will do
+    for field in ("text", "completion", "chosen", *["rejected"] * compared):
         if field in record and not record[field].strip():
             raise DataError(f"empty {field}")
-    if row_kind == "preference" and record["chosen"] == record["rejected"]:
+    if row_kind == "preference" and compared and record["chosen"] == record["rejected"]:
         raise DataError("chosen equals rejected")
     if isinstance(row.get("group"), (str, int)):
         record["group"] = row["group"]
     converted = convert(row_kind, record, kind)
     if converted is None:
         raise DataError(f"no {kind} record ({', '.join(FIELDS[kind])}) can be made of a {row_kind} record, "
-                        f"fields {one_line(', '.join(row))}")
+                        f"fields {names}")
     converted = [Record(r) for r in converted]
     for r in converted if kind in ("prompt", "ranked") else ():         # the kinds that a reward sees; others need not hold it
-        r.row = row
+        r.row = whole
     return converted
 
 
@@ -112,10 +133,10 @@ def convert(found, record, kind):
     if kind == "ranked" and found == "preference":
         return [{"prompt": record["prompt"], "responses": [record["chosen"], record["rejected"]],
                  "scores": [1.0, 0.0], **group}]
-    if kind == "preference" and found == "ranked":  # every pair of different texts that is not a tie
+    if kind == "preference" and found == "ranked":  # every pair of different texts, unless it is a tie or the texts change places
         pairs = itertools.permutations(zip(record["responses"], record["scores"]), 2)
-        return [{"prompt": record["prompt"], "chosen": a, "rejected": b, **group}
-                for (a, s), (b, t) in pairs if s > t and a != b]
+        pairs = dict.fromkeys((a, b) for (a, s), (b, t) in pairs if s > t and a != b)
+        return [{"prompt": record["prompt"], "chosen": a, "rejected": b, **group} for a, b in pairs if (b, a) not in pairs]
     if kind == "prompt" and found == "preference":
         return convert(found, record, "completion")
     if kind == "prompt" and found == "ranked":
@@ -125,92 +146,189 @@ def convert(found, record, kind):
     return None
 
 
+def _prompt(row, field):
+    """Returns the prompt of a row, after what BEFORE names: a string or a list of messages."""
+    prompt, is_chat = row.get(field, []), any(row.get(name) for name in BEFORE)
+    if field == "instruction":
+        prompt, extra = string(prompt, field), string(row.get("input") or row.get("context") or "", "input")
+        if is_chat:
+            prompt += f"\n{extra}" if extra else ""
+        else:
+            prompt = (ALPACA_INPUT_PROMPT if extra else ALPACA_PROMPT).format(instruction=prompt, input=extra)
+    if isinstance(prompt, list):
+        return _before(row, prompt, field)
+    if field in ("messages", "conversations"):
+        raise DataError(f"{field} is not a list")
+    prompt = string(prompt, field)
+    return _before(row, _turns(prompt), field) if is_chat else prompt
+
+
+def _before(row, messages, field):
+    """Returns the messages after those of the row's system message and history. A system message may be given twice."""
+    systems = [string(row[name], name) for name in ("system", "system_prompt") if row.get(name)]
+    if messages and name_of(messages[0], field) == "System":
+        systems, messages = [*systems, content_of(messages[0], field)], messages[1:]
+    if len(set(systems)) > 1:
+        raise DataError("two system messages that differ")
+    pairs = row.get("history") or []
+    if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
+        raise DataError("history is not a list of [user, assistant] pairs")
+    history = [{"role": role, "content": text} for pair in pairs for role, text in zip(("user", "assistant"), pair)]
+    return _joined([{"role": "system", "content": text} for text in systems[:1]] + history + messages, field)
+
+
+def _joined(messages, field):
+    """Returns the messages; neighbours of one role become one message, unless the model is to learn some of them only."""
+    joined = []
+    for name, same in itertools.groupby(messages, lambda m: name_of(m, field)):
+        same = list(same)
+        if name == "Assistant" and len(set(map(_is_learned, same))) > 1:
+            raise DataError(f"{field} holds messages of one role in a row, of which some have weight 0")
+        joined.append({**same[-1], "content": "\n\n".join(content_of(m, field) for m in same)} if len(same) > 1 else same[0])
+    return joined
+
+
+def _turns(prompt):
+    """Returns a prompt as messages. A string that is no transcript is one message of the user's."""
+    if isinstance(prompt, list):
+        return prompt
+    return messages_of(prompt) or [{"role": "user", "content": prompt}] * bool(prompt.strip())
+
+
+def _is_open(messages):
+    return bool(messages) and name_of(messages[-1], "prompt") == "Assistant"
+
+
+def _tidy(prompt):
+    """Returns a prompt string; a transcript without a space at its end, which belongs to the answer, and with blank lines
+    before it."""
+    if not messages_of(prompt):
+        return prompt
+    prompt = "\n\n" + prompt.lstrip()
+    return prompt.rstrip() if prompt.rstrip().endswith(ASSISTANT) else prompt
+
+
+def _transcripts(messages, response, field, where="prompt"):
+    """Returns a list of messages and the assistant's next one as (prompt, response). The response continues an open answer."""
+    answer = transcript([response], field).removeprefix(ASSISTANT)
+    if not messages:
+        raise DataError(f"{field} has no message before the answer")
+    prompt = transcript(messages, where)
+    return (prompt, answer[1:]) if _is_open(messages) else (prompt + ASSISTANT, answer)
+
+
 def _dialogue(prompt, response, field):
-    """Returns (prompt, response) as strings. Lists of messages become a transcript, whose last turn is the response. A
-    string beside a list is one turn. A response that begins with another role than the assistant's contains its prompt."""
-    response = [response] if isinstance(response, dict) and "role" in response else response
-    if not isinstance(prompt, list) and not isinstance(response, list):
-        return string(prompt, "prompt"), string(response, field)
-    prompt = prompt if isinstance(prompt, list) else [{"role": "user", "content": string(prompt, "prompt")}]
-    if not isinstance(response, list):            # transcript() adds the space
-        response = [{"role": "assistant", "content": string(response, field).removeprefix(" ")}]
-    if not transcript(response[:1], field).startswith(ASSISTANT):
-        prompt = []
-    prompt, last = prompt + response[:-1], transcript(response[-1:], field)
-    if not last.startswith(ASSISTANT):
+    """Returns (prompt, response, messages): two strings, and the messages that they are made of ([] for two strings). Lists of
+    messages become a transcript, whose last turn is the response. A string beside a list is one turn. A response that begins
+    with another role than the assistant's repeats its prompt."""
+    response = [response] if isinstance(response, dict) and {"role", "from"} & response.keys() else response
+    if isinstance(prompt, str) and not isinstance(response, list):
+        tidy, response = _tidy(prompt), string(response, field)
+        moved = tidy.endswith(ASSISTANT) and prompt[-1:].isspace()
+        return tidy, " " + response.removeprefix(" ") if moved else response, []
+    messages = _turns(prompt)
+    if not isinstance(response, list):            # the space in front is added by transcript()
+        words = string(response, field)
+        response = [{"role": "assistant", "content": words if _is_open(messages) else words.removeprefix(" ")}]
+    response = _joined(response, field)
+    if not response or name_of(response[-1], field) != "Assistant":
         raise DataError(f"{field} does not end with an assistant message")
-    return transcript(prompt, "prompt") + ASSISTANT, last.removeprefix(ASSISTANT)
+    if name_of(response[0], field) != "Assistant":
+        messages, response = _repeated(messages, response[:-1], field, isinstance(prompt, str)), response[-1:]
+    elif _is_open(messages) and len(response) > 1:
+        raise DataError(f"prompt ends inside an answer, but {field} is more than the rest of it")
+    messages = messages + response
+    return *_transcripts(messages[:-1], messages[-1], field), messages
 
 
-def _prompt(row):
-    """Returns the prompt of a row: a string or a list of messages."""
-    if "instruction" in row:
-        instruction, extra = string(row["instruction"], "instruction"), string(row.get("input") or "", "input")
-        template = ALPACA_INPUT_PROMPT if extra else ALPACA_PROMPT
-        return template.format(instruction=instruction, input=extra)
-    return row["prompt"] if "prompt" in row else row["query"]
+def _repeated(messages, head, field, is_text):
+    """Returns the messages that come before a response which repeats its prompt: `head`, with the prompt's system message. A
+    prompt that is a string may be any of the user's messages."""
+    asked, repeated = ([(name_of(m, field), content_of(m, field).strip()) for m in some] for some in (messages, head))
+    system = [] if "System" in (name for name, _ in repeated[:1]) else messages[:sum(name == "System" for name, _ in asked)]
+    asked = asked[len(system):]
+    if repeated[:len(asked)] != asked and not (is_text and asked[-1] in repeated):
+        raise DataError(f"prompt is not the beginning of {field}")
+    return system + head
 
 
-def _read_prompt(row):
-    prompt = _prompt(row)
-    return {"prompt": transcript(prompt, "prompt") + ASSISTANT if isinstance(prompt, list) else string(prompt, "prompt")}
+def _learned(messages):
+    """Returns what `weight` and its like say: {"unfit": why the last message is no demonstration}, or {"given": [numbers of the
+    assistant's earlier turns (0: the first) that nothing is learned from]}, or {}."""
+    if messages and not _is_learned(messages[-1]):
+        return {"unfit": "the answer is not to be learned: its weight is 0, or train is false"}
+    earlier = [m for m in messages[:-2] if name_of(m, "prompt") == "Assistant"]    # messages[-2] is the user's, or an open answer
+    given = [k for k, m in enumerate(earlier) if not _is_learned(m)]
+    return {"given": given} if given else {}
 
 
-def _read_completion(row):
-    field = "output" if "instruction" in row else "completion"
-    prompt, completion = _dialogue(_prompt(row), row[field], field)
-    return {"prompt": prompt, "completion": completion}
+def _is_learned(message):
+    values = {name: message[name] for name in TRAINED if message.get(name) is not None}
+    for name, value in values.items():
+        if value not in (0, 1):                    # True equals 1
+            raise DataError(f"{name} of a message is {one_line(repr(value))}, neither 0 nor 1")
+    return all(values.values())
 
 
-def _read_messages(row):
-    """Reads a whole conversation in OpenAI's layout. The last message is the response."""
-    if not isinstance(row["messages"], list):
-        raise DataError("messages is not a list")
-    prompt, completion = _dialogue([], row["messages"], "messages")
-    return {"prompt": prompt, "completion": completion}
+def _read_prompt(row, field):
+    prompt = _prompt(row, field)
+    if isinstance(prompt, str):
+        return {"prompt": _tidy(prompt)}
+    if not prompt:
+        raise DataError(f"{field} is empty")
+    return {"prompt": transcript(prompt, field) + ("" if _is_open(prompt) else ASSISTANT)}
 
 
-def _sharegpt(row):
-    """Reads a whole conversation in ShareGPT's layout. `chosen` and `rejected`, if present, are its next turn."""
-    def message(turn):
-        roles = {"human": "user", "gpt": "assistant"}
-        return {"role": roles.get(turn.get("from"), turn.get("from")), "content": turn.get("value")}
-    try:
-        turns = {k: message(row[k]) for k in ("chosen", "rejected") if k in row}
-        system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
-        turns["messages"] = system + [message(turn) for turn in row["conversations"]]
-    except (AttributeError, TypeError):
-        raise DataError("conversations are not lists of {from, value}") from None
-    if len(turns) == 3:
-        return _read_preference({"prompt": turns["messages"], "chosen": [turns["chosen"]], "rejected": [turns["rejected"]]})
-    return _read_messages(turns)
+def _read_completion(row, field, completion):
+    prompt, response, messages = _dialogue(_prompt(row, field), row[completion], completion)
+    return {"prompt": prompt, "completion": response, **_learned(messages)}
 
 
-def _read_preference(row):
-    prompt, chosen = _dialogue(_prompt(row), row["chosen"], "chosen")
-    other, rejected = _dialogue(_prompt(row), row["rejected"], "rejected")
+def _read_messages(row, field):
+    """Reads a whole conversation. The last message that the model is to learn is the response; what follows it is left out."""
+    messages = _prompt(row, field)
+    speakers = [name_of(m, field) for m in messages]
+    if speakers[-1:] != ["Assistant"]:
+        return {**_read_prompt(row, field), "unfit": f"{field} does not end with an assistant message"}
+    learned = [k for k, name in enumerate(speakers) if name == "Assistant" and _is_learned(messages[k])]
+    last = learned[-1] if learned else len(messages) - 1
+    prompt, response = _transcripts(messages[:last], messages[last], field, field)
+    return {"prompt": prompt, "completion": response, **_learned(messages[:last + 1])}
+
+
+def _read_preference(row, field, chosen, rejected):
+    """Reads two responses. `messages` and `conversations` may end with the chosen one, too."""
+    asked = _prompt(row, field)
+    if field in ("messages", "conversations") and _is_open(asked):
+        answer = row[chosen][-1] if isinstance(row[chosen], list) and row[chosen] else row[chosen]
+        answer = content_of(answer, chosen) if isinstance(answer, dict) else string(answer, chosen)
+        if content_of(asked.pop(), field).strip() != answer.strip():
+            raise DataError(f"{field} ends with an answer that is not the chosen one")
+    (prompt, chosen, messages), (other, rejected, _) = [_dialogue(asked, row[name], name) for name in (chosen, rejected)]
     if prompt != other:
         raise DataError("prompts differ")
+    if unfit := _learned(messages).get("unfit"):
+        raise DataError(unfit)
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
-def _read_transcripts(row):
+def _read_transcripts(row, *fields):
     """Reads two whole conversations. The prompt is what they share, up to and including the last "\\n\\nAssistant:"."""
     if isinstance(row["chosen"], list):
-        return _read_preference({"prompt": [], **row})
-    texts = [string(row[field], field) for field in ("chosen", "rejected")]
-    for field, text in zip(("chosen", "rejected"), texts):
+        return _read_preference(row, None, *fields)
+    texts = [string(row[field], field) for field in fields]
+    for field, text in zip(fields, texts):
         if ASSISTANT not in text:
             raise DataError(f"{field} has no {ASSISTANT!r}")
     (head, _, chosen), (other, _, rejected) = [text.rpartition(ASSISTANT) for text in texts]
     if head != other:
         raise DataError("prompts differ")
+    record = _read_preference({**row, "prompt": head + ASSISTANT, "chosen": chosen, "rejected": rejected}, "prompt", *fields)
     # Rows that open with the same question are often one conversation at different lengths, so they form one group.
-    question = (head + ASSISTANT).partition(ASSISTANT)[0]
-    return {"prompt": head + ASSISTANT, "chosen": chosen, "rejected": rejected, "group": question}
+    return {**record, "group": (head + ASSISTANT).partition(ASSISTANT)[0]}
 
 
-def _read_ranked(row):
+def _read_ranked(row, field, *_):
     responses, scores = row["responses"], row["scores"]
     if not isinstance(responses, list) or not isinstance(scores, list):
         raise DataError("responses or scores is not a list")
@@ -222,11 +340,14 @@ def _read_ranked(row):
         raise DataError("scores are not all numbers")
     if not all(-sys.float_info.max <= s <= sys.float_info.max for s in scores):  # NaN compares false, so it fails
         raise DataError("scores are not all finite")
-    pairs = [_dialogue(_prompt(row), r, "responses") for r in responses]
-    return {"prompt": pairs[0][0], "responses": [r for _, r in pairs], "scores": [float(s) for s in scores]}
+    prompt = _prompt(row, field)
+    prompts, responses, _ = zip(*(_dialogue(prompt, r, "responses") for r in responses))
+    if len(set(prompts)) > 1:
+        raise DataError("prompts differ")
+    return {"prompt": prompts[0], "responses": list(responses), "scores": [float(s) for s in scores]}
 
 
-def _read_summaries(row):
+def _read_summaries(row, *_):
     """Reads openai/summarize_from_feedback. `choice` is the index of the better summary."""
     info, summaries = row["info"], row["summaries"]
     if not isinstance(info, dict) or not isinstance(summaries, list) or len(summaries) != 2:
@@ -241,7 +362,7 @@ def _read_summaries(row):
     return {"prompt": prompt, "chosen": texts[row["choice"]], "rejected": texts[1 - row["choice"]], **group}
 
 
-def _read_sampled_answers(row):
+def _read_sampled_answers(row, field, _):
     """Reads Anthropic's scored samples. They are sorted by score, so their order reveals the score: never let a model
     see it. Most end with a stray "Human:" of the next turn, which is removed."""
     try:
@@ -250,14 +371,15 @@ def _read_sampled_answers(row):
     except (KeyError, TypeError, IndexError):
         raise DataError("sampled_answers need a sampled_string and pm_scores[].pm_score each") from None
     responses = [re.sub(r"\n\n?Human:\s*$", "", s) for s in strings]
-    return _read_ranked({"prompt": row["rl_prompt"], "responses": responses, "scores": scores})
+    return _read_ranked({**row, "responses": responses, "scores": scores}, field)
 
 
 READERS = (  # (fields that identify a row, its kind, its reader); earlier ones first
     (("info", "summaries", "choice"), "preference", _read_summaries),
     (("rl_prompt", "sampled_answers"), "ranked", _read_sampled_answers),
-    (("conversations", "chosen", "rejected"), "preference", _sharegpt),
+    (("conversations", "chosen", "rejected"), "preference", _read_preference),
     (("prompt", "chosen", "rejected"), "preference", _read_preference),
+    (("messages", "chosen", "rejected"), "preference", _read_preference),
     (("instruction", "chosen", "rejected"), "preference", _read_preference),
     (("chosen", "rejected"), "preference", _read_transcripts),
     (("prompt", "responses", "scores"), "ranked", _read_ranked),
@@ -265,8 +387,8 @@ READERS = (  # (fields that identify a row, its kind, its reader); earlier ones 
     (("prompt", "completion"), "completion", _read_completion),
     (("instruction", "output"), "completion", _read_completion),
     (("messages",), "completion", _read_messages),
-    (("conversations",), "completion", _sharegpt),
-    (("text",), "text", lambda row: {"text": string(row["text"], "text")}),
+    (("conversations",), "completion", _read_messages),
+    (("text",), "text", lambda row, field: {"text": string(row[field], field)}),
     (("prompt",), "prompt", _read_prompt),
     (("instruction",), "prompt", _read_prompt),
 )

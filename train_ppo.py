@@ -213,7 +213,7 @@ def train(config):
     run = Run(config, "ppo")
     if run.finished:
         return
-    init = require_folder(config.init, "python train_sft.py")
+    init = require_folder(config.init, "python train_sft.py", Config.init)
     if config.temperature <= 0:
         raise UserError(f"--temperature {config.temperature}: PPO needs samples, so it must be above 0")
     tokenizer = load_tokenizer(init)

@@ -203,6 +203,8 @@ def train(config):
     if config.reward == "given" and not own_responses_only:
         raise UserError("--reward given ranks the data's own responses by their scores: it needs --kind "
                         "ranked --sampling none")
+    if config.temperature == 0 and config.sampling in ("beam", "diverse_beam"):
+        raise UserError(f"--temperature 0: --sampling {config.sampling} needs one above 0")
     tokenizer = load_tokenizer(init)
     model = run.prepare(Transformer.from_pretrained(init), tokenizer)
     reference = run.load_reference(init, model, tokenizer)                   # only to measure KL

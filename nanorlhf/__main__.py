@@ -23,7 +23,7 @@ from nanorlhf.evaluate import Options as EvaluateOptions
 from nanorlhf.evaluate import table_columns, evaluate_policies, markdown_table
 from nanorlhf.errors import UserError
 from nanorlhf.files import read_json, read_jsonl, write_json, write_records, write_text
-from nanorlhf.options import parse_options
+from nanorlhf.options import check_options, parse_options
 from nanorlhf.run import git_commit
 
 
@@ -196,6 +196,7 @@ def main():
     root = Path(options.out)
     folders = [root / f"seed-{options.seed + k}" for k in range(options.seeds)] if options.seeds > 1 else [root]
     try:
+        check_options(options)
         results = [run_seed(folder, options.seed + k, options.scale) for k, folder in enumerate(folders)]
     except UserError as error:
         raise SystemExit(f"error: {error}")

@@ -22,7 +22,7 @@ from nanorlhf.generate import encode_prompts, generate, prompt_room, repeated
 from nanorlhf.metrics import (across_input_diversity, bon_kl, expectation_adjusted_distinct, mean_and_interval,
                               mnli_relation, nli_diversity, sbert_diversity, sequence_kl, win_rate)
 from nanorlhf.model import Transformer, check_fit, pick_device
-from nanorlhf.options import named_files, parse_options
+from nanorlhf.options import check_options, named_files, parse_options
 from nanorlhf.rewards import load_reward
 from nanorlhf.tokenizer import check_same_ids, load_tokenizer
 from nanorlhf.training import seed_for
@@ -84,7 +84,7 @@ def sampled_kl(policy, reference, tokenizer, prompts, responses, temperature, ba
     kl, examples = [], [Example(p + r, len(p)) for p, r in zip(prompts, responses)]
     for part in micro_batches(examples, batch_size):
         batch = collate(part, tokenizer.pad_id, policy.embed.weight.device)
-        kl += sequence_kl(policy, reference, batch.tokens, batch.mask, temperature).tolist()
+        kl += sequence_kl(policy, reference, batch.tokens, batch.mask, temperature or 1.0).tolist()    # greedy: at 1
     return kl
 
 
@@ -109,6 +109,8 @@ class Options:
     seed: int = 0                    # of the samples
     device: str = "auto"             # cpu, cuda, cuda:1, ...; auto = a GPU if there is one
     out: str = "out/evaluation"      # folder for table.md, table.json and samples.jsonl
+
+    ranges = {"num_samples": "[2, 1e9]"}  # diversity compares pairs
 
 
 class Evaluation:
@@ -201,6 +203,7 @@ def first_split_columns(evaluation, model, n, responses, scores):
 def evaluate_policies(folders, options):
     """Evaluates checkpoint folders {name: folder}, the reference first, as "SFT", and best-of-N of it last, if asked for.
     Returns (rows of markdown_table, all sampled texts as records)."""
+    check_options(options)
     for folder in [options.reference, *folders.values()]:
         require_folder(folder, "the script that makes it")
     evaluation = Evaluation(options)

@@ -355,7 +355,7 @@ def load_weights(model, folder, head):
 def check_finite(tensors, what):
     """Raises UserError that names the first of these tensors, {name: tensor}, that holds NaN or infinity."""
     for name, tensor in tensors.items():
-        low, high = torch.aminmax(tensor)                                              # both pass NaN on; no copy is made
+        low, high = torch.aminmax(tensor.detach())                                     # both pass NaN on; no copy is made
         if not (math.isfinite(low) and math.isfinite(high)):
             raise UserError(f"{what}: {name} holds NaN or infinity")
 

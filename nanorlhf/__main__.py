@@ -198,7 +198,7 @@ def main():
     try:
         check_options(options)
         results = [run_seed(folder, options.seed + k, options.scale) for k, folder in enumerate(folders)]
-    except UserError as error:
+    except (UserError, OSError) as error:
         raise SystemExit(f"error: {error}")
     except KeyboardInterrupt:
         raise SystemExit("interrupted; the same command resumes from here")

@@ -168,7 +168,7 @@ def require_file(file, made_by, default=None):
 def similar(path):
     """Names what lies beside a missing path and is spelt like it, as the end of an error."""
     try:
-        names = difflib.get_close_matches(path.name, os.listdir(path.parent), 3)
+        names = difflib.get_close_matches(path.name, os.listdir(path.parent), 3, 0.75)
     except OSError:
         names = []
     return f"; did you mean {' or '.join(str(path.with_name(n)) for n in names)}?" if names and not path.exists() else ""

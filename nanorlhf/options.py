@@ -148,8 +148,9 @@ def named_files(text):
 
 
 def name_and_file(text):
-    """"NAME=FILE" -> (name, file), and "FILE" -> ("", file). It is split at the first = behind which a file's path begins."""
-    ends = [m.start() for m in re.finditer("=", text)]
+    """"NAME=FILE" -> (name, file), and "FILE" -> ("", file). It is split at the first = behind which a file's path begins. A name
+    holds no comma."""
+    ends = [m.start() for m in re.finditer("=", text) if "," not in text[:m.start()]]
     pairs = [("", text)] + [(text[:i], text[i + 1:]) for i in ends]
     return next((pair for pair in pairs if os.path.isfile(pair[1])), pairs[-1])
 
@@ -174,7 +175,7 @@ def main(Config, run, description):
     except UserError as error:
         raise SystemExit(f"error: {error}")
     except OSError as error:                      # a full disk, a folder that may not be written to
-        more = f"; make room first; {how_to_continue(config)}" if error.errno == errno.ENOSPC else ""
+        more = f"; make room first; {how_to_continue(config)}" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
         raise SystemExit(f"error: {error}{more}")
     except KeyboardInterrupt:
         raise SystemExit(f"interrupted; {how_to_continue(config)}")

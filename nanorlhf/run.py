@@ -214,7 +214,8 @@ class Run:
         and nothing is written, if a weight is NaN or infinite, or so large that the model's output is."""
         check_finite(dict(model.named_parameters()), f"step {self.step}")
         with torch.no_grad():
-            output = getattr(model, "trunk", model)(torch.full((2, 2), tokenizer.eos_id, device=self.device))
+            output = model(torch.full((2, 2), tokenizer.eos_id, device=self.device))
+            output = model.logits(output) if isinstance(model, Transformer) else output
         check_finite({"the model's output": output}, f"step {self.step}")
         model.save_pretrained(self.out)
         tokenizer.save(self.out)

@@ -1,4 +1,5 @@
-"""Reads and writes checkpoint folders: what each family of models calls its options and its tensors. Only model.py and run.py use it.
+"""Reads and writes checkpoint folders: what each family of models calls its options and its tensors. Only model.py and run.py use
+it.
 
 Reading is strict: an error names any missing, extra or misshaped tensor, and any option that we do not compute. A family is
 one entry of FAMILIES. The spellings of transformers 4 and 5 are both read; transformers 4's is written, and both load it.
@@ -8,6 +9,8 @@ import dataclasses
 import errno
 import json
 import math
+import os
+import re
 from pathlib import Path
 
 import torch
@@ -361,12 +364,13 @@ def check_finite(tensors, what):
 
 
 def write_tensors(tensors, file, metadata=None):
-    """safetensors' save_file. A full disk is an OSError there too, as it is elsewhere."""
+    """Calls safetensors' save_file. What the disk refuses, because it is full for instance, is an OSError, as it is elsewhere."""
     try:
         save_file(tensors, file, metadata)
     except SafetensorError as error:
-        full = "StorageFull" in str(error) or "os error 28" in str(error) or "code: 28" in str(error)
-        raise OSError(errno.ENOSPC if full else errno.EIO, one_line(error), str(file)) from None
+        found = re.search(r"(?:os error|code:) (\d+)", str(error))                    # new and old versions of safetensors
+        code = int(found[1]) if found else errno.EIO
+        raise OSError(code, os.strerror(code) if found else one_line(error), str(file)) from None
 
 
 def check_tied(folder, index, embed, heads):

@@ -189,6 +189,8 @@ def read_config(folder):
         raise UserError(f"{path}: model_type {kind!r} is not one that nanorlhf reads: {', '.join(FAMILIES)}")
     if wrong := [f"{k} {raw[k]!r}" for k, only in FAMILIES[kind].only.items() if raw.get(k) not in (only, None)]:
         raise UserError(f"{path}: {wrong[0]} is not supported")
+    if raw.get("pad_token_id") == -1:             # the first Llama's files say so that they have none
+        raw["pad_token_id"] = None
     try:
         fields = read_fields(kind, raw)
         check_values(fields, raw)

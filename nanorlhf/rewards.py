@@ -201,7 +201,7 @@ def _where(error):
     return f"{type(error).__name__}: {' '.join(str(error).split())} ({Path(frame.filename).name}:{frame.lineno})"
 
 
-FOLDERS = {}                                      # {module of a reward file: its folder}
+FOLDERS, FIRST = {}, []                           # {module of a reward file: its folder}; the folder put first on sys.path
 
 
 def user_function(spec):
@@ -224,36 +224,37 @@ def user_module(file, source):
     process of a pool imports it. A file called like a loaded module, such as math.py, gets another name (and no spawned pool)."""
     look_first_into(folder := str(file.parent))
     known = sys.modules.get(file.stem)
-    taken = known is not None and known not in FOLDERS and vars(known).get("__file__") != str(file)
+    taken = known is not None and known not in FOLDERS and getattr(known, "__file__", None) != str(file)
     name = f"reward_{file.stem}" if taken else file.stem
     module = importlib.util.module_from_spec(importlib.util.spec_from_file_location(name, file))
     sys.modules[name], FOLDERS[module] = module, folder
     try:
         exec(compile(source, str(file), "exec", dont_inherit=True), vars(module))
     except BaseException:
-        del sys.modules[name], FOLDERS[module]
+        sys.modules.pop(name, None)
+        del FOLDERS[module]
         raise
     return module
 
 
 def come_first(module):
     """Gives a reward file its name and its folder back, which another reward may have taken since."""
-    if sys.modules.get(module.__name__) is not module or sys.path[0] != FOLDERS[module]:
+    if sys.modules.get(module.__name__) is not module or FIRST != [FOLDERS[module]]:
         look_first_into(FOLDERS[module])
         sys.modules[module.__name__] = module
 
 
 def look_first_into(folder):
-    """Puts a reward file's folder first on sys.path, where Python puts a script's, and leaves it there for later imports. Modules
-    that another reward imported from its own folder are forgotten if this one has modules of the same names."""
-    sys.path[:] = [folder, *(p for p in sys.path if p != folder)]
-    others = {f for f in FOLDERS.values() if f != folder}
-    stale = {name for name in (p.stem for p in Path(folder).iterdir()) if folder_of(sys.modules.get(name)) in others}
-    for name in [n for n in sys.modules if n.partition(".")[0] in stale]:
-        del sys.modules[name]
-
-
-def folder_of(module):
-    """The folder that a module or a package lies in; None if it has no file."""
-    place = next(iter(getattr(module, "__path__", None) or [getattr(module, "__file__", None)]))
-    return str(Path(place).parent) if place else None
+    """Puts a reward file's folder first on sys.path, where Python puts a script's, and leaves it there for later imports, in place
+    of another reward's. Modules that another reward imported from its own folder are forgotten if this one has modules of the
+    same names."""
+    for other in FIRST:
+        if other in sys.path:
+            sys.path.remove(other)
+    sys.path.insert(0, folder)
+    FIRST[:] = [folder]
+    others, here = {f for f in FOLDERS.values() if f != folder}, {p.stem for p in Path(folder).iterdir()}
+    for name in [n for n in sys.modules if n.partition(".")[0] in here]:
+        file, places = getattr(sys.modules[name], "__file__", None), [Path(other, *name.split(".")) for other in others]
+        if any(file in (f"{p}.py", str(p / "__init__.py")) or not file and p.is_dir() for p in places):
+            del sys.modules[name]

@@ -132,7 +132,7 @@ def sample(config):
     run = Run(config, "bon")
     if run.finished:
         return
-    init = require_folder(config.init, "python train_sft.py")
+    init = require_folder(config.init, "python train_sft.py", Config.init)
     if config.n < (2 if config.label_temperature >= 0 else 1):
         raise UserError(f"--n {config.n}: at least one sample per prompt, and two to compare")
     tokenizer = load_tokenizer(init)

@@ -160,8 +160,8 @@ def train(config):
     run = Run(config, "dpo")
     if run.finished:
         return
-    init = require_folder(config.init, "python train_sft.py")
-    require_file(config.data, MAKE_COMPARISONS)
+    init = require_folder(config.init, "python train_sft.py", Config.init)
+    require_file(config.data, MAKE_COMPARISONS, Config.data)
     tokenizer = load_tokenizer(init)
     model = run.prepare(Transformer.from_pretrained(init), tokenizer)
     reference = run.load_reference(config.reference or init, tokenizer)
@@ -194,7 +194,7 @@ def train(config):
             loss_sum, tokens = loss_sum + loss.item(), tokens + out.tokens
             sums.update(stats)
         lr = learning_rate(step, total, config.lr, config.warmup_steps, config.lr_schedule)
-        norm = optimizer_step({optimizer: lr}, config.max_grad_norm, step + 1, rows, loss_sum)
+        [norm] = optimizer_step({optimizer: lr}, config.max_grad_norm, step + 1, rows, loss_sum)
 
         means = {k: v / len(rows) for k, v in sums.items()}
         metrics = {"loss": loss_sum, "lr": lr, "grad_norm": norm, **means}

@@ -221,7 +221,7 @@ def train(config):
     run = Run(config, "ppo")
     if run.finished:
         return
-    init = require_folder(config.init, "python train_sft.py")
+    init = require_folder(config.init, "python train_sft.py", Config.init)
     if config.temperature <= 0:
         raise UserError(f"--temperature {config.temperature}: PPO needs samples, so it must be above 0")
     tokenizer = load_tokenizer(init)
@@ -303,7 +303,8 @@ def train(config):
                     stats.update(part_stats)
                 if config.dtype == "float32":                               # before the first update rho is 1
                     assert updates > 0 or abs(stats["val/ratio"] - 1) < 1e-3, stats
-                optimizer_step(rates, config.max_grad_norm, step + 1, rows, loss_sum)
+                norms = optimizer_step(rates, config.max_grad_norm, step + 1, rows, loss_sum)
+                stats.update({"grad_norm/policy": norms[0], "grad_norm/value": norms[1]})
                 updates += 1
 
         count = mask.sum()

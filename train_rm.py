@@ -161,8 +161,8 @@ def train(config):
     run = Run(config, "rm")
     if run.finished:
         return
-    init = require_folder(config.init, "python train_sft.py")
-    require_file(config.data, MAKE_COMPARISONS)
+    init = require_folder(config.init, "python train_sft.py", Config.init)
+    require_file(config.data, MAKE_COMPARISONS, Config.data)
     tokenizer = load_tokenizer(init)
     model = RewardModel.from_pretrained(init, fresh_head=True, seed=config.seed)
     model.reward_mean, model.reward_std = 0.0, 1.0  # if --init is a reward model: recomputed below
@@ -200,7 +200,7 @@ def train(config):
             prior.backward()
             loss_sum += prior.item()
         lr = learning_rate(step, total, config.lr, config.warmup_steps, config.lr_schedule)
-        norm = optimizer_step({optimizer: lr}, config.max_grad_norm, step + 1, rows, loss_sum)
+        [norm] = optimizer_step({optimizer: lr}, config.max_grad_norm, step + 1, rows, loss_sum)
 
         metrics = {"loss": loss_sum, "accuracy": correct / pairs, "lr": lr, "grad_norm": norm}
         if run.due(config.eval_every, step + 1, total):

@@ -201,11 +201,13 @@ def train(config):
     run = Run(config, "rrhf")
     if run.finished:
         return
-    init = require_folder(config.init, "python train_sft.py")
+    init = require_folder(config.init, "python train_sft.py", Config.init)
     own_responses_only = config.kind == "ranked" and config.sampling == "none" and config.from_data
     if config.reward == "given" and not own_responses_only:
         raise UserError("--reward given ranks the data's own responses by their scores: it needs --kind "
                         "ranked --sampling none")
+    if config.temperature == 0 and config.sampling in ("beam", "diverse_beam"):
+        raise UserError(f"--temperature 0: --sampling {config.sampling} needs one above 0")
     tokenizer = load_tokenizer(init)
     model = run.prepare(Transformer.from_pretrained(init), tokenizer)
     reference = run.load_reference(init, tokenizer)                          # only to measure KL
@@ -252,7 +254,7 @@ def train(config):
             loss_sum, tokens = loss_sum + loss.item(), tokens + out.tokens
             sums.update(stats)
         lr = learning_rate(step, total, config.lr, config.warmup_steps, config.lr_schedule)
-        norm = optimizer_step({optimizer: lr}, config.max_grad_norm, step + 1, rows, loss_sum)
+        [norm] = optimizer_step({optimizer: lr}, config.max_grad_norm, step + 1, rows, loss_sum)
 
         means = {k: v / len(rows) for k, v in sums.items()}
         metrics = {"loss": loss_sum, "lr": lr, "grad_norm": norm, **means}

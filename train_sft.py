@@ -137,7 +137,7 @@ def train(config):
     if config.init == "scratch":
         tokenizer, model = new_model(config)
     else:
-        init = require_folder(config.init, MAKE_BASE)
+        init = require_folder(config.init, MAKE_BASE, Config.init)
         tokenizer, model = load_tokenizer(init), Transformer.from_pretrained(init)
     run.prepare(model, tokenizer)
 
@@ -162,7 +162,7 @@ def train(config):
             loss.backward()
             loss_sum, tokens = loss_sum + loss.item(), tokens + out.tokens
         lr = learning_rate(step, total, config.lr, config.warmup_steps, config.lr_schedule)
-        norm = optimizer_step({optimizer: lr}, config.max_grad_norm, step + 1, rows, loss_sum)
+        [norm] = optimizer_step({optimizer: lr}, config.max_grad_norm, step + 1, rows, loss_sum)
 
         metrics = {"loss": loss_sum, "lr": lr, "grad_norm": norm}
         if run.due(config.eval_every, step + 1, total):

@@ -126,6 +126,8 @@ class Options:
     out: str = "out/evaluation"      # folder for table.md, table.json and samples.jsonl
     overwrite: bool = False          # overwrite the table in --out
 
+    ranges = {"num_samples": "[2, 1e9]"}  # diversity compares pairs
+
 
 ANY, GOLD_RANGE = (-math.inf, math.inf), (reviews.REWARD_MIN, reviews.REWARD_MAX)
 RANGES = {"win": (0, 1), "ended": (0, 1), "accuracy": (0, 1), "ead": (0, 1), "nli": (-2, 2), "sbert": (0, 2),

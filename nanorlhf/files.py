@@ -1,6 +1,7 @@
 """Files and folders: writing that survives a crash, JSON lines, and checkpoint folders found here or on the Hugging Face hub."""
 
 import contextlib
+import difflib
 import functools
 import hashlib
 import json
@@ -18,27 +19,39 @@ from nanorlhf.errors import UserError
 def atomic_write(path):
     """Yields a temporary path beside `path`, for a file or a folder; flushes it to disk and renames it into place at the end.
 
-    A crash at any moment leaves either the old content or the new one, never half of it.
+    A crash at any moment leaves either the old content or the new one, never half of it. An error, such as a full disk, also
+    removes the temporary path.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.writing")
-    if temporary.is_dir():
-        shutil.rmtree(temporary)
-    yield temporary
-    umask = os.umask(0)
-    os.umask(umask)
-    for file in sorted(temporary.rglob("*")) if temporary.is_dir() else [temporary]:
-        os.chmod(file, 0o666 & ~umask)            # safetensors makes its files readable by their owner only
-        with open(file, "rb+") as f:
-            os.fsync(f.fileno())
-    if path.is_dir() and temporary.is_dir():
-        shutil.rmtree(path)                       # rename cannot replace a folder; the new one is already on disk
-    os.replace(temporary, path)
+    remove(temporary)                             # a crash may have left it
+    try:
+        yield temporary
+        umask = os.umask(0)
+        os.umask(umask)
+        for file in sorted(temporary.rglob("*")) if temporary.is_dir() else [temporary]:
+            os.chmod(file, 0o666 & ~umask)        # safetensors makes its files readable by their owner only
+            with open(file, "rb+") as f:
+                os.fsync(f.fileno())
+        if path.is_dir() and temporary.is_dir():
+            shutil.rmtree(path)                   # rename cannot replace a folder; the new one is already on disk
+        os.replace(temporary, path)
+    except BaseException:
+        remove(temporary)
+        raise
     if os.name == "posix":
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)
         os.close(folder)
+
+
+def remove(path):
+    """Deletes a file or a folder, if there is one."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_text(path, text):
@@ -74,6 +87,35 @@ def sha256_of(file):
     return hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
 
+CHECKPOINT_FILES = ("config.json", "generation_config.json", "*token*", "vocab*", "merges.txt", "chat_template*", "model*")
+MIB = 2**20
+
+
+def fingerprint(path):
+    """Returns a sha256 that changes with the content of a file or of a checkpoint folder; None if there is neither.
+
+    Of a folder, CHECKPOINT_FILES count, by name and content. Hashing gigabytes at each start would be slow, so of a .safetensors
+    file there only the size, the first MiB (which names and places the tensors) and the last MiB are read. Training changes
+    nearly every weight, so this notices another training, but not an edit of a few weights in the middle.
+    """
+    path = Path(path)
+    if path.is_file():
+        return sha256_of(path)
+    names = sorted({file for pattern in CHECKPOINT_FILES for file in path.glob(pattern) if file.is_file()})
+    if not names:
+        return None
+    digest = hashlib.sha256()
+    for file in names:
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size} ".encode())
+        with open(file, "rb") as f:
+            if file.suffix == ".safetensors" and size > 2 * MIB:
+                digest.update(f.read(MIB))
+                f.seek(-MIB, os.SEEK_END)
+            digest.update(f.read())
+    return digest.hexdigest()
+
+
 # ---- Checkpoint folders ---------------------------------------------------------------------------------------------
 
 
@@ -103,17 +145,30 @@ def local_folder(name):
     return folder
 
 
-def require_folder(name, made_by):
-    """Returns the path of a checkpoint folder. If it is missing, the error names the command that creates it."""
+def require_folder(name, made_by, default=None):
+    """Returns the path of a checkpoint folder. If it is missing, the error names the command that creates `default`, the default
+    of the option (None: whatever lies in out/), or else files of similar names."""
     folder = local_folder(name)
     if not (folder / "config.json").exists():
+        hint = folder.parts[:1] == ("out",) if default is None else name == default
         raise UserError(f"{folder} holds no checkpoint (no config.json in it)"
-                        + (f"; first run: {made_by}" if folder.parts[:1] == ("out",) else ""))
+                        + (f"; first run: {made_by}" if hint else similar(folder)))
     return folder
 
 
-def require_file(file, made_by):
-    """Returns the file. If it is missing, the error names the command that creates it."""
+def require_file(file, made_by, default=None):
+    """Returns the file. If it is missing, the error names the command that creates `default`, the default of the option (None:
+    any file), or else files of similar names."""
     if not Path(file).exists():
-        raise UserError(f"{file} is missing; first run: {made_by}")
+        hint = default is None or file == default
+        raise UserError(f"{file} is missing; first run: {made_by}" if hint else f"{file}: no such file{similar(Path(file))}")
     return file
+
+
+def similar(path):
+    """Names what lies beside a missing path and is spelt like it, as the end of an error."""
+    try:
+        names = difflib.get_close_matches(path.name, os.listdir(path.parent), 3, 0.75)
+    except OSError:
+        names = []
+    return f"; did you mean {' or '.join(str(path.with_name(n)) for n in names)}?" if names and not path.exists() else ""

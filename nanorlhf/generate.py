@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import math
 
 import numpy as np
 import torch
@@ -41,9 +42,11 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
     """
     if stop and tokenizer is None:
         raise ValueError("stop strings need a tokenizer")
-    if num_samples < 1 or temperature < 0 or not 0 <= top_p <= 1 or "" in stop:
-        raise UserError(f"num_samples {num_samples}, temperature {temperature}, top_p {top_p}, stop {list(stop)}: need at "
-                        f"least 1 sample, a temperature of at least 0, a top_p in [0, 1] and no empty stop string")
+    if num_samples < 1 or not 0 <= temperature < math.inf or top_k < 0 or not 0 <= top_p <= 1 or not 0 <= seed < 2**64 or \
+            "" in stop:
+        raise UserError(f"num_samples {num_samples}, temperature {temperature}, top_k {top_k}, top_p {top_p}, seed {seed}, stop "
+                        f"{list(stop)}: need at least 1 sample, a finite temperature, top_k and seed of at least 0, a top_p in "
+                        f"[0, 1] and no empty stop string")
     check_prompts(model, prompts, max_new_tokens)
     device = model.embed.weight.device
     R = len(prompts) * num_samples
@@ -170,6 +173,8 @@ def beam_search(model, prompts, max_new_tokens, num_beams=4, num_groups=1, diver
     tokenizer, ids beyond its vocabulary are never taken.
     """
     check_prompts(model, prompts, max_new_tokens)
+    if num_beams < 1 or num_groups < 1 or not 0 < temperature < math.inf:
+        raise UserError(f"{num_beams} beams, {num_groups} groups, temperature {temperature}: each must be above 0")
     if num_beams % num_groups:
         raise UserError(f"{num_beams} beams do not divide into {num_groups} groups")
     order = sorted(range(len(prompts)), key=lambda p: len(prompts[p]))

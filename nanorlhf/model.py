@@ -417,6 +417,8 @@ def pick_device(name):
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"--device {name}: torch sees no GPU here")
     try:
-        return torch.device(name)
-    except RuntimeError:
-        raise UserError(f"--device {name}: not a device that torch knows")
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except Exception as error:                    # each kind of device that is not here has an exception of its own
+        raise UserError(f"--device {name}: torch cannot use it here ({type(error).__name__})")
+    return device

@@ -2,16 +2,19 @@
 
 import argparse
 import dataclasses
+import errno
 import inspect
 import json
+import os
 import re
+import shlex
 import sys
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
 import torch
 
-from nanorlhf.errors import UserError
+from nanorlhf.errors import UserError, one_line
 
 HOW_TO_BEGIN = ("out", "resume", "overwrite")     # never taken from the run that --resume continues
 
@@ -88,31 +91,79 @@ def _boolean(text):
     raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
 
 
-MINIMUM = dict(batch_size=1, micro_batch_size=0, max_steps=0, limit=0, max_length=0, max_prompt_length=0, response_length=1,
-               num_ppo_epochs=1, num_mini_batches=1, warmup_steps=0, resample_every=0)     # of options that count something
+RANGES = {                        # {interval: the numeric options that lie in it}; nan and inf lie in none
+    "[0, 1e9]": "micro_batch_size max_steps warmup_steps eval_every save_every limit max_length max_prompt_length top_k "
+                "num_eval_prompts resample_every bon",
+    "[1, 1e9]": "batch_size response_length num_ppo_epochs num_mini_batches num_samples num_prompts diversity_prompts n",
+    "[1, 1e6]": "context seeds", "[1, 1e5]": "width", "[1, 1e3]": "layers heads", "[0, 1e3]": "kv_heads",    # new models
+    "[0, 9e18]": "seed",
+    "[0, inf)": "lr value_lr weight_decay max_grad_norm kl_coef kl_target vf_coef rrhf_weight length_penalty diversity_penalty",
+    "(0, inf)": "epochs beta kl_horizon cliprange cliprange_value adam_eps scale",
+    "(-inf, inf)": "missing_eos_penalty label_temperature",
+    "0 or [1e-3, 1e3]": "temperature",
+    "[0, 1)": "eval_fraction", "[0, 0.5)": "label_smoothing", "[0, 1]": "gamma lam alpha", "(0, 1]": "top_p"}
+
+
+def lies_in(value, interval):
+    """True if a number lies in an interval such as "[0, 1)", or in one of several joined by " or "; a single number is one."""
+    def inside(part):
+        low, high = map(float, part.strip("[]()").split(", ")) if "," in part else (float(part), float(part))
+        return low <= value <= high and (value > low or part[0] != "(") and (value < high or part[-1] != ")")
+    return any(map(inside, interval.split(" or ")))
 
 
 def check_options(config):
-    """Raises UserError for an option whose value has no meaning: not one of its words, or out of range."""
+    """Raises UserError for an option whose value has no meaning: not one of its words, or a number out of range.
+
+    RANGES holds the ranges. A Config may declare others in its dict `ranges`, {option: interval}. An option in neither must
+    be finite, and at least 0 unless its default is negative.
+    """
+    interval_of = {option: interval for interval, options in RANGES.items() for option in options.split()}
+    interval_of |= getattr(config, "ranges", {})
     for field in dataclasses.fields(config):
         words, value = get_args(field.type), getattr(config, field.name)
         if words and value not in words:
             raise UserError(f"--{field.name} {value}: not one of {', '.join(words)}")
-    for option, minimum in MINIMUM.items():
-        if (value := getattr(config, option, minimum)) < minimum:
-            raise UserError(f"--{option} {value}: must be at least {minimum}")
-    for option, end in (("eval_fraction", 1), ("label_smoothing", 0.5)):
-        if not 0 <= getattr(config, option, 0.0) < end:
-            raise UserError(f"--{option} {getattr(config, option)}: must lie in [0, {end})")
-    for option in ("epochs", "beta", "top_p"):
-        if getattr(config, option, 1.0) <= 0:
-            raise UserError(f"--{option} {getattr(config, option)}: must be above 0")
+        if field.type in (int, float):
+            default = "(-inf, inf)" if field.default is not dataclasses.MISSING and field.default < 0 else "[0, inf)"
+            interval = interval_of.get(field.name, default)
+            if not isinstance(value, (int, field.type)) or not lies_in(value, interval):
+                raise UserError(f"--{field.name} {value}: must be {'an integer' if field.type is int else 'a number'} in "
+                                f"{interval}")
 
 
 def named_files(text):
-    """"NAME=FILE,NAME=FILE" -> {name: file}; a file without a name is called by its stem."""
-    pairs = [part.rpartition("=") for part in text.split(",") if part]
-    return {name or Path(file).stem: file for name, _, file in pairs}
+    """"NAME=FILE,NAME=FILE" -> {name: file}; a file without a name is called by its stem. The path of a file that exists may
+    hold commas and equals signs itself."""
+    found, parts = {}, text.split(",") if text else []
+    while parts:
+        for n in range(len(parts), 0, -1):        # the longest path that exists
+            name, file = name_and_file(",".join(parts[:n]))
+            if os.path.isfile(file) or n == 1:
+                break
+        name, parts = name or Path(file).stem, parts[n:]
+        if file and found.setdefault(name, file) != file:
+            raise UserError(f"{found[name]} and {file} would both be called {name}: name them, NAME=FILE,NAME=FILE")
+    return found
+
+
+def name_and_file(text):
+    """"NAME=FILE" -> (name, file), and "FILE" -> ("", file). It is split at the first = behind which a file's path begins. A name
+    holds no comma."""
+    ends = [m.start() for m in re.finditer("=", text) if "," not in text[:m.start()]]
+    pairs = [("", text)] + [(text[:i], text[i + 1:]) for i in ends]
+    return next((pair for pair in pairs if os.path.isfile(pair[1])), pairs[-1])
+
+
+def how_to_continue(config):
+    """Says what a run that was stopped has saved, and the command that continues it."""
+    out = Path(config.out)
+    if not getattr(config, "resume", False) and read_options(out, type(config)) != dataclasses.asdict(config):
+        return "nothing of this run was saved: give the same command again"
+    command = shlex.join(["python", sys.argv[0], "--out", str(out), "--resume"])
+    if saved := sorted(out.glob("checkpoints/step-*")):
+        return f"continue after step {int(saved[-1].name.removeprefix('step-'))} with: {command}"
+    return f"no checkpoint was saved yet; to start from the beginning: {command}"
 
 
 def main(Config, run, description):
@@ -121,9 +172,14 @@ def main(Config, run, description):
     config = parse_options(Config, description)
     try:
         run(config)
-    except (UserError, OSError) as error:         # OSError: a full disk, a folder that may not be written to
+    except UserError as error:
         raise SystemExit(f"error: {error}")
+    except OSError as error:                      # a full disk, a folder that may not be written to
+        more = f"; make room first; {how_to_continue(config)}" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        raise SystemExit(f"error: {error}{more}")
     except KeyboardInterrupt:
-        raise SystemExit(f"interrupted; continue with: {Path(sys.argv[0]).name} ... --out {config.out} --resume")
-    except torch.OutOfMemoryError as error:
-        raise SystemExit(f"error: out of memory; lower --micro_batch_size ({str(error).splitlines()[0]})")
+        raise SystemExit(f"interrupted; {how_to_continue(config)}")
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "allocate memory" not in str(error):
+            raise
+        raise SystemExit(f"error: out of memory; lower --micro_batch_size ({one_line(error)})")

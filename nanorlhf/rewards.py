@@ -5,8 +5,12 @@
     file.py:function     your own function of texts, and of your data's columns
 """
 
+import functools
 import importlib.util
 import inspect
+import itertools
+import math
+import sys
 import traceback
 from pathlib import Path
 
@@ -14,7 +18,7 @@ import torch
 
 from nanorlhf import reviews
 from nanorlhf.data import Example, collate, decode_response, encode_prompt, encode_response, micro_batches
-from nanorlhf.errors import UserError
+from nanorlhf.errors import UserError, one_line
 from nanorlhf.files import local_folder
 from nanorlhf.formats.records import columns_of
 from nanorlhf.model import RewardModel, check_fit
@@ -36,7 +40,8 @@ def load_reward(spec, tokenizer, device, records=(), data="", batch_size=128):
     if spec == "gold":
         return TextReward(lambda prompts, completions: list(map(reviews.gold_reward, prompts, completions)), spec, tokenizer)
     if ".py:" in spec:
-        reward = TextReward(user_function(spec), spec, tokenizer)
+        function, module = user_function(spec)
+        reward = TextReward(function, spec, tokenizer, module)
     else:
         reward = ModelReward(spec, tokenizer, device, batch_size)
     reward.check_columns(records, data)
@@ -57,7 +62,7 @@ class ModelReward:
                             f"file.py:function")
         self.model, self.own = RewardModel.from_pretrained(folder).to(device).eval(), tokenizer_of(folder, tokenizer)
         check_fit(self.model, self.own)
-        self.policy, self.device, self.batch_size = tokenizer, device, batch_size
+        self.spec, self.policy, self.device, self.batch_size = spec, tokenizer, device, batch_size
         self.same = self.own.same_ids(tokenizer) and self.own.chat_template == tokenizer.chat_template
 
     def check_columns(self, records, data):
@@ -72,6 +77,8 @@ class ModelReward:
         for rows in micro_batches(range(len(examples)), self.batch_size, length=lambda i: examples[i].length):
             batch = collate([examples[i] for i in rows], self.own.pad_id, self.device)
             scores[list(rows)] = self.model.score(batch.tokens, batch.lengths).cpu()
+        if not torch.isfinite(scores).all():
+            raise UserError(f"--reward {self.spec}: the reward model gives {scores[~torch.isfinite(scores)][0]}")
         return scores
 
     def in_own_tokens(self, prompts, responses, records):
@@ -88,14 +95,15 @@ class TextReward:
     """A function of texts, in TRL's form: function(prompts, completions, answer, **kwargs) -> list of numbers. All arguments are
     lists with one entry per response. `answer` stands for any column of the data, and **kwargs takes all the others;
     `completion_ids` are the responses as token ids. Texts are strings: a conversation is its transcript. Values of columns are
-    the row's own objects, so the function must not change them.
+    the row's own objects, so the function must not change them. The result may also be a tensor, an array or an iterator; a
+    number may be of any kind, or in a list, row or array of its own ([N, 1]).
 
     The first two parameters get prompts and completions, whatever their names. As in TRL, a function may also name only some of
     prompts, completions and completion_ids, in any order, and then everything is passed by name.
     """
 
-    def __init__(self, function, spec, tokenizer):
-        self.function, self.spec, self.tokenizer = function, spec, tokenizer
+    def __init__(self, function, spec, tokenizer, module=None):
+        self.function, self.spec, self.tokenizer, self.module = function, spec, tokenizer, module
         try:
             parameters = inspect.signature(function).parameters
         except (TypeError, ValueError):           # some built-in functions have no signature
@@ -130,21 +138,57 @@ class TextReward:
         columns = {n: v for n, v in columns.items() if n not in self.taken} | {
             n: v for n, v in given.items() if self.by_name or n == "completion_ids"}
         columns = {n: v for n, v in columns.items() if n in self.names or self.takes_all}
+        if self.module:
+            come_first(self.module)
         try:
-            values = self.function(*([] if self.by_name else [texts, given["completions"]]), **columns)
-        except Exception as error:                # the user's code: say where in it, in one line
+            result = self.function(*([] if self.by_name else [texts, given["completions"]]), **columns)
+            values = list_of(result, len(texts) + 1)
+        except (Exception, SystemExit) as error:  # the user's code, an iterator's too: say where in it, in one line
             raise UserError(f"--reward {self.spec}: {_where(error)}")
-        if inspect.iscoroutine(values):
-            values.close()
+        if inspect.iscoroutine(result):
+            result.close()
             raise UserError(f"--reward {self.spec}: an async function is not supported")
-        try:
-            values = torch.tensor([float(v) for v in values])
-        except (TypeError, ValueError):
+        if values is None:
             raise UserError(f"--reward {self.spec}: did not return a list of numbers")
-        if len(values) != len(prompts) or not torch.isfinite(values).all():
-            raise UserError(f"--reward {self.spec}: {len(prompts)} finite numbers expected, got {len(values)}: "
-                            f"{values.tolist()[:4]}")
-        return values
+        if len(values) != len(texts):
+            found = "more" if len(values) > len(texts) else len(values)
+            raise UserError(f"--reward {self.spec}: {len(texts)} finite numbers expected, got {found}")
+        numbers = list(map(number_of, values))
+        if None in numbers:
+            bad = numbers.index(None)
+            raise UserError(f"--reward {self.spec}: finite numbers expected, got {shown(values[bad])} for response {bad}")
+        return torch.tensor(numbers)
+
+
+def list_of(values, most):
+    """Returns what a reward function gave as a list: a list, a tensor on any device, an array, or the first `most` items of an
+    iterator. None if it is nothing of that kind."""
+    if hasattr(values, "tolist"):
+        values = values.tolist()                  # one transfer from a GPU, not one per number
+    if isinstance(values, (str, bytes, dict, set)) or not hasattr(values, "__iter__"):
+        return None
+    return list(itertools.islice(values, most))
+
+
+def number_of(value):
+    """Returns the float of a number of any kind, also of one in a list or an array of its own; None if it is not a finite number
+    in float32."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    while isinstance(value, (list, tuple)) and len(value) == 1:
+        value = value[0].tolist() if hasattr(value[0], "tolist") else value[0]
+    try:
+        number = math.nan if isinstance(value, (str, bytes)) else float(value)
+    except (TypeError, ValueError, OverflowError):                      # OverflowError: an integer beyond 1e308
+        return None
+    return number if abs(number) <= torch.finfo(torch.float32).max else None
+
+
+def shown(value):
+    """A value as one line."""
+    try:
+        return one_line(repr(value))
+    except ValueError:                            # an integer of more than 4300 digits
+        return f"a huge {type(value).__name__}"
 
 
 def texts_of(prompts, records, tokenizer):
@@ -158,16 +202,60 @@ def _where(error):
     return f"{type(error).__name__}: {' '.join(str(error).split())} ({Path(frame.filename).name}:{frame.lineno})"
 
 
+FOLDERS, FIRST = {}, []                           # {module of a reward file: its folder}; the folder put first on sys.path
+
+
 def user_function(spec):
+    """Returns (function, its module) of "file.py:function"."""
     file, name = spec.rsplit(":", 1)
     if not Path(file).is_file():
         raise UserError(f"--reward {spec}: no file {file}")
-    module_spec = importlib.util.spec_from_file_location("user_reward", file)
-    module = importlib.util.module_from_spec(module_spec)
     try:
-        module_spec.loader.exec_module(module)
-    except Exception as error:
+        module = user_module(Path(file).resolve(), Path(file).read_bytes())
+    except (Exception, SystemExit) as error:
         raise UserError(f"--reward {spec}: {_where(error)}")
     if not callable(getattr(module, name, None)):
         raise UserError(f"--reward {spec}: {file} has no function {name}")
-    return getattr(module, name)
+    return getattr(module, name), module
+
+
+@functools.cache
+def user_module(file, source):
+    """Runs a reward file, once per content, as a module that Python finds by its name, because dataclasses look it up and a
+    process of a pool imports it. A file called like a loaded module, such as math.py, gets another name (and no spawned pool)."""
+    look_first_into(folder := str(file.parent))
+    known = sys.modules.get(file.stem)
+    taken = known is not None and known not in FOLDERS and getattr(known, "__file__", None) != str(file)
+    name = f"reward_{file.stem}" if taken else file.stem
+    module = importlib.util.module_from_spec(importlib.util.spec_from_file_location(name, file))
+    sys.modules[name], FOLDERS[module] = module, folder
+    try:
+        exec(compile(source, str(file), "exec", dont_inherit=True), vars(module))
+    except BaseException:
+        sys.modules.pop(name, None)
+        del FOLDERS[module]
+        raise
+    return module
+
+
+def come_first(module):
+    """Gives a reward file its name and its folder back, which another reward may have taken since."""
+    if sys.modules.get(module.__name__) is not module or FIRST != [FOLDERS[module]]:
+        look_first_into(FOLDERS[module])
+        sys.modules[module.__name__] = module
+
+
+def look_first_into(folder):
+    """Puts a reward file's folder first on sys.path, where Python puts a script's, and leaves it there for later imports, in place
+    of another reward's. Modules that another reward imported from its own folder are forgotten if this one has modules of the
+    same names."""
+    for other in FIRST:
+        if other in sys.path:
+            sys.path.remove(other)
+    sys.path.insert(0, folder)
+    FIRST[:] = [folder]
+    others, here = {f for f in FOLDERS.values() if f != folder}, {p.stem for p in Path(folder).iterdir()}
+    for name in [n for n in sys.modules if n.partition(".")[0] in here]:
+        file, places = getattr(sys.modules[name], "__file__", None), [Path(other, *name.split(".")) for other in others]
+        if any(file in (f"{p}.py", str(p / "__init__.py")) or not file and p.is_dir() for p in places):
+            del sys.modules[name]

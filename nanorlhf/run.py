@@ -11,22 +11,25 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import subprocess
 import time
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from nanorlhf.errors import UserError
-from nanorlhf.files import atomic_write, read_json, read_jsonl, sha256_of, write_json, write_records
+from nanorlhf.files import atomic_write, fingerprint, read_json, read_jsonl, sha256_of, write_json, write_records
+from nanorlhf.formats.checkpoints import check_finite, write_tensors
 from nanorlhf.model import ModelConfig, Transformer, check_fit, pick_device
-from nanorlhf.options import HOW_TO_BEGIN, check_options, read_options
+from nanorlhf.options import HOW_TO_BEGIN, check_options, named_files, read_options
 from nanorlhf.tokenizer import check_same_ids, load_tokenizer
 from nanorlhf.training import seed_for
 
 MAY_CHANGE_ON_RESUME = (*HOW_TO_BEGIN, "device", "compile", "micro_batch_size", "eval_every", "save_every")
+INPUTS = ("init", "reference", "value_init", "tokenizer", "reward", "eval_reward", "eval_data", "eval_prompts", "normalize_data")
 MAKE_COMPARISONS = ("python sample_bon.py --split train --limit 8000 --n 2 --reward gold --label_temperature 0.2 "
                     "--out out/comparisons")      # makes the default --data of train_rm.py and train_dpo.py
 MAKE_BASE = "python train_sft.py --init scratch --kind text --lr 5e-3 --batch_size 16 --out out/base"
@@ -46,12 +49,14 @@ class Run:
         self.micro_batch_size = getattr(config, "micro_batch_size", 0) or config.batch_size
         data = Path(getattr(config, "data", ""))
         self.data_sha256 = sha256_of(data) if data.is_file() else None                 # the data as the run started
+        self.inputs = {option: found for option in INPUTS if (found := content_of(getattr(config, option, "")))}
         if config.resume:
             self.finished = self._check_resumable()
         else:
             self.finished = False
             self._check_unused()
-        self.started, self.printed, self.tokens, self.first_step = time.monotonic(), 0.0, 0, 0
+        self.started, self.printed, self.tokens, self.first_step, self.step = time.monotonic(), 0.0, 0, 0, 0
+        self.before = {"time": 0.0, "tokens": 0}  # of the parts of the run before this one
 
     def _check_unused(self):
         if self.out.exists() and any(self.out.iterdir()):
@@ -69,19 +74,26 @@ class Run:
         before = read_json(self.out / "run.json")
         if before.get("script", self.name) != self.name:
             raise UserError(f"{self.out} is a run of another script, {before['script']}: {self.name} cannot resume it")
+        for option, was in options.items():
+            if option not in MAY_CHANGE_ON_RESUME and (value := getattr(self.config, option)) != was:
+                longer = (f"; a longer run has another learning-rate schedule, so start one with --init {self.out} --out NEW"
+                          if before.get("finished") and option in ("max_steps", "epochs") else "")
+                raise UserError(f"--{option} {value}: the run in {self.out} was started with {was}; --resume cannot change it"
+                                f"{longer}")
         if before.get("finished"):
             print(f"{self.out} is finished already", flush=True)
             return True
-        if before.get("data_sha256", self.data_sha256) != self.data_sha256:
-            raise UserError(f"--data {self.config.data} has changed since the run in {self.out} began")
-        for option, was in options.items():
-            if option not in MAY_CHANGE_ON_RESUME and (value := getattr(self.config, option)) != was:
-                raise UserError(f"--{option} {value}: the run in {self.out} was started with {was}; --resume cannot change it")
+        now = self.inputs | {"data": self.data_sha256}
+        for option, was in {**(before.get("inputs") or {}), "data": before.get("data_sha256", self.data_sha256)}.items():
+            if now.get(option) != was:            # a run.json of an older version has no "inputs"
+                raise UserError(f"--{option} {getattr(self.config, option)} has changed since the run in {self.out} began; "
+                                f"start again with --overwrite, or name another --out")
         return False
 
     def begin(self, step):
         """Makes the folder ready for the steps after `step`. A new run replaces an old one (--overwrite) and writes run.json;
-        in a resumed run, steps after the checkpoint are run and logged again, so their old rows go."""
+        in a resumed run, steps after the checkpoint are run and logged again, so their old rows go. The clock starts here."""
+        self.started = time.monotonic()
         if not self.config.resume:
             if self.out.exists() and self.config.overwrite:
                 shutil.rmtree(self.out)
@@ -90,7 +102,8 @@ class Run:
         for log in (self.out / "metrics.jsonl", self.out / "samples.jsonl"):
             if log.exists():
                 write_records(log, [r for r in read_jsonl(log) if r["step"] <= step])
-        self.first_step = step
+        self.before |= {k: v for row in read_jsonl(self.out / "metrics.jsonl")[-1:] for k, v in row.items() if k in self.before}
+        self.first_step = self.step = step
         print(f"{self.name} resumes {self.out} after step {step}", flush=True)
 
     def _write_run_json(self, finished):
@@ -98,7 +111,7 @@ class Run:
         device = torch.cuda.get_device_name() if self.device.type == "cuda" else f"{platform.machine()}, {os.cpu_count()} cores"
         write_json(self.out / "run.json", dict(
             script=self.name, finished=finished, options=dataclasses.asdict(self.config), data_sha256=self.data_sha256,
-            device=device, commit=git_commit(), python=platform.python_version(), **versions))
+            inputs=self.inputs, device=device, commit=git_commit(), python=platform.python_version(), **versions))
 
     def autocast(self):
         """Autocast for --dtype bfloat16; the weights stay float32."""
@@ -128,17 +141,23 @@ class Run:
     # ---- Logging ----------------------------------------------------------------------------------------------------
 
     def log(self, step, total, metrics, tokens=0):
-        """Appends one row to metrics.jsonl and prints progress. step: finished steps; tokens: tokens processed in this step."""
+        """Appends one row to metrics.jsonl and prints progress. step: finished steps; tokens: tokens processed in this step.
+
+        The row also gets `time`, the seconds since begin(), `tokens`, and their ratio `tokens_per_second`. They are sums over
+        all parts of a run that was stopped and resumed.
+        """
         row = {k: float(v) for k, v in metrics.items()}
         if bad := [k for k, v in row.items() if not math.isfinite(v)]:
             raise UserError(f"step {step}: {', '.join(bad)} not finite")
-        with open(self.out / "metrics.jsonl", "a", encoding="utf-8") as f:
-            f.write(json.dumps({"step": step, "time": round(time.monotonic() - self.started, 3), **row}) + "\n")
-        self.tokens += tokens
+        self.step, self.tokens = step, self.tokens + tokens
         now = time.monotonic()
+        seconds = max(now - self.started, 1e-9)   # of this part of the run
+        whole, count = self.before["time"] + seconds, self.before["tokens"] + self.tokens
+        times = {"time": round(whole, 3), "tokens": count, "tokens_per_second": round(count / whole, 3)}
+        with open(self.out / "metrics.jsonl", "a", encoding="utf-8") as f:
+            f.write(json.dumps({"step": step, **times, **row}) + "\n")
         if step >= total or step == 1 or now - self.printed > 5:
             self.printed = now
-            seconds = max(now - self.started, 1e-9)
             left = int(seconds / max(1, step - self.first_step) * (total - step))
             shown = "  ".join(f"{k} {v:.4g}" for k, v in row.items() if not k.startswith("eval/"))
             speed = f"{self.tokens / seconds:,.0f} tokens/s  " if self.tokens else ""
@@ -154,16 +173,17 @@ class Run:
     # ---- Checkpoints ------------------------------------------------------------------------------------------------
 
     def save_checkpoint(self, step, modules, optimizers, state=None):
-        """Writes checkpoints/step-N: weights and optimizer tensors as safetensors, the rest as JSON, and a sha256 of each."""
+        """Writes checkpoints/step-N: weights and optimizer tensors as safetensors, the rest as JSON, and a sha256 of each.
+        UserError, and nothing is written, if a number is NaN or infinite."""
+        tensors = {name: {k: v.detach().contiguous() for k, v in module.state_dict().items()} for name, module in modules.items()}
+        tensors |= {name: {f"{i}.{k}": torch.as_tensor(v).contiguous() for i, entry in optimizer.state_dict()["state"].items()
+                           for k, v in entry.items() if v is not None} for name, optimizer in optimizers.items()}
+        for name, found in tensors.items():
+            check_finite(found, f"step {step}, {name}")
         with atomic_write(self.out / "checkpoints" / f"step-{step:07d}") as folder:
             folder.mkdir()
-            for name, module in modules.items():
-                tensors = {k: v.detach().contiguous() for k, v in module.state_dict().items()}
-                save_file(tensors, folder / f"{name}.safetensors")
-            for name, optimizer in optimizers.items():
-                tensors = {f"{i}.{k}": torch.as_tensor(v).contiguous()
-                           for i, entry in optimizer.state_dict()["state"].items() for k, v in entry.items() if v is not None}
-                save_file(tensors, folder / f"{name}.safetensors")
+            for name, found in tensors.items():
+                write_tensors(found, folder / f"{name}.safetensors")
             digests = {p.name: sha256_of(p) for p in folder.glob("*.safetensors")}
             state = dict(step=step, **(state or {}))
             write_json(folder / "state.json", dict(state, sha256=dict(digests, state=digest_of(state))))
@@ -187,7 +207,13 @@ class Run:
         return state
 
     def finish(self, model, tokenizer):
-        """Writes the checkpoint folder that from_pretrained, transformers and vLLM load, then marks the run finished."""
+        """Writes the checkpoint folder that from_pretrained, transformers and vLLM load, then marks the run finished. UserError,
+        and nothing is written, if a weight is NaN or infinite, or so large that the model's output is."""
+        check_finite(dict(model.named_parameters()), f"step {self.step}")
+        with torch.no_grad():
+            output = model(torch.full((2, 2), tokenizer.eos_id, device=self.device))
+            output = model.logits(output) if isinstance(model, Transformer) else output
+        check_finite({"the model's output": output}, f"step {self.step}")
         model.save_pretrained(self.out)
         tokenizer.save(self.out)
         self.done()
@@ -209,6 +235,16 @@ def new_model(config):
         family=config.family, vocab_size=tokenizer.vocab_size, context=config.context, width=width, layers=layers, heads=heads,
         kv_heads=kv_heads, head_dim=width // heads, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
     return tokenizer, Transformer(shape, seed_for(config.seed, "model"))
+
+
+def content_of(value):
+    """Returns a sha256 of what an input option names: the fingerprint of its folder or file, or of the file of file.py:function,
+    or of each file of NAME=FILE,NAME=FILE. '' if that is not on this machine: built-in names and hub names are not compared."""
+    if value in ("", "scratch", "reviews", "gold", "given"):
+        return ""
+    file = re.sub(r"(\.py):\w+$", r"\1", value)
+    names = [file] if Path(file).exists() else named_files(file).values()
+    return " ".join(found for name in names if (found := fingerprint(name)))
 
 
 def checked_state(folder):

@@ -70,7 +70,7 @@ def make_optimizer(parameters, name, lr, weight_decay=0.0, eps=1e-8):
 
 def optimizer_step(rates, max_grad_norm, step, rows, loss):
     """Takes one guarded step of each optimizer. rates: {optimizer: learning rate}. Clips each optimizer's gradient to the norm
-    max_grad_norm (0: no clipping). Returns the first optimizer's gradient norm before clipping.
+    max_grad_norm (0: no clipping). Returns the list of their gradient norms before clipping, in the order of rates.
 
     A loss or gradient that is not finite raises UserError here, before any weight changes. The message names `step` and
     `rows`, the indices of the batch's examples.
@@ -85,4 +85,4 @@ def optimizer_step(rates, max_grad_norm, step, rows, loss):
             group["lr"] = lr
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return norms[0]
+    return norms

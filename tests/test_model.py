@@ -357,6 +357,45 @@ def test_saving_over_shards_removes_them(tmp_path):
     assert torch.equal(Transformer.from_pretrained(folder).embed.weight, model.embed.weight)
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name, tensor, dtype", [
+    ("llama grouped queries", "model.layers.1.self_attn.k_proj.weight", torch.float32), ("gpt2", "transformer.h.0.mlp.c_fc.bias", torch.float16),
+    ("gpt_neox", "embed_out.weight", torch.bfloat16), ("opt", "model.decoder.embed_positions.weight", torch.float64),
+    ("qwen3", "model.embed_tokens.weight", torch.float32)])
+def test_a_checkpoint_with_nan_or_infinity_is_refused_by_the_name_of_the_tensor(tmp_path, name, tensor, dtype, value):
+    folder = case_folder(tmp_path, name)
+    tensors = {k: v.to(dtype) for k, v in load_file(folder / "model.safetensors").items()}
+    tensors[tensor].view(-1)[-1] = value
+    save_file(tensors, folder / "model.safetensors")
+    assert f"model.safetensors: {tensor} holds NaN or infinity" in refusal(folder)
+
+
+def test_a_reward_model_with_nan_and_weights_beyond_float32_are_refused(tmp_path):
+    model = RewardModel(small())
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file({**tensors, "score.weight": tensors["score.weight"] * math.nan}, tmp_path / "model.safetensors")
+    for load in (RewardModel.from_pretrained, ValueModel.from_pretrained):
+        assert "score.weight holds NaN" in refusal(tmp_path, load)
+    save_file({**tensors, "score.weight": tensors["score.weight"].double() + 1e39}, tmp_path / "model.safetensors")
+    assert "score.weight holds NaN or infinity" in refusal(tmp_path, RewardModel.from_pretrained)
+
+
+@pytest.mark.parametrize("Model", [Transformer, RewardModel])
+def test_a_model_with_nan_is_not_saved(tmp_path, Model):
+    model = Model(small())
+    model.save_pretrained(tmp_path)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    with torch.no_grad():
+        next(model.parameters())[0] = math.nan
+    assert "wte.weight holds NaN" in refusal(tmp_path, model.save_pretrained)
+    if Model is RewardModel:
+        model = Model(small())
+        model.reward_std = math.nan
+        assert "reward_std holds NaN" in refusal(tmp_path, model.save_pretrained)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
 @pytest.mark.parametrize("constants, says", [
     ({"reward_mean": "0"}, "reward_mean '0'"), ({"reward_mean": float("inf")}, "reward_mean inf"),
     ({"reward_std": 0.0}, "reward_std 0.0"), ({"reward_std": "1"}, "reward_std '1'"), ({"reward_std": float("nan")}, "reward_std nan")])
@@ -403,6 +442,13 @@ def test_half_precision_files_load_as_float32(tmp_path, dtype):
     model = Transformer.from_pretrained(folder)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert torch.equal(model.embed.weight, tensors["model.embed_tokens.weight"].float())
+
+
+def test_a_pad_id_of_minus_one_is_none(tmp_path):
+    """As in the first Llama's files."""
+    folder = case_folder(tmp_path, "llama grouped queries")
+    (folder / "config.json").write_text(json.dumps({**CASES["llama grouped queries"], "pad_token_id": -1}))
+    assert Transformer.from_pretrained(folder).config.pad_id is None
 
 
 def test_the_first_id_of_an_eos_list_is_used(tmp_path):
@@ -488,6 +534,9 @@ def test_damaged_and_hostile_files_are_rejected(tmp_path):
     ("llama grouped queries", {"rms_norm_eps": "1e-5"}, "norm_eps '1e-5'"), ("gpt2", {"layer_norm_epsilon": -1.0}, "norm_eps -1.0"),
     ("llama grouped queries", {"vocab_size": 10**12}, "vocab_size"), ("gpt2", {"n_positions": 2**70}, "context"),
     ("gpt2", {"pad_token_id": "0"}, "pad_token_id '0'"), ("gpt2", {"eos_token_id": ["1"]}, "eos_token_id '1'"),
+    ("gpt2", {"bos_token_id": -1}, "bos_token_id -1"), ("gpt2", {"pad_token_id": -2}, "pad_token_id -2"),
+    ("gpt2", {"eos_token_id": -2}, "eos_token_id -2"), ("gpt2", {"eos_token_id": [7, -1]}, "eos_token_id -1"),
+    ("gpt2", {"eos_token_id": [7, [8]]}, "eos_token_id"), ("gpt2", {"eos_token_id": 2**31}, "eos_token_id"),
     ("llama grouped queries", {"tie_word_embeddings": "false"}, "tie_word_embeddings 'false'"),
     ("llama grouped queries", {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
     ("llama grouped queries", {"model_type": "gemma2"}, "model_type 'gemma2' is not one that nanorlhf reads: gpt2, gptj"),

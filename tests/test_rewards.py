@@ -1,6 +1,7 @@
 """Tests of a user's reward function: it gets the columns of the data by name, in every script that uses a reward."""
 
 import json
+import math
 import re
 import sys
 
@@ -8,14 +9,17 @@ import pytest
 import torch
 
 import sample_bon
+import train_dpo
 import train_ppo
+import train_rm
 import train_rrhf
+import train_sft
 from nanorlhf.data import load_records
 from nanorlhf.errors import UserError
 from nanorlhf.evaluate import Options, evaluate_policies
 from nanorlhf.files import read_jsonl
-from nanorlhf.model import ModelConfig, Transformer
-from nanorlhf.options import main
+from nanorlhf.model import ModelConfig, RewardModel, Transformer
+from nanorlhf.options import main, parse_options
 from nanorlhf.rewards import load_reward
 from nanorlhf.tokenizer import load_tokenizer
 
@@ -157,3 +161,209 @@ def test_converted_records_keep_all_fields_of_their_row(tmp_path):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     for kind in ("prompt", "ranked"):                                                  # what a reward sees
         assert [r.row for r in load_records(tmp_path / "rows.jsonl", kind)] == rows
+
+
+# ---- A reward file is a Python file ---------------------------------------------------------------------------------
+
+IDS = [[1], [2, 3], [4, 5, 6]]
+
+
+def rewards_of(spec, ids=IDS):
+    return load_reward(str(spec), load_tokenizer("reviews"), torch.device("cpu"))(ids, ids)
+
+
+def refused(spec):
+    with pytest.raises(UserError) as error:
+        rewards_of(spec)
+    assert str(error.value).startswith(f"--reward {spec}: ") and "\n" not in str(error.value)
+    return str(error.value)
+
+
+DATACLASS = """
+from __future__ import annotations
+import dataclasses
+import pickle
+import typing
+
+@dataclasses.dataclass
+class Weights:
+    length: float = 0.5
+    kind: typing.ClassVar[str] = "x"
+
+def f(prompts, completions):
+    assert typing.get_type_hints(Weights)["length"] is float and Weights(3.0) == pickle.loads(pickle.dumps(Weights(3.0)))
+    return [Weights().length] * len(prompts)
+"""
+
+
+def test_a_reward_file_may_define_dataclasses_and_is_an_importable_module(tmp_path):
+    (tmp_path / "mine.py").write_text(DATACLASS)
+    assert rewards_of(f"{tmp_path}/mine.py:f").tolist() == [0.5] * 3
+    assert sys.modules["mine"].__file__ == str(tmp_path / "mine.py") and not list(tmp_path.glob("__pycache__"))
+
+
+def test_a_reward_file_called_like_a_library_or_a_module_of_ours_works_and_replaces_nothing(tmp_path):
+    import random
+    for name in ("random", "torch", "sample_bon"):
+        (tmp_path / f"{name}.py").write_text(DATACLASS)
+        assert rewards_of(f"{tmp_path}/{name}.py:f").tolist() == [0.5] * 3
+    assert sys.modules["random"] is random and sys.modules["torch"] is torch and sys.modules["sample_bon"] is sample_bon
+
+
+POOL = """
+import multiprocessing
+import neighbour
+
+def one(completion):
+    return neighbour.number(completion)
+
+def f(prompts, completions):
+    from package.part import WEIGHT
+    with multiprocessing.get_context("{start}").Pool(1) as pool:
+        return [[x * WEIGHT] for x in pool.map(one, completions)]
+"""
+
+
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_pools_and_neighbouring_files_work_for_two_reward_files_of_the_same_names(start, tmp_path):
+    """A process of the pool imports the file by its name. Each reward uses its own neighbours, imported early and late."""
+    found, tokenizer = [], load_tokenizer("reviews")
+    for weight, name in ((1, "a"), (10, "b")):
+        folder = tmp_path / start / name
+        (folder / "package").mkdir(parents=True)
+        (folder / "package" / "part.py").write_text(f"WEIGHT = {weight}")
+        (folder / "neighbour.py").write_text("def number(text):\n    import late\n    return late.VALUE")
+        (folder / "late.py").write_text(f"VALUE = {weight + 1}")
+        (folder / "mine.py").write_text(POOL.replace("{start}", start))
+        found.append(load_reward(f"{folder}/mine.py:f", tokenizer, torch.device("cpu")))
+    for k in (0, 1, 0):
+        assert found[k](IDS, IDS).tolist() == [[2.0] * 3, [110.0] * 3][k]
+
+
+def test_a_file_that_fails_leaves_no_module_and_a_changed_one_is_read_again(tmp_path):
+    file = tmp_path / "changing.py"
+    for code, says in (("def f(:", "SyntaxError"), ("1 / 0", "ZeroDivisionError"), ("import sys\nsys.exit()", "SystemExit"),
+                       ("import no_such_module_here", "No module named 'no_such_module_here'")):
+        file.write_text(code)
+        assert says in refused(f"{file}:f") and "changing" not in sys.modules
+    for value in (1, 2):                          # the same size, in the same second
+        file.write_text(f"def f(p, c): return [{value}] * 3")
+        assert rewards_of(f"{file}:f").tolist() == [float(value)] * 3
+
+
+RETURNED = {  # {what a function returns for three responses: the rewards, or what the error says}
+    "[1, 2.5, True]": [1, 2.5, 1], "(1, 2, 3)": [1, 2, 3], "[10**30, -10**30, 2**70]": [1e30, -1e30, 2.0**70],
+    "np.arange(3.0)": [0, 1, 2], "np.ones((3, 1))": [1, 1, 1], "[[1], (2,), [[3]]]": [1, 2, 3], "torch.ones(3, 1, requires_grad=True)": [1, 1, 1],
+    "torch.tensor([1, 2, 3], dtype=torch.bfloat16)": [1, 2, 3], "[torch.tensor(2.0), torch.tensor([3.0]), np.float16(4)]": [2, 3, 4],
+    "[np.array([[5]]), np.bool_(True), np.int64(7)]": [5, 1, 7], "iter([1, 2, 3])": [1, 2, 3], "(i / 2 for i in range(3))": [0, 0.5, 1],
+    "map(len, p)": None, "[Fraction(1, 2)] * 3": [0.5] * 3, "{0: 1, 1: 2, 2: 3}.values()": [1, 2, 3], "[np.array([torch.tensor(1.0)])] * 3": [1] * 3,
+    "[1, None, 3]": "finite numbers expected, got None for response 1", "[1, 2, math.nan]": "got nan for response 2",
+    "[1, 2, -math.inf]": "got -inf for response 2", "np.array([1, np.nan, 2])": "got nan for response 1",
+    "[10**400, 1, 2]": "got 10000", "[1, 10**5000, 2]": "got a huge int for response 1", "[1e39, 1, 2]": "got 1e+39 for response 0",
+    "['1', '2', '3']": "got '1' for response 0", "[1, [2, 3], 4]": "got [2, 3] for response 1", "[1, [], 4]": "got [] for response 1",
+    "[1, 2j, 3]": "got 2j for response 1", "[1, {2: 3}, 3]": "got {2: 3} for response 1", "np.ones((1, 3))": "3 finite numbers expected, got 1",
+    "[1, 2]": "3 finite numbers expected, got 2", "[1] * 4": "3 finite numbers expected, got more", "itertools.repeat(1)": "got more",
+    "'123'": "did not return a list of numbers", "{0: 1, 1: 2, 2: 3}": "did not return a list of numbers", "None": "did not return a list",
+    "1.0": "did not return a list", "torch.tensor(1.0)": "did not return a list", "(1 / (1 - i) for i in range(3))": "ZeroDivisionError",
+    "g()": "an async function is not supported", "sys.exit(3)": "SystemExit: 3"}
+
+
+@pytest.mark.parametrize("value", RETURNED)
+def test_what_a_reward_function_may_return(value, tmp_path):
+    (tmp_path / "mine.py").write_text("import itertools, math, sys, torch\nimport numpy as np\nfrom fractions import Fraction\n"
+                                      f"async def g(): return [1]\ndef f(p, c): return {value}")
+    want = RETURNED[value]
+    if isinstance(want, str):
+        assert want in refused(f"{tmp_path}/mine.py:f")
+        return
+    rewards, tokenizer = rewards_of(f"{tmp_path}/mine.py:f"), load_tokenizer("reviews")
+    assert rewards.dtype == torch.float32 and rewards.tolist() == torch.tensor(want or [len(tokenizer.decode(i)) for i in IDS]).tolist()
+
+
+def test_a_reward_model_that_gives_nan_names_itself(base, tmp_path):
+    model = RewardModel(Transformer.from_pretrained(base).config)
+    model.reward_std, model.reward_mean = 1e-30, -1e30
+    model.save_pretrained(tmp_path)
+    load_tokenizer("reviews").save(tmp_path)
+    assert "the reward model gives inf" in refused(tmp_path)
+    with pytest.raises(UserError, match=f"--reward {tmp_path}: the reward model gives inf"):
+        evaluate_policies({}, Options(reference=base, reward=str(tmp_path), num_prompts=2, diversity_prompts=2, num_samples=2,
+                                      response_length=4, device="cpu"))
+
+
+# ---- Numbers that would spoil a run ---------------------------------------------------------------------------------
+
+
+def stops(monkeypatch, module, *argv):
+    """Runs the script's main in this process; returns its error, which must be one line."""
+    monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, argv)])
+    with pytest.raises(SystemExit) as stop:
+        main(module.Config, getattr(module, "train", None) or module.sample, "")
+    assert stop.value.code.startswith("error: ") and "\n" not in stop.value.code
+    return stop.value.code
+
+
+@pytest.mark.parametrize("words, says", [(["--eval_every", 0], "step 1, model: embed.weight holds NaN or infinity"),
+                                         (["--eval_every", 0, "--save_every", 0], "step 1: embed.weight holds NaN or infinity"),
+                                         (["--lr", "1e10", "--eval_every", 0, "--save_every", 0], "step 1: the model's output"),
+                                         ([], "step 1: eval/loss not finite")])
+def test_a_run_that_diverges_in_its_last_step_is_not_done(base, tmp_path, monkeypatch, words, says):
+    shared = ["--init", base, "--limit", 40, "--max_steps", 1, "--lr", "1e38", "--device", "cpu", "--out", tmp_path / "x"]
+    assert says in stops(monkeypatch, train_sft, *shared, *words)
+    assert json.loads((tmp_path / "x" / "run.json").read_text())["finished"] is False
+    assert not list((tmp_path / "x").rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("module", [train_sft, train_rm, train_dpo, train_rrhf], ids=lambda m: m.__name__)
+def test_max_length_beyond_the_context_stops_every_script_before_anything_is_written(base, tmp_path, monkeypatch, module):
+    text = " The plot is good." * 60              # about 300 tokens; the context is 96
+    row = dict(prompt="Review:", completion=text) if module is train_sft else dict(prompt="Review:", chosen=text, rejected=" no.")
+    (tmp_path / "long.jsonl").write_text((json.dumps(row) + "\n") * 4)
+    assert "--max_length 1024: the model's context is 96 tokens" in stops(
+        monkeypatch, module, "--init", base, "--data", tmp_path / "long.jsonl", "--max_length", 1024, "--out", tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+def test_temperature_0_measures_greedy_responses_with_the_kl_at_temperature_1(base, tmp_path, monkeypatch):
+    other = tmp_path / "other"
+    torch.manual_seed(0)
+    policy = Transformer.from_pretrained(base)
+    with torch.no_grad():
+        for p in policy.parameters():
+            p.add_(0.02 * torch.randn_like(p))
+    policy.save_pretrained(other)
+    load_tokenizer("reviews").save(other)
+    options = Options(reference=base, reward="gold", num_prompts=4, diversity_prompts=2, num_samples=2, response_length=4,
+                      temperature=0.0, device="cpu")
+    rows, _ = evaluate_policies({"other": str(other)}, options)
+    assert rows[0]["kl"][0] == pytest.approx(0, abs=1e-5) and 0 < rows[1]["kl"][0] < math.inf
+    shared = ["--init", base, "--device", "cpu", "--temperature", 0, "--response_length", 4]
+    train_dpo.train(parse_options(train_dpo.Config, "", list(map(str, [
+        *shared, "--data", pairs(tmp_path), "--eval_fraction", 0, "--eval_prompts", "reviews", "--num_eval_prompts", 2, "--max_steps", 1,
+        "--eval_every", 1, "--out", tmp_path / "dpo"]))))
+    assert read_jsonl(tmp_path / "dpo/metrics.jsonl")[-1]["eval/kl"] < math.inf
+    rrhf = [*shared, "--limit", 4, "--reward", "gold", "--num_eval_prompts", 2, "--max_steps", 1, "--eval_every", 1]
+    train_rrhf.train(parse_options(train_rrhf.Config, "", list(map(str, [*rrhf, "--out", tmp_path / "rrhf"]))))
+    assert read_jsonl(tmp_path / "rrhf/metrics.jsonl")[-1]["eval/kl"] < math.inf
+    for sampling in ("beam", "diverse_beam"):
+        assert f"--temperature 0: --sampling {sampling} needs one above 0" in stops(
+            monkeypatch, train_rrhf, *rrhf, "--sampling", sampling, "--out", tmp_path / "x")
+    assert "--temperature 0.0: PPO needs samples" in stops(monkeypatch, train_ppo, *shared, "--out", tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+def pairs(folder):
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(dict(prompt=f"p{i}", chosen=" a", rejected=" b")) + "\n" for i in range(4)))
+    return folder / "pairs.jsonl"
+
+
+def test_train_rm_and_evaluate_read_files_whose_paths_hold_an_equals_sign(base, tmp_path):
+    folder = tmp_path / "lr=1,seed=2"
+    folder.mkdir()
+    file = pairs(folder)
+    train_rm.train(train_rm.Config(init=base, data=str(file), eval_data=f"{file},again={file}", eval_fraction=0.0, max_steps=1,
+                                   batch_size=2, device="cpu", out=str(tmp_path / "rm")))
+    assert read_jsonl(tmp_path / "rm/metrics.jsonl")[-1].keys() >= {"eval/pairs/loss", "eval/again/loss"}
+    rows, _ = evaluate_policies({}, Options(reference=base, reward=str(tmp_path / "rm"), data=str(file), num_prompts=2,
+                                            diversity_prompts=2, num_samples=2, response_length=4, device="cpu"))
+    assert "reward/pairs" in rows[0]

@@ -13,15 +13,23 @@ from typing import Literal, get_origin
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 
+import nanorlhf.__main__
+import nanorlhf.evaluate
 from conftest import SCRIPTS, TRAINERS
 from nanorlhf import run as run_module
 from nanorlhf.errors import UserError
-from nanorlhf.files import atomic_write, read_jsonl, require_file, require_folder, write_json, write_records
-from nanorlhf.model import pick_device
-from nanorlhf.options import main, metavar_of, parse_options
+from nanorlhf.files import atomic_write, fingerprint, read_jsonl, require_file, require_folder, write_json, write_records
+from nanorlhf.formats import checkpoints
+from nanorlhf.model import ModelConfig, RewardModel, Transformer, pick_device
+from nanorlhf.options import RANGES, check_options, main, metavar_of, named_files, parse_options
 from nanorlhf.run import Run
+from nanorlhf.tokenizer import load_tokenizer
 from nanorlhf.training import learning_rate, make_optimizer, optimizer_step, seed_for
+
+
+PROGRAMS = {"train_sft", "train_rm", "train_ppo", "train_dpo", "train_rrhf", "sample_bon", "evaluate", "pipeline"}
 
 
 @dataclass
@@ -128,7 +136,9 @@ def test_scripts_share_the_names_and_types_of_common_options():
         (UserError("no such thing"), "error: no such thing"),
         (OSError(28, "No space left on device"), "No space left on device"),
         (torch.OutOfMemoryError("CUDA out of memory.\nmore"), "lower --micro_batch_size"),
-        (KeyboardInterrupt(), "--resume"),
+        (OSError(28, "No space left on device"), "make room first; nothing of this run was saved: give the same command again"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "lower --micro_batch_size"),
+        (KeyboardInterrupt(), "interrupted; nothing of this run was saved: give the same command again"),
     ],
 )
 def test_main_turns_errors_that_a_user_can_fix_into_one_line(error, says, monkeypatch):
@@ -141,10 +151,129 @@ def test_main_turns_errors_that_a_user_can_fix_into_one_line(error, says, monkey
     assert says in stop.value.code and "\n" not in stop.value.code
 
 
-def test_main_does_not_hide_our_own_bugs(monkeypatch):
+@pytest.mark.parametrize("bug", [ZeroDivisionError, RuntimeError])
+def test_main_does_not_hide_our_own_bugs(bug, monkeypatch):
+    def train(config):
+        raise bug("shapes differ")
+
     monkeypatch.setattr(sys, "argv", ["train_x.py"])
-    with pytest.raises(ZeroDivisionError):
-        main(Options, lambda config: 1 / 0, "")
+    with pytest.raises(bug):
+        main(Options, train, "")
+
+
+# ---- Numbers --------------------------------------------------------------------------------------------------------
+
+CONFIGS = {name: module.Config for name, module in SCRIPTS.items()} | {
+    "evaluate": nanorlhf.evaluate.Options, "pipeline": nanorlhf.__main__.Options}
+NUMBERS = [(name, f) for name, Config in CONFIGS.items() for f in dataclasses.fields(Config) if f.type in (int, float)]
+
+
+def refused(config):
+    with pytest.raises(UserError) as error:
+        check_options(config)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_number_has_a_range(name):
+    """A new option of these programs gets its range in options.RANGES, or in `ranges` of its own Config."""
+    listed = {option for options in RANGES.values() for option in options.split()} | set(getattr(CONFIGS[name], "ranges", {}))
+    assert {f.name for n, f in NUMBERS if n == name and name in PROGRAMS} <= listed
+
+
+def test_a_range_belongs_to_one_interval_only():
+    options = [option for options in RANGES.values() for option in options.split()]
+    assert len(options) == len(set(options)) and set(options) >= {f.name for n, f in NUMBERS if n in PROGRAMS if n != "evaluate"}
+
+
+@pytest.mark.parametrize("name, field", NUMBERS, ids=lambda x: getattr(x, "name", x))
+def test_a_number_that_means_nothing_gives_a_one_line_error_that_names_the_option(name, field):
+    check_options(CONFIGS[name]())                                                     # all defaults are allowed
+    bad = [math.nan, math.inf, -math.inf] if field.type is float else [10**400, 1.5]
+    bad += ["3", None] + ([-1] if field.name not in ("missing_eos_penalty", "label_temperature") else [])
+    for value in bad:
+        assert f"--{field.name} {value}: must be " in refused(CONFIGS[name](**{field.name: value}))
+
+
+@pytest.mark.parametrize("name, option, value", [
+    ("train_ppo", "gamma", 1.5), ("train_ppo", "lam", 1.01), ("train_ppo", "cliprange", 0.0), ("train_ppo", "num_ppo_epochs", 0),
+    ("train_ppo", "adam_eps", 0.0), ("train_ppo", "response_length", 0), ("train_ppo", "temperature", 1e-9),
+    ("train_ppo", "temperature", 1e9), ("train_ppo", "seed", 2**64), ("train_dpo", "alpha", 2.0), ("train_dpo", "beta", 0.0),
+    ("train_dpo", "label_smoothing", 0.5), ("train_dpo", "eval_fraction", 1.0), ("train_dpo", "epochs", 0.0),
+    ("train_sft", "width", 0), ("train_sft", "width", 10**7), ("train_sft", "layers", 0), ("train_sft", "heads", 0),
+    ("train_sft", "context", 0), ("train_sft", "batch_size", 0), ("train_rrhf", "num_samples", 0), ("sample_bon", "top_p", 0.0),
+    ("sample_bon", "top_p", 2.0), ("sample_bon", "n", 0), ("evaluate", "num_samples", 1), ("evaluate", "num_prompts", 0),
+    ("evaluate", "diversity_prompts", 0), ("pipeline", "seeds", 0), ("pipeline", "scale", 0.0)])
+def test_a_number_out_of_its_range_gives_a_one_line_error(name, option, value):
+    assert refused(CONFIGS[name](**{option: value})).startswith(f"--{option} {value}: must be ")
+
+
+@pytest.mark.parametrize("name, option, value", [
+    ("train_ppo", "gamma", 0.0), ("train_ppo", "gamma", 1), ("train_ppo", "lr", 0.0), ("train_ppo", "missing_eos_penalty", -1.0),
+    ("train_dpo", "temperature", 0.0), ("train_dpo", "eval_fraction", 0.0), ("sample_bon", "label_temperature", -1.0),
+    ("train_rrhf", "num_samples", 1), ("sample_bon", "top_p", 1.0), ("train_sft", "limit", 10**9), ("evaluate", "bon", 0)])
+def test_the_ends_of_a_range_are_allowed(name, option, value):
+    check_options(CONFIGS[name](**{option: value}))
+
+
+@dataclass
+class Fork:
+    margin: float = 0.5
+    shift: float = -1.0
+    pairs: int = 4
+
+    ranges = {"pairs": "[2, 8]"}
+
+
+def test_an_option_of_a_fork_that_has_no_range_is_finite_and_not_negative_unless_its_default_is():
+    check_options(Fork(margin=1e30, shift=7.0, pairs=8))
+    check_options(Fork(shift=-9.0))
+    for option, value in (("margin", -0.1), ("margin", math.nan), ("shift", math.inf), ("pairs", 9)):
+        assert f"--{option} {value}" in refused(Fork(**{option: value}))
+
+
+@pytest.mark.parametrize("module, argv, says", [
+    ("nanorlhf.evaluate", ["out/x", "--num_samples", "1"], "--num_samples 1"), ("nanorlhf.__main__", ["--scale", "nan"], "--scale nan"),
+    ("nanorlhf.__main__", ["--seeds", "0"], "--seeds 0")])
+def test_the_other_programs_check_their_numbers_too(module, argv, says, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["x", *argv])
+    with pytest.raises(SystemExit) as stop:
+        sys.modules[module].main()
+    assert says in stop.value.code and stop.value.code.startswith("error: ") and "\n" not in stop.value.code
+
+
+# ---- Files named by options -----------------------------------------------------------------------------------------
+
+
+def test_named_files_splits_at_commas_and_equals_signs_that_are_not_part_of_a_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("run=1", "a,b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.jsonl").write_text("")
+    (tmp_path / "k=v.jsonl").write_text("")
+    for text, found in {
+        "": {}, "test=a.jsonl,b/c.jsonl": {"test": "a.jsonl", "c": "b/c.jsonl"}, "k=v.jsonl": {"k=v": "k=v.jsonl"},
+        "run=1/x.jsonl": {"x": "run=1/x.jsonl"}, "mine=run=1/x.jsonl": {"mine": "run=1/x.jsonl"}, "k=w.jsonl": {"k": "w.jsonl"},
+        "a,b/x.jsonl": {"x": "a,b/x.jsonl"}, "one=a,b/x.jsonl,two=run=1/x.jsonl": {"one": "a,b/x.jsonl", "two": "run=1/x.jsonl"},
+        str(tmp_path / "run=1" / "x.jsonl"): {"x": str(tmp_path / "run=1" / "x.jsonl")}}.items():
+        assert named_files(text) == found, text
+    with pytest.raises(UserError, match="both be called x: name them"):
+        named_files("run=1/x.jsonl,a,b/x.jsonl")
+
+
+def test_an_error_about_ones_own_path_shows_similar_names_and_no_command(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pairs.jsonl").write_text("{}")
+    for need, says in ((require_file, "pair.jsonl: no such file"), (require_folder, "pair.jsonl holds no checkpoint")):
+        with pytest.raises(UserError, match=says) as error:
+            need("./pair.jsonl", "python make.py", "out/pairs.jsonl")
+        assert "did you mean pairs.jsonl?" in str(error.value) and "make.py" not in str(error.value)
+        with pytest.raises(UserError, match="first run: python make.py"):
+            need("out/pairs.jsonl", "python make.py", "out/pairs.jsonl")
+        with pytest.raises(UserError) as error:
+            need("./nowhere/at/all", "python make.py", "out/pairs.jsonl")
+        assert "make.py" not in str(error.value) and "did you mean" not in str(error.value)
 
 
 # ---- Files ----------------------------------------------------------------------------------------------------------
@@ -192,7 +321,7 @@ def test_a_failing_fsync_or_rename_leaves_the_old_content_and_a_retry_works(writ
         patch.setattr(os, call, fail)
         with pytest.raises(OSError):
             write(target, "new")
-    assert leftovers(tmp_path) == before
+    assert leftovers(tmp_path) == before and not list(tmp_path.glob(".*"))            # the temporary path is gone
     write(target, "new")
     assert set(leftovers(tmp_path).values()) == {"new"} and [p.name for p in tmp_path.iterdir()] == ["x"]
 
@@ -206,6 +335,7 @@ def test_a_failure_while_writing_leaves_the_old_content(tmp_path):
         with atomic_write(target) as temporary:
             temporary.write_text("half of it")
             raise RuntimeError
+    assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
     assert json.loads(target.read_text()) == {"old": 1}
     write_json(target, {"new": 2})
     assert json.loads(target.read_text()) == {"new": 2}
@@ -387,7 +517,191 @@ def test_a_corrupt_checkpoint_is_named_and_the_previous_one_resumes(file, damage
     assert Run(Small(str(tmp_path), resume=True), "sft").load_checkpoint({"model": model}, {"optimizer": optimizer})["step"] == 3
 
 
+@pytest.mark.parametrize("name", ["model", "optimizer"])
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_a_checkpoint_with_nan_or_infinity_is_never_written(name, value, tmp_path):
+    model = torch.nn.Linear(3, 2)
+    optimizer = make_optimizer(model.parameters(), "adamw", 0.01)
+    run = Run(Small(str(tmp_path)), "sft")
+    run.begin(0)
+    some_updates(model, optimizer, 0, 1)
+    run.save_checkpoint(3, {"model": model}, {"optimizer": optimizer})
+    with torch.no_grad():
+        (model.weight if name == "model" else optimizer.state[model.weight]["exp_avg_sq"])[1, 2] = value
+    with pytest.raises(UserError, match=f"step 4, {name}: (weight|0.exp_avg_sq) holds NaN or infinity"):
+        run.save_checkpoint(4, {"model": model}, {"optimizer": optimizer})
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-0000003"]
+
+
+@pytest.mark.parametrize("Model", [Transformer, RewardModel])
+@pytest.mark.parametrize("value, says", [(math.nan, "step 7: .*mlp.down.weight holds NaN"), (1e38, "step 7: the model's output")])
+def test_a_model_that_computes_nan_is_never_saved_as_finished(Model, value, says, tmp_path, capsys):
+    model = Model(ModelConfig(vocab_size=704, context=8, width=16, layers=1, heads=2, kv_heads=2, head_dim=8, ffn=32))
+    run = Run(Small(str(tmp_path)), "sft")
+    run.begin(0)
+    run.log(7, 7, {"loss": 1.0})
+    with torch.no_grad():
+        getattr(model, "trunk", model).blocks[0].mlp.down.weight.fill_(value)
+    with pytest.raises(UserError, match=says):
+        run.finish(model, load_tokenizer("reviews"))
+    assert json.loads((tmp_path / "run.json").read_text())["finished"] is False and "done" not in capsys.readouterr().out
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.jsonl", "run.json"]
+
+
+FULL = {"fsync": OSError(28, "No space left on device"),
+        "save_file": SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")}
+
+
+@pytest.mark.parametrize("call", FULL)
+def test_a_full_disk_is_one_line_and_the_run_resumes_when_there_is_room(call, tmp_path, monkeypatch):
+    """safetensors has an error of its own for a full disk."""
+    def training(config):
+        model = torch.nn.Linear(3, 2)
+        optimizer = make_optimizer(model.parameters(), "adamw", 0.01)
+        run = Run(config, "sft")
+        state = run.load_checkpoint({"model": model}, {"optimizer": optimizer})
+        run.begin(state["step"])
+        for step in range(state["step"] + 1, 4):
+            some_updates(model, optimizer, step, step + 1)
+            if step == 3 and not config.resume:
+                def fail(*args):
+                    raise FULL[call]
+                monkeypatch.setattr(*((os, "fsync") if call == "fsync" else (checkpoints, "save_file")), fail)
+            run.save_checkpoint(step, {"model": model}, {"optimizer": optimizer})
+
+    out = tmp_path / "a b"
+    monkeypatch.setattr(sys, "argv", ["train_x.py", "--out", str(out)])
+    with monkeypatch.context() as monkeypatch, pytest.raises(SystemExit) as stop:
+        main(Small, training, "")
+    assert "No space left on device" in stop.value.code and "\n" not in stop.value.code
+    assert stop.value.code.endswith(f"; make room first; continue after step 2 with: python train_x.py --out '{out}' --resume")
+    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["step-0000001", "step-0000002"]
+    training(Small(str(out), resume=True))
+    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["step-0000002", "step-0000003"]
+
+
 # ---- Run folder -----------------------------------------------------------------------------------------------------
+
+
+def test_interrupted_says_what_was_saved_and_the_short_command(tmp_path, monkeypatch):
+    def training(config):
+        run = Run(config, "sft")
+        run.begin(0)
+        if config.batch_size == 8:
+            run.save_checkpoint(5, {"model": torch.nn.Linear(3, 2)}, {})
+        raise KeyboardInterrupt
+
+    for batch_size, says in ((4, "no checkpoint was saved yet; to start from the beginning: "), (8, "continue after step 5 with: ")):
+        out = str(tmp_path / str(batch_size))
+        command = f"python dir/train_x.py --out {out} --resume"
+        monkeypatch.setattr(sys, "argv", ["dir/train_x.py", "--out", out, "--batch_size", str(batch_size)])
+        with pytest.raises(SystemExit) as stop:
+            main(Small, training, "")
+        assert stop.value.code == f"interrupted; {says}{command}"
+        resumed = parse_options(Small, "", command.split()[2:])                        # the command is complete
+        assert resumed == Small(out, batch_size=batch_size, resume=True)
+
+
+@dataclass
+class Inputs(Small):
+    init: str = "out/base"
+    reward: str = "gold"
+    eval_data: str = ""
+    data: str = "reviews"
+    max_length: int = 0
+
+
+def checkpoint_folder(folder, weights=b"0"):
+    folder.mkdir()
+    for name, content in {"config.json": b"{}", "tokenizer.json": b"{}", "model.safetensors": weights, "samples.jsonl": b"",
+                          "run.json": b"{}"}.items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
+CHANGES = {  # {a changed file: the option whose content it is}
+    "init/config.json": "init", "init/tokenizer.json": "init", "init/model.safetensors": "init", "reward.py": "reward",
+    "rows.jsonl": "eval_data", "more.jsonl": "eval_data", "data.jsonl": "data", "init/run.json": None, "init/samples.jsonl": None,
+    "init/metrics.jsonl": None}
+
+
+@pytest.mark.parametrize("file", CHANGES)
+def test_resume_notices_that_the_content_of_an_input_has_changed(file, tmp_path):
+    checkpoint_folder(tmp_path / "init")
+    for name in ("reward.py", "rows.jsonl", "more.jsonl", "data.jsonl"):
+        (tmp_path / name).write_text("1")
+    config = Inputs(str(tmp_path / "out"), init=str(tmp_path / "init"), reward=f"{tmp_path}/reward.py:f", data=str(tmp_path / "data.jsonl"),
+                    eval_data=f"a={tmp_path}/rows.jsonl,{tmp_path}/more.jsonl")
+    Run(config, "rm").begin(0)
+    config = dataclasses.replace(config, resume=True)
+    Run(config, "rm")
+    run = json.loads((tmp_path / "out/run.json").read_text())
+    (tmp_path / file).write_text("2")
+    if CHANGES[file]:
+        with pytest.raises(UserError, match=f"^--{CHANGES[file]} .* has changed since the run in .*out began; start again"):
+            Run(config, "rm")
+    else:
+        Run(config, "rm")
+    # The run.json of an older version has no hashes except --data's.
+    write_json(tmp_path / "out/run.json", {k: v for k, v in run.items() if k not in ("inputs", "data_sha256")})
+    Run(config, "rm")
+    write_json(tmp_path / "out/run.json", run | {"finished": True})
+    assert Run(config, "rm").finished                                                  # nothing is left to do with the inputs
+
+
+def test_the_fingerprint_of_large_weights_sees_another_training_without_reading_all(tmp_path):
+    size = 5 * 2**20
+    content = bytearray(os.urandom(size))
+    folder = checkpoint_folder(tmp_path / "a", content)
+    seen = {fingerprint(folder)}
+    for place in (0, 2**20 - 1, size - 2**20, size - 1):                               # in the first and the last MiB
+        content[place] ^= 1
+        (folder / "model.safetensors").write_bytes(content)
+        seen.add(fingerprint(folder))
+    (folder / "model.safetensors").write_bytes(content[:2**20] + content[-2**20 - 1:])
+    seen.add(fingerprint(folder))
+    assert len(seen) == 6 and None not in seen
+    assert fingerprint(tmp_path / "nothing") is None and fingerprint(tmp_path) is None
+
+
+def test_a_finished_run_refuses_more_steps_and_says_what_to_do(tmp_path):
+    @dataclass
+    class Steps(Small):
+        max_steps: int = 3
+    run = Run(Steps(str(tmp_path / "x")), "sft")
+    run.begin(0)
+    run.done()
+    with pytest.raises(UserError, match=f"--max_steps 9: .*started with 3; .*--init {tmp_path}/x --out NEW"):
+        Run(Steps(str(tmp_path / "x"), max_steps=9, resume=True), "sft")
+    with pytest.raises(UserError, match="--batch_size 9: .*--resume cannot change it$"):
+        Run(Steps(str(tmp_path / "x"), batch_size=9, resume=True), "sft")
+    assert Run(Steps(str(tmp_path / "x"), resume=True, device="auto"), "sft").finished
+
+
+def test_time_and_tokens_are_sums_over_the_parts_of_a_run(tmp_path, monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr(run_module.time, "monotonic", lambda: clock[0])
+    for resume, steps in ((False, (1, 2, 3)), (True, (3, 4))):                         # killed after step 3; 2 was saved
+        run = Run(Small(str(tmp_path), resume=resume), "sft")
+        clock[0] += 50                                                                 # loading is not training
+        run.begin(steps[0] - 1)
+        for step in steps:
+            clock[0] += 2
+            run.log(step, 4, {"loss": 1.0}, tokens=10 * step)
+        clock[0] += 1000
+    rows = read_jsonl(tmp_path / "metrics.jsonl")
+    assert [(r["step"], r["time"], r["tokens"]) for r in rows] == [(1, 2.0, 10), (2, 4.0, 30), (3, 6.0, 60), (4, 8.0, 100)]
+    assert [r["tokens_per_second"] for r in rows] == [5.0, 7.5, 10.0, 12.5]
+
+
+def test_max_length_beyond_the_context_is_refused_before_anything_is_written(tmp_path):
+    tokenizer = load_tokenizer("reviews")
+    for model in (Model(ModelConfig(vocab_size=tokenizer.vocab_size, context=32, width=16, layers=1, heads=2, kv_heads=2,
+                                    head_dim=8, ffn=32)) for Model in (Transformer, RewardModel)):
+        Run(Inputs(str(tmp_path / "x"), max_length=32), "sft").prepare(model, tokenizer)
+        with pytest.raises(UserError, match="--max_length 33: the model's context is 32 tokens"):
+            Run(Inputs(str(tmp_path / "x"), max_length=33), "sft").prepare(model, tokenizer)
+    assert not (tmp_path / "x").exists()
 
 
 def test_nothing_is_written_before_the_inputs_are_loaded(tmp_path):
@@ -419,8 +733,10 @@ def test_a_folder_without_a_run_or_with_other_files_is_rejected(tmp_path):
     [
         (dict(dtype="float16"), "--dtype float16: not one of float32, bfloat16"),
         (dict(lr_schedule="step"), "--lr_schedule step"),
-        (dict(batch_size=0), "--batch_size 0: must be at least 1"),
+        (dict(batch_size=0), "--batch_size 0: must be an integer in [1, 1e9]"),
         (dict(device="abacus"), "--device abacus"),
+        (dict(device="meta"), "--device meta"),
+        *([] if torch.backends.mps.is_available() else [(dict(device="mps"), "--device mps: torch cannot use it here")]),
     ],
 )
 def test_a_value_that_is_not_allowed_gives_a_one_line_error(fields, says, tmp_path):
@@ -473,8 +789,10 @@ def test_optimizer_step_clips_the_norm_and_returns_the_one_before_clipping(tmp_p
     for clip, expected in ((1.0, [-0.6, -0.8]), (0.0, [-3.0, -4.0]), (10.0, [-3.0, -4.0])):
         p = torch.nn.Parameter(torch.zeros(2))
         p.grad = torch.tensor([3.0, 4.0])
-        norm = optimizer_step({torch.optim.SGD([p], 0.5): 1.0}, clip, 1, [0], 0.0)
-        assert norm == pytest.approx(5.0) and p.tolist() == pytest.approx(expected, abs=1e-5) and p.grad is None
+        q = torch.nn.Parameter(torch.ones(1))
+        q.grad = torch.tensor([7.0])
+        norms = optimizer_step({torch.optim.SGD([p], 0.5): 1.0, torch.optim.SGD([q], 0.5): 1.0}, clip, 1, [0], 0.0)
+        assert norms == pytest.approx([5.0, 7.0]) and p.tolist() == pytest.approx(expected, abs=1e-5) and p.grad is None
 
 
 def test_due_is_true_every_n_steps_and_after_the_last():

@@ -70,6 +70,7 @@ def done(process):
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+TIMES = ("time", "tokens_per_second")                                                  # all that a resumed run may log otherwise
 
 
 @pytest.fixture(scope="module")
@@ -622,8 +623,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(root, resumed, mo
     assert same(weights(root / f"whole/{name}"), weights(root / f"parts/{name}"))
     whole, parts = (read_jsonl(root / f"{kind}/{name}/metrics.jsonl") for kind in ("whole", "parts"))
     assert [r["step"] for r in parts] == [1, 2, 3, 4, 5, 6]  # each step once
-    assert [{k: v for k, v in r.items() if k != "time"} for r in parts] == [
-        {k: v for k, v in r.items() if k != "time"} for r in whole
+    assert [{k: v for k, v in r.items() if k not in TIMES} for r in parts] == [
+        {k: v for k, v in r.items() if k not in TIMES} for r in whole
     ]
     samples = [read_jsonl(root / f"{kind}/{name}/samples.jsonl") for kind in ("whole", "parts")]
     assert samples[0] == samples[1]
@@ -673,13 +674,22 @@ def test_a_run_folder_with_an_old_option_name_resumes(here, tmp_path, module, ol
     entry_of(module)(parse_options(module.Config, "", ["--out", str(tmp_path / "x"), "--resume"]))
     assert same(weights(tmp_path / "x"), whole)
     again = read_jsonl(tmp_path / "x/metrics.jsonl")
-    assert [{k: v for k, v in r.items() if k != "time"} for r in again] == [
-        {k: v for k, v in r.items() if k != "time"} for r in rows]
+    assert [{k: v for k, v in r.items() if k not in TIMES} for r in again] == [
+        {k: v for k, v in r.items() if k not in TIMES} for r in rows]
 
 
 def test_resuming_a_finished_run_changes_nothing(here, capsys):
     before = snapshot("out/dpo")
-    go(train_dpo, "out/dpo", resume=True)
+    train_dpo.train(parse_options(train_dpo.Config, "", ["--out", "out/dpo", "--resume"]))
+    assert "out/dpo is finished already" in capsys.readouterr().out and snapshot("out/dpo") == before
+
+
+def test_a_finished_run_is_not_made_longer_and_the_error_says_what_to_do(here, monkeypatch):
+    """The learning rate of every step depends on the number of steps, so the longer run would have been another one."""
+    before = snapshot("out/dpo")
+    message = stops(monkeypatch, train_dpo, "--out", "out/dpo", "--resume", "--max_steps", 9)
+    assert "--max_steps 9: the run in out/dpo was started with 2" in message and "--init out/dpo --out NEW" in message
+    assert "--beta 0.1" in stops(monkeypatch, train_dpo, "--out", "out/dpo", "--resume", "--beta", 0.1)
     assert snapshot("out/dpo") == before
 
 
@@ -756,7 +766,7 @@ def test_a_script_stops_with_a_one_line_error_and_exit_code_1(root, tmp_path):
         (train_sft, ["--data", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
         (train_sft, ["--eval_data", "nowhere.jsonl"], "nowhere.jsonl"),
         (train_rm, ["--data", "nowhere.jsonl"], "nowhere.jsonl"),
-        (train_dpo, ["--data", "nowhere.jsonl"], "sample_bon.py"),
+        (train_dpo, ["--data", "out/comparisons/comparison.jsonl"], "no such file; did you mean out/comparisons/comparisons.jsonl?"),
         (train_ppo, ["--reward", "./nowhere"], "--reward ./nowhere"),
         (train_ppo, ["--reference", "./nowhere"], "nowhere: no such folder"),
         (train_ppo, ["--value_init", "./nowhere"], "nowhere: no such folder"),
@@ -765,10 +775,10 @@ def test_a_script_stops_with_a_one_line_error_and_exit_code_1(root, tmp_path):
         (sample_bon, ["--reward", "out/sft"], "no reward model"),
         (train_sft, ["--init", "scratch", "--tokenizer", "./nowhere"], "./nowhere"),
         (train_sft, ["--init", "./nowhere"], "nowhere holds no checkpoint (no config.json in it)"),
-        (train_rm, ["--init", "out/nowhere"], "python train_sft.py"),
-        (train_dpo, ["--init", "out/nowhere"], "python train_sft.py"),
-        (train_rrhf, ["--init", "out/nowhere"], "python train_sft.py"),
-        (sample_bon, ["--init", "out/nowhere"], "python train_sft.py"),
+        (train_rm, ["--init", "out/sftt"], "out/sftt holds no checkpoint (no config.json in it); did you mean out/sft?"),
+        (train_dpo, ["--init", "out/sftt"], "out/sftt holds no checkpoint (no config.json in it); did you mean out/sft?"),
+        (train_rrhf, ["--init", "out/sftt"], "out/sftt holds no checkpoint (no config.json in it); did you mean out/sft?"),
+        (sample_bon, ["--init", "out/sftt"], "out/sftt holds no checkpoint (no config.json in it); did you mean out/sft?"),
         (train_sft, ["--resume"], "holds no run to resume"),
         (train_sft, ["--kind", "preference"], "--kind preference"),
         (train_rrhf, ["--kind", "completion"], "--kind completion"),

@@ -1,19 +1,23 @@
-"""Reads and writes checkpoint folders: what each family of models calls its options and its tensors. Only model.py uses it.
+"""Reads and writes checkpoint folders: what each family of models calls its options and its tensors. Only model.py and run.py use
+it.
 
 Reading is strict: an error names any missing, extra or misshaped tensor, and any option that we do not compute. A family is
 one entry of FAMILIES. The spellings of transformers 4 and 5 are both read; transformers 4's is written, and both load it.
 """
 
 import dataclasses
+import errno
 import json
 import math
+import os
+import re
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from nanorlhf.errors import UserError
+from nanorlhf.errors import UserError, one_line
 from nanorlhf.files import atomic_write, local_folder, write_json
 
 ACTIVATION_NAMES = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu": "gelu",
@@ -185,6 +189,8 @@ def read_config(folder):
         raise UserError(f"{path}: model_type {kind!r} is not one that nanorlhf reads: {', '.join(FAMILIES)}")
     if wrong := [f"{k} {raw[k]!r}" for k, only in FAMILIES[kind].only.items() if raw.get(k) not in (only, None)]:
         raise UserError(f"{path}: {wrong[0]} is not supported")
+    if raw.get("pad_token_id") == -1:             # the first Llama's files say so that they have none
+        raw["pad_token_id"] = None
     try:
         fields = read_fields(kind, raw)
         check_values(fields, raw)
@@ -229,8 +235,8 @@ def check_values(fields, raw):
         if raw.get(k) not in (None, True, False):
             raise UserError(f"{k} {raw[k]!r} is not true or false")
     for k in ("bos_token_id", "pad_token_id"):
-        if type(raw.get(k)) not in (int, type(None)) or not -2**31 < (raw.get(k) or 0) < 2**31:
-            raise UserError(f"{k} {raw[k]!r} is not a token id")
+        if type(raw.get(k)) not in (int, type(None)) or not 0 <= (raw.get(k) or 0) < 2**31:
+            raise UserError(f"{k} {raw[k]!r} is not a token id (null is none)")
     if str(fields["activation"]) not in ACTIVATION_NAMES:
         raise UserError(f"activation {fields['activation']!r} is not one that nanorlhf computes: "
                         f"{', '.join(ACTIVATION_NAMES)}")
@@ -348,8 +354,6 @@ def load_weights(model, folder, head):
         parts = [f"{what} {', '.join(names[:5])}{' ...' if len(names) > 5 else ''} ({len(names)})"
                  for what, names in wrong.items() if names]
         raise UserError(f"{folder}: tensors do not fit its config.json: {'; '.join(parts)}")
-    if head == "causal" and config.tied:
-        check_tied(folder, index, prefix + family.names["embed"][0] + ".weight", unused)
     model.to_empty(device="cpu")
     parameters = dict(model.named_parameters())
     for file in sorted({index[n][0] for n in places}):
@@ -359,8 +363,30 @@ def load_weights(model, folder, head):
                     tensor = f.get_tensor(n)
                     if not tensor.is_floating_point():
                         raise UserError(f"{folder}: {n} holds {tensor.dtype}: quantized weights are not supported")
-                    parameters[ours][rows] = (tensor.T if transposed else tensor).float()
+                    tensor = tensor.float()
+                    check_finite({n: tensor}, file)
+                    parameters[ours][rows] = tensor.T if transposed else tensor
+    if head == "causal" and config.tied:
+        check_tied(folder, index, prefix + family.names["embed"][0] + ".weight", unused)
     getattr(model, "trunk", model).make_rope()
+
+
+def check_finite(tensors, what):
+    """Raises UserError that names the first of these tensors, {name: tensor}, that holds NaN or infinity."""
+    for name, tensor in tensors.items():
+        low, high = torch.aminmax(tensor.detach())                                     # both pass NaN on; no copy is made
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise UserError(f"{what}: {name} holds NaN or infinity")
+
+
+def write_tensors(tensors, file, metadata=None):
+    """Calls safetensors' save_file. What the disk refuses, because it is full for instance, is an OSError, as it is elsewhere."""
+    try:
+        save_file(tensors, file, metadata)
+    except SafetensorError as error:
+        found = re.search(r"(?:os error|code:) (\d+)", str(error))                    # new and old versions of safetensors
+        code = int(found[1]) if found else errno.EIO
+        raise OSError(code, os.strerror(code) if found else one_line(error), str(file)) from None
 
 
 def check_tied(folder, index, embed, heads):
@@ -372,15 +398,16 @@ def check_tied(folder, index, embed, heads):
 
 
 def save_weights(model, folder, classifier=False, extra=None):
-    """Writes model.safetensors and config.json."""
+    """Writes model.safetensors and config.json. UserError, and nothing is written, if a weight is NaN or infinite."""
     config, family, tensors = model.config, FAMILIES[model.config.family], {}
     parameters = dict(model.named_parameters())
     for theirs, _, ours, rows, transposed in tensor_layout(model, "score" if classifier else family.head, family.prefix):
         part = parameters[ours].detach()[rows].cpu()
         tensors[theirs] = (part.T if transposed else part).contiguous()
     folder = Path(folder)
+    check_finite(tensors | {k: torch.tensor(v) for k, v in (extra or {}).items() if isinstance(v, float)}, folder)
     with atomic_write(folder / "model.safetensors") as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt"})
+        write_tensors(tensors, temporary, {"format": "pt"})
     if (index := folder / "model.safetensors.index.json").exists():                    # an older checkpoint's shards, which
         index.unlink()                                                                 # some readers would prefer
         for shard in folder.glob("model-*-of-*.safetensors"):

@@ -154,9 +154,10 @@ class TextReward:
             found = "more" if len(values) > len(texts) else len(values)
             raise UserError(f"--reward {self.spec}: {len(texts)} finite numbers expected, got {found}")
         numbers = list(map(number_of, values))
-        if None in numbers:
-            bad = numbers.index(None)
-            raise UserError(f"--reward {self.spec}: finite numbers expected, got {shown(values[bad])} for response {bad}")
+        for i, number in enumerate(numbers):
+            if number is None or not math.isfinite(number):
+                what = "did not return a list of numbers" if number is None else "finite numbers expected"
+                raise UserError(f"--reward {self.spec}: {what}, got {shown(values[i])} for response {i}")
         return torch.tensor(numbers)
 
 
@@ -171,16 +172,18 @@ def list_of(values, most):
 
 
 def number_of(value):
-    """Returns the float of a number of any kind, also of one in a list or an array of its own; None if it is not a finite number
-    in float32."""
+    """Returns the float of a number of any kind, also of one in a list or an array of its own; infinity if float32 does not hold
+    it, and None if it is no number."""
     value = value.tolist() if hasattr(value, "tolist") else value
     while isinstance(value, (list, tuple)) and len(value) == 1:
         value = value[0].tolist() if hasattr(value[0], "tolist") else value[0]
     try:
-        number = math.nan if isinstance(value, (str, bytes)) else float(value)
-    except (TypeError, ValueError, OverflowError):                      # OverflowError: an integer beyond 1e308
-        return None
-    return number if abs(number) <= torch.finfo(torch.float32).max else None
+        number = None if isinstance(value, (str, bytes)) else float(value)
+    except OverflowError:                         # an integer beyond 1e308
+        number = math.inf
+    except (TypeError, ValueError):
+        number = None
+    return math.inf if number is not None and abs(number) > torch.finfo(torch.float32).max else number
 
 
 def shown(value):
@@ -246,9 +249,9 @@ def come_first(module):
 
 
 def look_first_into(folder):
-    """Puts a reward file's folder first on sys.path, where Python puts a script's, and leaves it there for later imports, in place
-    of another reward's. Modules that another reward imported from its own folder are forgotten if this one has modules of the
-    same names."""
+    """Puts a reward file's folder first on sys.path, where Python puts a script's, and leaves it there for later imports, in
+    place of another reward's. Modules that another reward imported from its own folder are forgotten if this one has modules
+    of the same names."""
     for other in FIRST:
         if other in sys.path:
             sys.path.remove(other)

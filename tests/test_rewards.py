@@ -257,7 +257,7 @@ RETURNED = {  # {what a function returns for three responses: the rewards, or wh
     "torch.tensor([1, 2, 3], dtype=torch.bfloat16)": [1, 2, 3], "[torch.tensor(2.0), torch.tensor([3.0]), np.float16(4)]": [2, 3, 4],
     "[np.array([[5]]), np.bool_(True), np.int64(7)]": [5, 1, 7], "iter([1, 2, 3])": [1, 2, 3], "(i / 2 for i in range(3))": [0, 0.5, 1],
     "map(len, p)": None, "[Fraction(1, 2)] * 3": [0.5] * 3, "{0: 1, 1: 2, 2: 3}.values()": [1, 2, 3], "[np.array([torch.tensor(1.0)])] * 3": [1] * 3,
-    "[1, None, 3]": "finite numbers expected, got None for response 1", "[1, 2, math.nan]": "got nan for response 2",
+    "[1, None, 3]": "did not return a list of numbers, got None for response 1", "[1, 2, math.nan]": "got nan for response 2",
     "[1, 2, -math.inf]": "got -inf for response 2", "np.array([1, np.nan, 2])": "got nan for response 1",
     "[10**400, 1, 2]": "got 10000", "[1, 10**5000, 2]": "got a huge int for response 1", "[1e39, 1, 2]": "got 1e+39 for response 0",
     "['1', '2', '3']": "got '1' for response 0", "[1, [2, 3], 4]": "got [2, 3] for response 1", "[1, [], 4]": "got [] for response 1",

@@ -97,7 +97,8 @@ RANGES = {                        # {interval: the numeric options that lie in i
     "[1, 1e9]": "batch_size response_length num_ppo_epochs num_mini_batches num_samples num_prompts diversity_prompts n",
     "[1, 1e6]": "context seeds", "[1, 1e5]": "width", "[1, 1e3]": "layers heads", "[0, 1e3]": "kv_heads",    # new models
     "[0, 9e18]": "seed",
-    "[0, inf)": "lr value_lr weight_decay prior_precision max_grad_norm kl_coef kl_target vf_coef rrhf_weight length_penalty diversity_penalty",
+    "[0, inf)": "lr value_lr weight_decay prior_precision max_grad_norm kl_coef kl_target vf_coef rrhf_weight length_penalty "
+                "diversity_penalty",
     "(0, inf)": "epochs beta kl_horizon cliprange cliprange_value adam_eps scale",
     "(-inf, inf)": "missing_eos_penalty label_temperature",
     "0 or [1e-3, 1e3]": "temperature",

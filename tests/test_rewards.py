@@ -314,16 +314,6 @@ def test_a_run_that_diverges_in_its_last_step_is_not_done(base, tmp_path, monkey
     assert not list((tmp_path / "x").rglob("*.safetensors"))
 
 
-@pytest.mark.parametrize("module", [train_sft, train_rm, train_dpo, train_rrhf], ids=lambda m: m.__name__)
-def test_max_length_beyond_the_context_stops_every_script_before_anything_is_written(base, tmp_path, monkeypatch, module):
-    text = " The plot is good." * 60              # about 300 tokens; the context is 96
-    row = dict(prompt="Review:", completion=text) if module is train_sft else dict(prompt="Review:", chosen=text, rejected=" no.")
-    (tmp_path / "long.jsonl").write_text((json.dumps(row) + "\n") * 4)
-    assert "--max_length 1024: the model's context is 96 tokens" in stops(
-        monkeypatch, module, "--init", base, "--data", tmp_path / "long.jsonl", "--max_length", 1024, "--out", tmp_path / "x")
-    assert not (tmp_path / "x").exists()
-
-
 def test_temperature_0_measures_greedy_responses_with_the_kl_at_temperature_1(base, tmp_path, monkeypatch):
     other = tmp_path / "other"
     torch.manual_seed(0)

@@ -694,16 +694,6 @@ def test_time_and_tokens_are_sums_over_the_parts_of_a_run(tmp_path, monkeypatch)
     assert [r["tokens_per_second"] for r in rows] == [5.0, 7.5, 10.0, 12.5]
 
 
-def test_max_length_beyond_the_context_is_refused_before_anything_is_written(tmp_path):
-    tokenizer = load_tokenizer("reviews")
-    for model in (Model(ModelConfig(vocab_size=tokenizer.vocab_size, context=32, width=16, layers=1, heads=2, kv_heads=2,
-                                    head_dim=8, ffn=32)) for Model in (Transformer, RewardModel)):
-        Run(Inputs(str(tmp_path / "x"), max_length=32), "sft").prepare(model, tokenizer)
-        with pytest.raises(UserError, match="--max_length 33: the model's context is 32 tokens"):
-            Run(Inputs(str(tmp_path / "x"), max_length=33), "sft").prepare(model, tokenizer)
-    assert not (tmp_path / "x").exists()
-
-
 def test_nothing_is_written_before_the_inputs_are_loaded(tmp_path):
     """So after a bad input the same command can be run again, and --overwrite has not deleted anything yet."""
     Run(Small(str(tmp_path / "new")), "sft")

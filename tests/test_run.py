@@ -235,7 +235,8 @@ def test_an_option_of_a_fork_that_has_no_range_is_finite_and_not_negative_unless
 
 @pytest.mark.parametrize("module, argv, says", [
     ("nanorlhf.evaluate", ["out/x", "--num_samples", "1"], "--num_samples 1"), ("nanorlhf.__main__", ["--scale", "nan"], "--scale nan"),
-    ("nanorlhf.__main__", ["--seeds", "0"], "--seeds 0")])
+    ("nanorlhf.__main__", ["--seeds", "0"], "--seeds 0"),
+    ("nanorlhf.__main__", ["--seeds", "9" * 30], "--seeds 999")])
 def test_the_other_programs_check_their_numbers_too(module, argv, says, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["x", *argv])
     with pytest.raises(SystemExit) as stop:

@@ -195,9 +195,9 @@ def samples_page(samples, prompts_a_split=2):
 def main():
     options, started = parse_options(Options, __doc__), time.monotonic()
     root = Path(options.out)
-    folders = [root / f"seed-{options.seed + k}" for k in range(options.seeds)] if options.seeds > 1 else [root]
     try:
         check_options(options)
+        folders = [root / f"seed-{options.seed + k}" for k in range(options.seeds)] if options.seeds > 1 else [root]
         results = [run_seed(folder, options.seed + k, options.scale) for k, folder in enumerate(folders)]
     except (UserError, OSError) as error:
         raise SystemExit(f"error: {error}")

@@ -235,7 +235,8 @@ def test_an_option_of_a_fork_that_has_no_range_is_finite_and_not_negative_unless
 
 @pytest.mark.parametrize("module, argv, says", [
     ("nanorlhf.evaluate", ["out/x", "--num_samples", "1"], "--num_samples 1"), ("nanorlhf.__main__", ["--scale", "nan"], "--scale nan"),
-    ("nanorlhf.__main__", ["--seeds", "0"], "--seeds 0")])
+    ("nanorlhf.__main__", ["--seeds", "0"], "--seeds 0"),
+    ("nanorlhf.__main__", ["--seeds", "9" * 30], "--seeds 999")])
 def test_the_other_programs_check_their_numbers_too(module, argv, says, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["x", *argv])
     with pytest.raises(SystemExit) as stop:
@@ -647,6 +648,12 @@ def test_resume_notices_that_the_content_of_an_input_has_changed(file, tmp_path)
     Run(config, "rm")
     write_json(tmp_path / "out/run.json", run | {"finished": True})
     assert Run(config, "rm").finished                                                  # nothing is left to do with the inputs
+
+
+@pytest.mark.parametrize("name", sorted(PROGRAMS & set(SCRIPTS)))
+def test_every_option_that_names_an_input_is_compared_on_resume(name):
+    words = {f.name for f in dataclasses.fields(SCRIPTS[name].Config) if f.type is str}
+    assert words <= {*run_module.INPUTS, "data", "out", "device", "split", "family"}
 
 
 def test_the_fingerprint_of_large_weights_sees_another_training_without_reading_all(tmp_path):

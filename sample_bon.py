@@ -140,7 +140,7 @@ def sample(config):
     limit, skip_bad = config.limit or None, config.skip_bad
     records = load_records(config.data, "prompt", config.split, limit, skip_bad, tokenizer=tokenizer)
     prompts = encode_prompts(tokenizer, records, config, policy.config.context)
-    describe("bon", tokenizer, [Example(p, len(p)) for p in prompts])
+    describe(run.name, tokenizer, [Example(p, len(p)) for p in prompts])
     reward = load_reward(config.reward, tokenizer, run.device, records, config.data)
     measured = config.eval_reward or ("gold" if config.data == "reviews" else "")
     eval_reward = load_reward(measured, tokenizer, run.device, records, config.data) if measured else None

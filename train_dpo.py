@@ -28,6 +28,7 @@ from nanorlhf.data import collate, describe, load_and_hold_out, make_group, micr
 from nanorlhf.errors import UserError
 from nanorlhf.evaluate import eval_sampler
 from nanorlhf.files import require_file, require_folder
+from nanorlhf.metrics import with_error
 from nanorlhf.model import Transformer
 from nanorlhf.options import main
 from nanorlhf.run import MAKE_COMPARISONS, Run
@@ -130,7 +131,7 @@ def forward(model, groups, tokenizer, run):
 
 
 def losses_and_stats(out, groups, config):
-    """Losses [B] of these groups after their forward pass, and sums over them of what is logged."""
+    """Losses [B] of these groups after their forward pass, and what is logged of each, {name: [B]}."""
     ref_chosen, ref_rejected = torch.tensor([g.numbers for g in groups], device=out.chosen.device).T
     losses = dpo_loss(out.chosen, out.rejected, ref_chosen, ref_rejected, config.beta, config.label_smoothing,
                       config.loss, config.alpha, config.reference_free)
@@ -141,19 +142,20 @@ def losses_and_stats(out, groups, config):
                  "rewards/margins": rewards_chosen - rewards_rejected,
                  "rewards/accuracies": 0.5 + 0.5 * (rewards_chosen - rewards_rejected).sign(),   # a tie: 1/2
                  "logps/chosen": out.chosen, "logps/rejected": out.rejected}
-        return losses, {k: v.sum().item() for k, v in stats.items()}
+    return losses, stats
 
 
 @torch.no_grad()
 def evaluate(model, groups, tokenizer, run, config):
-    """Mean loss and accuracy of the implicit reward on held-out comparisons."""
-    loss_sum, sums = 0.0, Counter()
+    """Mean loss and accuracy of the implicit reward on held-out comparisons, and their standard errors."""
+    if not groups:
+        return {}
+    losses, accuracies = [], []
     for part in micro_batches(groups, run.micro_batch_size):
-        losses, stats = losses_and_stats(forward(model, part, tokenizer, run), part, config)
-        loss_sum += float(losses.sum())
-        sums.update(stats)
-    n = len(groups)
-    return {"eval/loss": loss_sum / n, "eval/accuracy": sums["rewards/accuracies"] / n} if n else {}
+        part_losses, stats = losses_and_stats(forward(model, part, tokenizer, run), part, config)
+        losses += part_losses.tolist()
+        accuracies += stats["rewards/accuracies"].tolist()
+    return with_error("eval/loss", losses) | with_error("eval/accuracy", accuracies)
 
 
 def train(config):
@@ -169,7 +171,7 @@ def train(config):
     records, held_out = load_and_hold_out(config, "preference", tokenizer)
     groups = to_groups(records, tokenizer, config, model.config.context)
     eval_groups = to_groups(held_out, tokenizer, config, model.config.context)
-    describe("dpo", tokenizer, [e for g in groups for e in g.examples])
+    describe(run.name, tokenizer, [e for g in groups for e in g.examples])
     evaluate_samples = eval_sampler(config, records, tokenizer, model, reference, rewards={}, run=run)
 
     # The reference's log-probabilities, once per example.
@@ -192,7 +194,7 @@ def train(config):
             loss = losses.sum() / len(rows)
             loss.backward()
             loss_sum, tokens = loss_sum + loss.item(), tokens + out.tokens
-            sums.update(stats)
+            sums.update({k: v.sum().item() for k, v in stats.items()})
         lr = learning_rate(step, total, config.lr, config.warmup_steps, config.lr_schedule)
         [norm] = optimizer_step({optimizer: lr}, config.max_grad_norm, step + 1, rows, loss_sum)
 

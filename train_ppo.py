@@ -231,7 +231,7 @@ def train(config):
     records = load_records(config.data, "prompt", limit=config.limit or None, skip_bad=config.skip_bad,
                            tokenizer=tokenizer)
     prompts = encode_prompts(tokenizer, records, config, policy.config.context)
-    describe("ppo", tokenizer, [Example(p, len(p)) for p in prompts])
+    describe(run.name, tokenizer, [Example(p, len(p)) for p in prompts])
     reward = load_reward(config.reward, tokenizer, run.device, records, config.data)
     value_init = config.value_init or init
     if not config.value_init and not reads_text(config.reward):

@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from nanorlhf.data import collate, describe, load_records, make_group, micro_batches, split_records
 from nanorlhf.errors import UserError
 from nanorlhf.files import require_file, require_folder
+from nanorlhf.metrics import with_error
 from nanorlhf.model import RewardModel
 from nanorlhf.options import main, named_files
 from nanorlhf.run import MAKE_COMPARISONS, Run
@@ -132,14 +133,15 @@ def evaluate(model, groups, tokenizer, run, name):
     least sure first. If confidence means anything, accuracy rises from quarter to quarter."""
     if not groups:
         return {}
-    margins = []
+    by_group = []
     for part in micro_batches(groups, run.micro_batch_size):
         out = forward(model, part, tokenizer, run)
-        margins.append((out.rewards[out.better] - out.rewards[out.worse]).float().cpu())
-    margins = torch.cat(margins)
-    metrics = {f"eval/{name}/loss": float(-F.logsigmoid(margins).mean()),
-               f"eval/{name}/accuracy": float((margins > 0).float().mean()),
-               f"eval/{name}/pairs": len(margins)}
+        margins = (out.rewards[out.better] - out.rewards[out.worse]).float().cpu()
+        by_group += margins.split([len(ranked_pairs(g.numbers)[0]) for g in part])
+    margins, pairs = torch.cat(by_group), [len(m) for m in by_group]     # pairs of one ranking are dependent
+    metrics = {f"eval/{name}/pairs": len(margins),
+               **with_error(f"eval/{name}/loss", [-F.logsigmoid(m).sum() for m in by_group], pairs),
+               **with_error(f"eval/{name}/accuracy", [(m > 0).sum() for m in by_group], pairs)}
     if len(margins) >= 40:
         by_confidence = margins[margins.abs().argsort()]
         for k, quarter in enumerate(by_confidence.chunk(4), 1):
@@ -179,7 +181,7 @@ def train(config):
     if not groups:
         raise UserError(f"{config.data}: no two responses of a prompt differ in score")
 
-    describe("rm", tokenizer, [e for g in groups for e in g.examples])
+    describe(run.name, tokenizer, [e for g in groups for e in g.examples])
 
     optimizer = make_optimizer(model.parameters(), config.optimizer, config.lr, config.weight_decay)
     state = run.load_checkpoint({"model": model}, {"optimizer": optimizer})

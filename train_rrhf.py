@@ -154,13 +154,12 @@ def forward(model, groups, tokenizer, run):
 
 
 def losses_and_stats(out, groups, config):
-    """Losses [B] of these groups after their forward pass, and sums over them of what is logged."""
+    """Losses [B] of these groups after their forward pass, and what is logged of each, {name: [B]}."""
     losses, rank, ft = rrhf_loss(out.logps, out.lengths, out.scores, config.rrhf_weight,
                                  config.length_penalty, out.width if config.released_code else None)
-    stats = {"loss/rank": rank.sum().item(), "loss/ft": ft.sum().item(),
-             "scores/best": sum(max(g.numbers) for g in groups),
-             "scores/mean": sum(sum(g.numbers) / len(g.numbers) for g in groups)}
-    return losses, stats
+    best, mean = [max(g.numbers) for g in groups], [sum(g.numbers) / len(g.numbers) for g in groups]
+    return losses, {"loss/rank": rank, "loss/ft": ft, "scores/best": torch.tensor(best),
+                    "scores/mean": torch.tensor(mean)}
 
 
 def draw_candidates(model, records, prompts, tokenizer, reward, config, seed):
@@ -216,7 +215,7 @@ def train(config):
                            tokenizer=tokenizer)
     prompts = encode_prompts(tokenizer, records, config, model.config.context,
                              response_length=1 if config.sampling == "none" else config.response_length)
-    describe("rrhf", tokenizer, [Example(p, len(p)) for p in prompts])
+    describe(run.name, tokenizer, [Example(p, len(p)) for p in prompts])
     rewards = {}
     if config.reward != "given":
         rewards["reward"] = load_reward(config.reward, tokenizer, run.device, records, config.data)
@@ -252,7 +251,7 @@ def train(config):
             loss = losses.sum() / len(rows)
             loss.backward()
             loss_sum, tokens = loss_sum + loss.item(), tokens + out.tokens
-            sums.update(stats)
+            sums.update({k: v.sum().item() for k, v in stats.items()})
         lr = learning_rate(step, total, config.lr, config.warmup_steps, config.lr_schedule)
         [norm] = optimizer_step({optimizer: lr}, config.max_grad_norm, step + 1, rows, loss_sum)
 

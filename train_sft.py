@@ -21,6 +21,7 @@ import torch
 from nanorlhf.data import (Group, collate, describe, length_limits, load_and_hold_out, make_all_turns_example,
                            make_example, micro_batches, pack_texts)
 from nanorlhf.files import require_folder
+from nanorlhf.metrics import with_error
 from nanorlhf.model import Transformer
 from nanorlhf.options import main
 from nanorlhf.run import MAKE_BASE, Run, new_model
@@ -121,13 +122,13 @@ def forward(model, groups, tokenizer, run):
 
 @torch.no_grad()
 def evaluate(model, groups, tokenizer, run):
-    """Mean loss per token on held-out examples, in nats."""
-    total, count = 0.0, 0
+    """Mean loss per token on held-out examples, in nats, and its standard error."""
+    losses, counts = [], []
     for part in micro_batches(groups, run.micro_batch_size):
         out = forward(model, part, tokenizer, run)
-        total -= float(out.logprobs.sum())
-        count += int(out.mask.sum())
-    return {"eval/loss": total / count} if count else {}
+        losses += (-out.logprobs.sum(1)).tolist()
+        counts += out.mask.sum(1).tolist()
+    return with_error("eval/loss", losses, counts) if losses else {}
 
 
 def train(config):
@@ -146,7 +147,7 @@ def train(config):
     groups = to_groups(records, tokenizer, config, model.config.context)
     eval_groups = to_groups(held_out, tokenizer, config, model.config.context)
 
-    describe("sft", tokenizer, [e for g in groups for e in g.examples])
+    describe(run.name, tokenizer, [e for g in groups for e in g.examples])
 
     optimizer = make_optimizer(model.parameters(), config.optimizer, config.lr, config.weight_decay)
     state = run.load_checkpoint({"model": model}, {"optimizer": optimizer})

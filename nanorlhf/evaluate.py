@@ -23,7 +23,7 @@ from nanorlhf.files import local_folder, require_folder, write_json, write_recor
 from nanorlhf.generate import generate, repeated
 from nanorlhf.metrics import (across_input_diversity, bon_kl, difference_and_interval, expectation_adjusted_distinct,
                               mean_and_interval, mnli_relation, nli_diversity, sbert_diversity, sequence_kl, share_interval,
-                              win_rate, within, words_of)
+                              win_rate, with_error, within, words_of)
 from nanorlhf.model import Transformer, check_fit, pick_device
 from nanorlhf.options import check_options, named_files, parse_options
 from nanorlhf.rewards import load_reward
@@ -80,10 +80,9 @@ def measure(policy, reference, tokenizer, prompts, rewards, max_new_tokens, temp
         kl = sampled_kl(policy, reference, tokenizer, prompts, responses, temperature)
     scores = {name: reward(prompts, responses, records) for name, reward in rewards.items()}
     columns = scores | {"kl": kl, "length": [len(r) for r in responses], "ended": samples.finished.float().cpu()}
-    columns = {f"eval/{name}": np.asarray(values, dtype=np.float64) for name, values in columns.items()}
-    metrics = {name: float(v.mean()) for name, v in columns.items()}
-    if len(prompts) > 1:
-        metrics |= {f"{name}_se": float(v.std(ddof=1) / math.sqrt(len(v))) for name, v in columns.items()}
+    metrics = {}
+    for name, values in columns.items():
+        metrics |= with_error(f"eval/{name}", values)
     texts = [dict(prompt=tokenizer.decode(p), completion=tokenizer.decode(r, start=False),
                   **{n: float(s[i]) for n, s in scores.items()}) for i, (p, r) in enumerate(zip(prompts, responses))]
     return metrics, texts

@@ -173,6 +173,20 @@ def mean_and_interval(values):
     return float(v.mean()), float(half)
 
 
+def with_error(name, sums, counts=None):
+    """Returns {name: mean, name_se: its standard error} as evaluations log them. sums: one independent value per example; with
+    counts the mean is that of sum / count over all that is counted (tokens, say), and its error the ratio estimator's. No error
+    for a single example."""
+    sums = np.asarray(sums, dtype=np.float64)
+    counts = np.ones(len(sums)) if counts is None else np.asarray(counts, dtype=np.float64)
+    mean, n = sums.sum() / counts.sum(), len(sums)
+    metrics = {name: float(mean)}
+    if n > 1:
+        spread = math.sqrt((((sums - mean * counts) ** 2).sum()) * n / (n - 1))
+        metrics[f"{name}_se"] = float(spread / counts.sum())
+    return metrics
+
+
 def difference_and_interval(a, b):
     """Returns (mean of a - mean of b, half width of its 95% interval by Welch's t) of two independent sets of values; the half
     width is 0 as in mean_and_interval. For values that belong together in pairs, take mean_and_interval of their differences."""

@@ -59,7 +59,8 @@ class Tokenizer:
         if added is None:
             added = [{**FLAGS, "content": t, "id": i, "special": True} for t, i in encoding._special_tokens.items()]
         self.encoding, self.ids, self.splits, self.lacks, self.unknown = encoding, ids, splits, lacks, unknown
-        self.ranks = {b: r for b, r in encoding._mergeable_ranks.items() if b not in {bytes([b]) for b in lacks}}
+        lacking = {bytes([b]) for b in lacks}
+        self.ranks = {b: r for b, r in encoding._mergeable_ranks.items() if b not in lacking}
         self.normal_form, self.spaces, self.strip = normal_form, spaces, strip
         self.files, self.chat_template = files or {}, chat_template
         self.special = special = {t["content"]: t["id"] for t in added}
@@ -78,9 +79,10 @@ class Tokenizer:
         self.special_text = {"eos_token": eos} | ({"bos_token": bos} if bos else {}) | (special_text or {})
         # A pad with another role would mislead whoever finds the end of a row by it. <unk> has none if every text can be
         # encoded without it: LLaMA has no other spare token.
-        unk = None if lacks else self.special_text.get("unk_token")
-        taken = {eos, bos, *(t for role, t in self.special_text.items() if role != "pad_token")} - {unk}
-        spare = sorted(("pad" not in t, not re.search("reserved|unused|control", t), t != unk, i) for t, i in special.items()
+        unused = None if lacks else self.special_text.get("unk_token")
+        roles = {role: t for role, t in self.special_text.items() if role not in ("pad_token", *["unk_token"] * (not lacks))}
+        taken = {eos, bos, *roles.values()}
+        spare = sorted(("pad" not in t, not re.search("reserved|unused|control", t), t != unused, i) for t, i in special.items()
                        if t not in taken and t not in self.plain and t not in (chat_template or ""))
         if pad is not None and pad not in taken:
             self.pad_id = special[pad]
@@ -116,16 +118,21 @@ class Tokenizer:
         except UnicodeEncodeError as e:
             raise DataError(f"text with an unpaired surrogate (position {e.start}) is not Unicode") from None
         if not self.spaces and len(text) > 100_000 and re.search(r"(?<!\s)\s{100001}", text):
-            # too deep for tiktoken's regex engine
+            # The lookbehind keeps the search linear. Longer runs are too deep for tiktoken's regex engine.
             raise DataError("text with more than 100,000 whitespace characters in a row")
         ids, where = [], "text" if start else "rest"
-        for part, i in self._cut(text, self._early, known):
-            if i is None:
-                for piece, i in self._cut(self._normal(part, where), self._late, known):
-                    ids += self._ordinary(piece.replace(mark, "") if mark else piece) if i is None else [i]
-            else:
-                ids.append(i)
-            where = "later"
+        try:
+            for part, i in self._cut(text, self._early, known):
+                if i is None:
+                    for piece, i in self._cut(self._normal(part, where), self._late, known):
+                        ids += self._ordinary(piece.replace(mark, "") if mark else piece) if i is None else [i]
+                else:
+                    ids.append(i)
+                where = "later"
+        except BaseException as e:
+            if type(e).__name__ != "PanicException":  # tiktoken's, which is not even an Exception
+                raise
+            raise DataError(f"{self.encoding.name}: its regex cannot split a text of {len(text)} characters") from None
         return ids
 
     def _cut(self, text, finder, known):
@@ -148,6 +155,8 @@ class Tokenizer:
     def _normal(self, text, where):
         """Returns the normalised text. where: at its start ("text"), after an added token ("later"), continued ("rest")."""
         if self.normal_form:
+            if len(text) > 1000:  # normalize sorts the marks on a character by insertion: a long run of them we sort first
+                text = _long_runs_of_marks().sub(_sorted_marks, text)
             return unicodedata.normalize(self.normal_form, text)
         if self.spaces:
             text = text.replace("▁", " ")  # the ranks have a space for each "▁"
@@ -165,7 +174,7 @@ class Tokenizer:
         """Returns the ids of a text that only the last of the splits remains to split. Bytes without an id disappear after
         the splitting and before the merging, so their neighbours may be merged."""
         raw = text.encode()
-        if len(raw.translate(None, self.lacks)) == len(raw):
+        if len(raw.translate(None, self.lacks)) == len(raw) and len(text) <= 100_000:  # tiktoken gives up on long gaps
             return self._ids_of(self.encoding.encode_ordinary(text))
         ids, merged = [], self.encoding._encode_single_piece
         for raw in (piece.encode() for piece in pieces_of(text, self.splits[-1:])):
@@ -207,24 +216,23 @@ class Tokenizer:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         names = {i: t for t, i in self.special.items()}
-        config, new = self.files.get("tokenizer_config.json"), {}
-        if config is None:
+        pad, new = names.get(self.pad_id), {}
+        if "tokenizer_config.json" not in self.files:
             config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
                       **self.special_text}
+            config.pop("pad_token", None)
             for token, i in (("eos_token", self.eos_id), ("pad_token", self.pad_id), ("bos_token", self.bos_id)):
                 if i in names:
                     config[token] = names[i]
             new["tokenizer_config.json"] = json.dumps(config, indent=2).encode()
         # transformers pads with this token, and reads a reward before config.json's pad: all must be the same.
-        pad = names.get(self.pad_id)
-        for name in ("tokenizer_config.json", "special_tokens_map.json"):
-            old = json.loads(self.files.get(name, "{}"))
-            named = old.get("pad_token")
+        for name in {"tokenizer_config.json", "special_tokens_map.json"} & self.files.keys():
+            config = json.loads(self.files[name])
+            named = config.pop("pad_token", None)
             named = named["content"] if isinstance(named, dict) else named
-            if name in self.files and named != pad and (named or self.special_text.get("pad_token") != pad):
-                old.pop("pad_token", None)
-                old |= {"pad_token": pad} if pad else {}
-                new[name] = json.dumps(old, indent=2, ensure_ascii=False).encode()
+            if named != pad and (named or self.special_text.get("pad_token") != pad):
+                config |= {"pad_token": pad} if pad else {}
+                new[name] = json.dumps(config, indent=2, ensure_ascii=False).encode()
         if "tokenizer.json" not in self.files:
             spec = _to_tokenizer_json(self.encoding, names.get(self.bos_id), self.special)
             new["tokenizer.json"] = json.dumps(spec, ensure_ascii=False).encode()
@@ -238,6 +246,17 @@ def _any_of(tokens):
     for token in sorted(tokens, key=len, reverse=True):
         endings[token[0]].append(re.escape(token[1:]))
     return re.compile("|".join(f"{re.escape(first)}(?:{'|'.join(others)})" for first, others in endings.items()))
+
+
+@functools.lru_cache(1)
+def _long_runs_of_marks():
+    marks = "".join(c for c in map(chr, range(0x110000)) if unicodedata.combining(c))
+    return re.compile(f"(?<![{marks}])[{marks}]{{300,}}")
+
+
+def _sorted_marks(run):
+    marks = [mark for c in run[0] for mark in unicodedata.normalize("NFD", c)]
+    return "".join(sorted(marks, key=unicodedata.combining))
 
 
 def tokenizer_of(folder, known):

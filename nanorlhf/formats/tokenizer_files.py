@@ -273,6 +273,11 @@ def _byte_level(path, spec, vocab, merges, special):
         raise DataError(f"{path}: ignore_merges with tokens that no merge makes is not supported if the vocabulary lacks bytes")
     if lacks and unknown is not None and unknown not in vocab:
         raise DataError(f"{path}: the vocabulary lacks bytes, and its unk_token {unknown!r} too")
+    for pattern, _ in splits[:-1]:
+        try:
+            python_regex(pattern)
+        except (ValueError, re.error) as e:
+            raise DataError(f"{path}: the regex {pattern!r} is not supported ({one_line(e)})") from None
     ranks |= {bytes([b]): max(ranks.values(), default=0) + 1 + k for k, b in enumerate(lacks)}  # tiktoken wants all; unused
     return dict(encoding=encoding_of(path, tiktoken_pattern(*splits[-1]), ranks), ids=ids, texts=texts, splits=splits,
                 normal_form=forms[0] if forms else None, lacks=lacks,
@@ -481,7 +486,7 @@ def python_regex(pattern):
 
     def atomic(source):  # Python 3.10 has no other spelling
         name = f"n{next(names)}"
-        return f"(?=(?P<{name}>{source}))(?P={name})"
+        return f"(?:(?=(?P<{name}>{source}))(?P={name}))"
     return re.compile(regex_source(parse_regex("", pattern, "tiktoken"), char, atomic).replace("(?i:", "(?:"))
 
 

@@ -21,8 +21,9 @@ from nanorlhf.errors import DataError, one_line
 from nanorlhf.files import local_folder
 from nanorlhf.formats.checkpoints import read_end_ids
 from nanorlhf.formats.tokenizer_files import (BYTE_LEVEL, FLAGS, GPT2_PATTERN, TOKENIZER_FILES, bos_template, byte_symbols,
-                                              encoding_of, from_sentencepiece, from_spec, from_vocab_and_merges,
-                                              read_companion_files, read_json, spec_of)
+                                              encoding_of, from_sentencepiece, from_spec, from_tekken, from_vocab_and_merges,
+                                              parse_regex, pieces_of, read_companion_files, read_json, regex_source,
+                                              spec_of)
 
 LLAMA3_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
                   r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
@@ -45,7 +46,7 @@ class Tokenizer:
     """
 
     def __init__(self, encoding, eos, pad=None, bos=None, *, added=None, ids=None, texts=None, normal_form=None, spaces=None,
-                 strip=False, files=None, special_text=None, chat_template=None):
+                 strip=False, splits=(), lacks=b"", unknown=None, files=None, special_text=None, chat_template=None):
         """eos, pad, bos: names of added tokens.
 
         added    Hugging Face's entries {id, content, special, normalized, ...}; None: the encoding's special tokens
@@ -54,16 +55,22 @@ class Tokenizer:
         spaces   when SentencePiece puts a space before a text: "prepend" (always), "always" or "first" (if there is none
                  yet: also after every added token, or only before the whole text), "never"; None: not SentencePiece
         strip    whether decoding a text removes that space
+        splits   what pieces_of needs, if the encoding's regex alone does not make the pieces
+        lacks    bytes without an id: left out of a text, or replaced by `unknown`: (id, one for all neighbours?)
         files    {name: bytes} that `save` writes; normal_form: "NFC", "NFD", "NFKC", "NFKD" or None
         """
         if added is None:
             added = [{**FLAGS, "content": t, "id": i, "special": True} for t, i in encoding._special_tokens.items()]
-        self.encoding, self.ranks, self.ids = encoding, encoding._mergeable_ranks, ids
+        self.encoding, self.ids, self.splits, self.lacks, self.unknown = encoding, ids, splits, lacks, unknown
+        lacking = {bytes([b]) for b in lacks}
+        self.ranks = {b: r for b, r in encoding._mergeable_ranks.items() if b not in lacking}
         self.normal_form, self.spaces, self.strip = normal_form, spaces, strip
         self.files, self.chat_template = files or {}, chat_template
         self.special = special = {t["content"]: t["id"] for t in added}
         self.plain = {t["content"]: t["id"] for t in added if not t["special"]}
         self._plain_ids = set(self.plain.values())
+        self._in_steps, lack = len(splits) > 1 or bool(lacks), re.escape(lacks)
+        self._with_gaps = re.compile(b"([%b]+)|([^%b]+)" % (lack, lack)) if lacks else None
         self._several = {r: i for r, i in enumerate(ids or ()) if isinstance(i, list)}
         self._id = ids and [None if isinstance(i, list) else i for i in ids]
         texts = {i: b for b, i in self.ranks.items()} if texts is None else texts
@@ -74,14 +81,19 @@ class Tokenizer:
         self.eos_id, self.bos_id = special[eos], special[bos] if bos else None
         self.end_ids = (self.eos_id,)
         self.special_text = {"eos_token": eos} | ({"bos_token": bos} if bos else {}) | (special_text or {})
-        if pad is None or special[pad] == self.eos_id:
-            spare = sorted(("pad" not in t, t in (chat_template or ""), i) for t, i in special.items()
-                           if t not in (eos, bos, *self.plain))
+        # A pad with another role would mislead whoever finds the end of a row by it. <unk> has none if every text can be
+        # encoded without it: LLaMA has no other spare token.
+        unused = None if lacks else self.special_text.get("unk_token")
+        roles = {role: t for role, t in self.special_text.items() if role not in ("pad_token", *["unk_token"] * (not lacks))}
+        taken = {eos, bos, *roles.values()}
+        spare = sorted(("pad" not in t, not re.search("reserved|unused|control", t), t != unused, i) for t, i in special.items()
+                       if t not in taken and t not in self.plain and t not in (chat_template or ""))
+        if pad is not None and pad not in taken:
+            self.pad_id = special[pad]
+        else:
             # Without a spare special token any row of the embedding will do, because masks come from lengths and never
             # from pad ids. GPT-2 is such a case: its pad is id 0, "!".
-            self.pad_id = spare[0][2] if spare else int(self.eos_id == 0)
-        else:
-            self.pad_id = special[pad]
+            self.pad_id = spare[0][-1] if spare else min(texts.keys() - special.values())
         self._bytes = {i: t.encode() for t, i in self.plain.items()} | texts
         self._names = {special[token]: token.encode() for token in special.keys() - self.plain.keys()}
         for i in self._names:
@@ -110,17 +122,22 @@ class Tokenizer:
             text.encode()  # tiktoken would silently encode U+FFFD in place of an unpaired surrogate
         except UnicodeEncodeError as e:
             raise DataError(f"text with an unpaired surrogate (position {e.start}) is not Unicode") from None
-        if not self.spaces and len(text) > 100_000 and re.search(r"\s{100000}", text):
-            # too deep for tiktoken's regex engine
+        if not self.spaces and len(text) > 100_000 and re.search(r"(?<!\s)\s{100001}", text):
+            # The lookbehind keeps the search linear. Longer runs are too deep for tiktoken's regex engine.
             raise DataError("text with more than 100,000 whitespace characters in a row")
         ids, where = [], "text" if start else "rest"
-        for part, i in self._cut(text, self._early, known):
-            if i is None:
-                for piece, i in self._cut(self._normal(part, where), self._late, known):
-                    ids += self._ordinary(piece.replace(mark, "") if mark else piece) if i is None else [i]
-            else:
-                ids.append(i)
-            where = "later"
+        try:
+            for part, i in self._cut(text, self._early, known):
+                if i is None:
+                    for piece, i in self._cut(self._normal(part, where), self._late, known):
+                        ids += self._ordinary(piece.replace(mark, "") if mark else piece) if i is None else [i]
+                else:
+                    ids.append(i)
+                where = "later"
+        except BaseException as e:
+            if type(e).__name__ != "PanicException":  # tiktoken's, which is not even an Exception
+                raise
+            raise DataError(f"{self.encoding.name}: its regex cannot split a text of {len(text)} characters") from None
         return ids
 
     def _cut(self, text, finder, known):
@@ -143,6 +160,8 @@ class Tokenizer:
     def _normal(self, text, where):
         """Returns the normalised text. where: at its start ("text"), after an added token ("later"), continued ("rest")."""
         if self.normal_form:
+            if len(text) > 1000:  # normalize sorts the marks on a character by insertion: a long run of them we sort first
+                text = _long_runs_of_marks().sub(_sorted_marks, text)
             return unicodedata.normalize(self.normal_form, text)
         if self.spaces:
             text = text.replace("▁", " ")  # the ranks have a space for each "▁"
@@ -152,7 +171,30 @@ class Tokenizer:
         return text
 
     def _ordinary(self, text):
-        ranks = self.encoding.encode_ordinary(text)
+        if self._in_steps:
+            return [i for piece in pieces_of(text, self.splits[:-1]) for i in self._without_missing_bytes(piece)]
+        return self._ids_of(self.encoding.encode_ordinary(text))
+
+    def _without_missing_bytes(self, text):
+        """Returns the ids of a text that only the last of the splits remains to split. Bytes without an id disappear after
+        the splitting and before the merging, so their neighbours may be merged."""
+        raw = text.encode()
+        if len(raw.translate(None, self.lacks)) == len(raw) and len(text) <= 100_000:  # tiktoken gives up on long gaps
+            return self._ids_of(self.encoding.encode_ordinary(text))
+        ids, merged = [], self.encoding._encode_single_piece
+        for raw in (piece.encode() for piece in pieces_of(text, self.splits[-1:])):
+            if raw in self.ranks:  # a token with such bytes in it: ignore_merges finds whole pieces
+                ids += self._ids_of([self.ranks[raw]])
+            elif self.unknown is None:
+                kept = raw.translate(None, self.lacks)
+                ids += self._ids_of(merged(kept)) if kept else []
+            else:
+                unknown, fused = self.unknown
+                for gone, kept in self._with_gaps.findall(raw):
+                    ids += [unknown] * (1 if fused else len(gone)) if gone else self._ids_of(merged(kept))
+        return ids
+
+    def _ids_of(self, ranks):
         if self.ids is None:
             return ranks
         ids = [self._id[r] for r in ranks]
@@ -181,20 +223,23 @@ class Tokenizer:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         names = {i: t for t, i in self.special.items()}
-        config, new = self.files.get("tokenizer_config.json"), {}
-        if config is None:
+        pad, new = names.get(self.pad_id), {}
+        if "tokenizer_config.json" not in self.files:
             config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
                       **self.special_text}
+            config.pop("pad_token", None)
             for token, i in (("eos_token", self.eos_id), ("pad_token", self.pad_id), ("bos_token", self.bos_id)):
                 if i in names:
                     config[token] = names[i]
             new["tokenizer_config.json"] = json.dumps(config, indent=2).encode()
-        elif self.special_text.get("pad_token") != names.get(self.pad_id):
-            # transformers pads with this token, and reads a reward before config.json's pad: both must be the same.
-            config = json.loads(config)
-            config.pop("pad_token", None)
-            config |= {"pad_token": names[self.pad_id]} if self.pad_id in names else {}
-            new["tokenizer_config.json"] = json.dumps(config, indent=2, ensure_ascii=False).encode()
+        # transformers pads with this token, and reads a reward before config.json's pad: all must be the same.
+        for name in {"tokenizer_config.json", "special_tokens_map.json"} & self.files.keys():
+            config = json.loads(self.files[name])
+            named = config.pop("pad_token", None)
+            named = named["content"] if isinstance(named, dict) else named
+            if named != pad and (named or self.special_text.get("pad_token") != pad):
+                config |= {"pad_token": pad} if pad else {}
+                new[name] = json.dumps(config, indent=2, ensure_ascii=False).encode()
         if "tokenizer.json" not in self.files:
             spec = _to_tokenizer_json(self.encoding, names.get(self.bos_id), self.special)
             new["tokenizer.json"] = json.dumps(spec, ensure_ascii=False).encode()
@@ -208,6 +253,17 @@ def _any_of(tokens):
     for token in sorted(tokens, key=len, reverse=True):
         endings[token[0]].append(re.escape(token[1:]))
     return re.compile("|".join(f"{re.escape(first)}(?:{'|'.join(others)})" for first, others in endings.items()))
+
+
+@functools.lru_cache(1)
+def _long_runs_of_marks():
+    marks = "".join(c for c in map(chr, range(0x110000)) if unicodedata.combining(c))
+    return re.compile(f"(?<![{marks}])[{marks}]{{300,}}")
+
+
+def _sorted_marks(run):
+    marks = [mark for c in run[0] for mark in unicodedata.normalize("NFD", c)]
+    return "".join(sorted(marks, key=unicodedata.combining))
 
 
 def tokenizer_of(folder, known):
@@ -273,21 +329,26 @@ def _read(path):
     try:
         if path.is_dir():
             pairs = [path / vocab for vocab, merges in VOCAB_AND_MERGES if (path / merges).exists()]
-            candidates = [path / "tokenizer.json", *pairs, *sorted([*path.glob("*.model"), *path.glob("*.tiktoken")])]
+            ranks = [p for end in ("*.model", "*.model.v*", "*.tiktoken") for p in sorted(path.glob(end))]
+            candidates = [path / "tokenizer.json", *pairs, *ranks, path / "tekken.json"]
             existing = [c for c in candidates if c.exists()]
             if not existing:
-                raise DataError(f"{path}: no tokenizer.json, encoder.json + vocab.bpe, *.model or *.tiktoken in it")
+                raise DataError(f"{path}: no tokenizer.json, encoder.json + vocab.bpe, *.model, *.tiktoken or tekken.json "
+                                "in it")
             path = existing[0]
         for vocab, merges in VOCAB_AND_MERGES:
             if path.name.endswith(vocab):
                 return from_vocab_and_merges(path, vocab, merges)
-        if path.suffix in (".model", ".tiktoken"):
+        if path.suffix == ".tiktoken" or ".model" in path.suffixes:  # Mistral adds a version: tokenizer.model.v3
             content = path.read_bytes()
             return from_sentencepiece(path, content) if content[:1] == b"\n" else _from_rank_file(path, content)
-        return from_spec(path, read_json(path), read_companion_files(path.parent), {"tokenizer.json": path.read_bytes()})
+        spec = read_json(path)
+        if "config" in spec and "model" not in spec:
+            return from_tekken(path, spec)
+        return from_spec(path, spec, read_companion_files(path.parent), {"tokenizer.json": path.read_bytes()})
     except DataError:
         raise
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OSError) as e:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OSError, RecursionError) as e:
         raise DataError(f"{path}: not a tokenizer file this can read ({type(e).__name__}: {one_line(e)})") from None
 
 
@@ -329,8 +390,7 @@ def _to_tokenizer_json(encoding, bos, special):
     # Tokens that no merge reaches (Llama-3 has some) occur only as a whole pre-token, which tiktoken looks up first.
     unreachable = len(merges) < sum(len(t) > 1 for t in ranks)
     vocab = {"".join(symbol[b] for b in token): rank for token, rank in ranks.items()} | special
-    # tiktoken's own patterns have possessive quantifiers and `$`, which mean something else in Hugging Face's engine.
-    pattern = re.sub(r"([+*?]|\{[\d,]+\})\+", r"\1", encoding._pat_str).replace("+$", r"+\z")
+    pattern = regex_source(parse_regex(encoding.name, encoding._pat_str, "tiktoken"))
     added = [{"id": i, "content": t, **FLAGS, "special": True} for t, i in sorted(special.items(), key=lambda item: item[1])]
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
     return spec_of(vocab, merges, added, {"type": "Sequence", "pretokenizers": [split, BYTE_LEVEL | {"use_regex": False}]},

@@ -21,7 +21,7 @@ from nanorlhf.evaluate import (Evaluation, Options, evaluate_policies, markdown_
 from nanorlhf.generate import generate
 from nanorlhf.metrics import (across_input_diversity, best_of_n_estimate, bon_kl, difference_and_interval,
                               expectation_adjusted_distinct, mean_and_interval, nli_diversity, per_input_diversity,
-                              sbert_diversity, sequence_kl, share_interval, t_quantile, win_rate, within)
+                              sbert_diversity, sequence_kl, share_interval, t_quantile, win_rate, with_error, within)
 from nanorlhf.model import ModelConfig, RewardModel, Transformer
 from nanorlhf.rewards import load_reward
 from nanorlhf.tokenizer import load_tokenizer
@@ -622,3 +622,19 @@ def test_a_missing_extra_is_named_in_the_error(monkeypatch):
         sbert_diversity(["a", "b"])
     with pytest.raises(UserError, match="extra `eval`"):
         evaluate.mnli_relation()
+
+
+def test_with_error_is_the_mean_s_standard_error_and_the_ratio_estimator_s():
+    values = np.random.default_rng(0).normal(size=30)
+    found = with_error("x", values)
+    assert found == {"x": pytest.approx(values.mean()), "x_se": pytest.approx(values.std(ddof=1) / math.sqrt(30))}
+    assert with_error("x", [2.0]) == {"x": 2.0}
+    # Sums of unequal numbers of tokens: the error agrees with the spread of the mean over many resamples of the examples.
+    rng = np.random.default_rng(1)
+    counts = rng.integers(1, 40, size=200)
+    sums = np.array([rng.normal(1 + 0.02 * c, 1, size=c).sum() for c in counts])
+    found = with_error("x", sums, counts)
+    assert found["x"] == pytest.approx(sums.sum() / counts.sum())
+    drawn = rng.integers(0, 200, size=(4000, 200))
+    means = sums[drawn].sum(1) / counts[drawn].sum(1)
+    assert found["x_se"] == pytest.approx(means.std(), rel=0.05)

@@ -466,6 +466,14 @@ def test_the_mean_loss_and_the_prior_s_share_are_minimal_at_the_map():
     assert torch.autograd.grad(loss + train_rm.negative_log_prior([w], precision) / N, w)[0].norm() < 1e-12
 
 
+def test_a_tie_counts_half_in_dpo_s_accuracy():
+    """At the start the policy is the reference, so every pair ties, and an accuracy of 0 would be wrong."""
+    groups = [Group([], [-5.0, -7.0]) for _ in range(3)]
+    out = train_dpo.Forward(torch.tensor([-5.0, -4.0, -6.0]), torch.tensor([-7.0] * 3), None, None, 0)
+    _, stats = train_dpo.losses_and_stats(out, groups, train_dpo.Config())
+    assert stats["rewards/accuracies"].tolist() == [0.5, 1.0, 0.0]
+
+
 # ---- PPO ------------------------------------------------------------------------------------------------------------
 
 

@@ -1,9 +1,11 @@
 """Tests of tokenizer.py: every family against the `tokenizers` library, its goldens and transformers; unsupported files."""
 
+import base64
 import json
 import random
 import struct
 import sys
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from golden.make_tokenizer_goldens import TEXTS, VARIANTS, variant_of
 from nanorlhf import data, tokenizer as tokenizer_file
 from nanorlhf.data import load_records
 from nanorlhf.errors import DataError
+from nanorlhf.formats.tokenizer_files import pieces_of
 from nanorlhf.tokenizer import load_tokenizer
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -299,6 +302,128 @@ def test_byte_level_files_agree_with_the_tokenizers_library(family, tiny, many, 
         assert (ours.eos_id, ours.pad_id) == (0, 1)
 
 
+def split(pattern, behavior="Isolated", invert=False):
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": behavior, "invert": invert}
+
+
+def with_splits(tiny, *splits):
+    """Returns a tokenizer.json with these pre-tokenizers, and merges across the ends of all usual pieces."""
+    rng = random.Random(0)
+    mixed = tokenizer_file.train_bpe(["".join(rng.choices("ab12960 x\n's", k=6)) for _ in range(500)], 500, pattern=r"[\s\S]+")
+    spec = spec_of(mixed, [(len(mixed.ranks), "<|endoftext|>", True)])
+    steps = [*splits, {**BYTE_LEVEL, "use_regex": False}]
+    return spec | {"pre_tokenizer": {"type": "Sequence", "pretokenizers": steps}}
+
+
+@pytest.mark.parametrize("unk, fuse", [(None, False), ("<unk>", False), ("<unk>", True)])
+@pytest.mark.parametrize("family", ["gpt2", "smollm", "opt", "deepseek"])
+def test_bytes_that_the_vocabulary_lacks(family, unk, fuse, tiny, many, library, tmp_path):
+    """They vanish, or become the unknown token, between splitting and merging. SmolLM lacks 21 of the 256 bytes."""
+    spec, symbols = family_spec("gpt2" if family == "deepseek" else family, tiny), tokenizer_file.byte_symbols()
+    if family == "deepseek":
+        spec["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [*map(split, DEEPSEEK), {**BYTE_LEVEL, "use_regex": False}]}
+    gone = {c for c, b in symbols.items() if b in (4, 0x21, 0xa9, 0xc0, 0xc3, 0xe4, 0xf0, 0xff)}
+    spec["model"]["vocab"] = {t: i for t, i in spec["model"]["vocab"].items() if t not in gone}
+    if unk:
+        spec["model"]["vocab"][unk] = 900
+    spec["model"] |= {"unk_token": unk, "fuse_unk": fuse}
+    eos = "</s>" if family == "opt" else "<|endoftext|>"
+    if family == "opt":
+        spec["added_tokens"] = [{**tokenizer_file.FLAGS, "id": spec["model"]["vocab"][eos], "content": eos, "special": True}]
+    ours = load_tokenizer(written(tmp_path, spec, {"eos_token": eos, "unk_token": unk}))
+    texts = many + ["the\x04 cat", "th\u00e9e cat", "\u00e9\u00e9t", "!!", "\u4e2d!\u4e2d \u00e9!", "\x04"]
+    theirs = library.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    theirs.encode_special_tokens = True
+    assert [ours.encode(t) for t in texts] == [theirs.encode(t, add_special_tokens=False).ids for t in texts]
+    assert ours.vocab_size == 1 + max(*spec["model"]["vocab"].values(), *ours.special.values())  # nothing stands for those bytes
+    if unk:
+        assert ours.encode("th\u00e9\u00e9e").count(900) == (1 if fuse else 4) and ours.pad_id != 900
+    else:
+        assert ours.encode("th\u00e9e cat") == ours.encode("the cat") and ours.encode("!\x04") == []
+    ours.save(tmp_path / "saved")
+    again = load_tokenizer(tmp_path / "saved")
+    assert same(again, ours) and again.encode("a!b\x04") == ours.encode("a!b\x04")
+    spec["model"]["unk_token"] = "<nowhere>"
+    with pytest.raises(DataError, match="its unk_token '<nowhere>' too"):
+        load_tokenizer(written(tmp_path, spec, {"eos_token": eos}))
+
+
+DEEPSEEK = (r"\p{N}{1,3}", "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
+            "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+"
+            "| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+")
+O200K = (r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+         r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+         r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+SPLITS = {  # regexes of published tokenizers, then what engines read differently, then several splits and their options
+    "gpt2": [split(tokenizer_file.GPT2_PATTERN)], "llama3": [split(tokenizer_file.LLAMA3_PATTERN)], "o200k": [split(O200K)],
+    "o200k removed": [split(O200K, "Removed", True)], "deepseek": [*map(split, DEEPSEEK)],
+    "deepseek coder": [*map(split, ("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+", r"\p{N}"))],
+    "trailing spaces": [split(r"\s+$"), split(r"\p{N}+")],
+    "bloom": [split(" ?[^(\\s|[.,!?\u2026\u3002\uff0c\u3001\u0964\u06d4\u060c])]+")],
+    "kimi": [split(r"[\p{Han}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{M}&&[^\p{Han}]]*[\p{Ll}\p{M}&&[^\p{Han}]]+|\p{N}{1,3}|\s+(?!\S)|\s+")],
+    "cl100k as transformers writes it": [split(
+        r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s")],
+    "interval plus": [split(r"[0-9]{1,3}+|[a-z]{2}+")], "line ends": [split(r" $|[a-z]$")], "any but newline": [split("1.|.+?b")],
+    "atomic": [split(r"(?>a|ab)b?|[0-9]++9|\p{^L}?+ ")], "lookaround": [split(r"(?<=\s)\S|(?<!1)9(?=6)|x(?!y)")],
+    "gaps": [split("[0-9]")], "gaps removed": [split("[0-9]", "Removed", True)], "removed": [split(r"\s|9", "Removed")],
+    "removed, then isolated": [split(" ", "Removed"), split("1|b")], "removed, then removed": [split("6"), split("1", "Removed")],
+    "nothing": [], "string": [{**split(""), "pattern": {"String": "1."}}, split("[19]+", invert=True)],
+    "digits": [{"type": "Digits", "individual_digits": False}, split(r"\s+|\S")]}
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_splits_agree_with_the_tokenizers_library(name, tiny, many, library, tmp_path):
+    rng = random.Random(0)
+    texts = ["".join(rng.choices("ab1960 x\n's.\u4e2d\u30ab\u00e9\u0301\r", k=rng.randrange(24))) for _ in range(3000)]
+    ours = load_tokenizer(written(tmp_path, with_splits(tiny, *SPLITS[name])))
+    compare(library, ours, tmp_path, many + texts)
+
+
+def test_pieces_of_several_splits():
+    splits = [(r"\p{N}{1,3}", "all"), (" ", "gaps"), (r"\p{L}", "all")]
+    assert list(pieces_of("ab12345 \u4e2dc", splits)) == ["a", "b", "123", "45", "\u4e2d", "c"]
+    assert list(pieces_of("a1b", [("[0-9]", "matches")])) == ["1"] and list(pieces_of("", splits)) == []
+    assert list(pieces_of("1960 'S", [("(?>[0-9]{1,3})|(?i:'s)", "all")])) == ["196", "0", " ", "'S"]
+
+
+def test_a_split_without_the_library(tiny, tmp_path):
+    """Text between matches stays; `{1,3}+` repeats the interval; `$` ends a line; a split's pieces end where the next one's do."""
+    for k, (splits, text, pieces) in enumerate((
+            ([split("[a-z]+")], "ab 12", ["ab", " 12"]), ([split("[0-9]{1,3}+")], "1960", ["1960"]),
+            ([split(r"\s+$")], "b \nb", ["b", " ", "\nb"]), ([split("[0-9]"), split(r"\s+(?!\S)")], "b  1", ["b", "  ", "1"]),
+            ([split("1", "Removed")], "ab12", ["ab", "2"]))):
+        ours = load_tokenizer(written(tmp_path / str(k), with_splits(tiny, *splits)))
+        whole = load_tokenizer(written(tmp_path / "w", with_splits(tiny)))
+        assert ours.encode(text) == sum(map(whole.encode, pieces), [])
+        assert ours.encode(text) != whole.encode(text) or len(pieces) == 1
+
+
+@pytest.mark.parametrize("pattern, why", [
+    (r"\w+", r"`\\w`"), (r"\bx", r"`\\b`"), ("^x", r"`\^x`"), (r"\Ax", r"`\\A`"), (r"x\Z", r"`\\Z`"), ("[[:alpha:]]", r"`\[:` in a"),
+    (r"[\w]", r"`\\w` in a"), ("[a--b]", "`--` in a"), ("[a~~b]", "`~~` in a"), (r"\h", r"`\\h`"), (r"\p{Word}", r"`\\p`"),
+    (r"(a)\1", r"`\\1`"), (r"a\K", r"`\\K`"), ("(?i)a", r"`\(\?`"), ("(?<n>a)", r"`\(\?`"), ("(?i:ss)", "ss and"),
+    (r"(?i:\u00e9)", r"`\\u`"), ("a{2}?", "{n}"), ("a{3,1}", "backwards"), ("a{,2}", "`{,`"), ("a**", "after a quantifier"),
+    ("(?:a*)+", "may be empty"), ("a*", "matches empty text"), (r"(?=\p{N})", "matches empty text"), ("a|", "matches empty"),
+    ("a)", "unopened"), ("(a", "unclosed"), ("[a", "in a class"), ("*", r"`\*`"), ("[b-a]", "tiktoken cannot read"),
+    (r"\pL", r"`\\p`"), (r"\x{41}", r"`\\x`")])
+def test_a_regex_that_may_mean_something_else_is_refused(pattern, why, tiny, tmp_path):
+    with pytest.raises(DataError, match=why) as e:
+        load_tokenizer(written(tmp_path, with_splits(tiny, split(pattern))))
+    assert str(e.value).startswith(str(tmp_path)) and "\n" not in str(e.value)
+    with pytest.raises(DataError, match=why if pattern != "[b-a]" else "is not supported"):  # a split that is not the last
+        load_tokenizer(written(tmp_path, with_splits(tiny, split(pattern), split("a"))))
+
+
+def test_other_behaviors_and_endless_regexes_give_a_one_line_error(tiny, tmp_path):
+    with pytest.raises(DataError, match="behavior MergedWithNext is not"):
+        load_tokenizer(written(tmp_path, with_splits(tiny, split("a", "MergedWithNext"))))
+    slow = load_tokenizer(written(tmp_path, with_splits(tiny, split(r"(?:a+(?!b))+c|[\s\S]"))))
+    assert len(slow.encode("aac")) >= 1
+    with pytest.raises(DataError, match="cannot split a text of 60 characters") as e:
+        slow.encode("a" * 60)
+    assert "\n" not in str(e.value)
+
+
 @pytest.mark.parametrize("names", ["plain", "map", "config", "added"])
 def test_a_folder_of_vocab_and_merges_loads_and_saves(names, tiny, strings, library, tmp_path):
     """OPT and GPT-2 folders have no tokenizer.json; special tokens are named in one of several small files, or in none."""
@@ -465,6 +590,31 @@ def test_long_pieces_are_encoded_in_seconds(text, tmp_path):
         assert time.perf_counter() - begin < 10 and ours.decode(ids) == text
 
 
+@pytest.mark.parametrize("text", [
+    (" " * 50_000 + "x") * 20, " " * 99_999, "\t \n" * 33_000 + "x", "\n" * 99_999, "a" * 10**6, "7" * 10**6, "!" * 10**6, "Aa" * 500_000,
+    "\u4e2d" * 300_000, "a" + "\u0323\u0301" * 200_000, "'" * 10**6, "\0" * 10**6], ids=lambda text: f"{len(text)} {text[:2]!r}")
+def test_long_runs_are_encoded_in_linear_time(text, tiny, tmp_path):
+    import time
+    folders = [written(tmp_path / f, family_spec(f, tiny), {"eos_token": "<|endoftext|>"}) for f in ("qwen", "smollm")]
+    folders.append(written(tmp_path / "d", with_splits(tiny, *SPLITS["deepseek"])))
+    for ours in [tiny, *map(load_tokenizer, folders)]:
+        ours.encode("a1 ")
+        begin = time.perf_counter()
+        ids = ours.encode(text)
+        assert time.perf_counter() - begin < 30
+        if not ours.normal_form or "\u0323" not in text:  # unicodedata alone takes minutes for the other one
+            assert ours.decode(ids) == text
+
+
+def test_long_runs_of_marks_are_normalized_as_unicodedata_does(tiny, tmp_path):
+    rng, spec = random.Random(0), family_spec("qwen", tiny)
+    for form in ("NFC", "NFD", "NFKC", "NFKD"):
+        ours = load_tokenizer(written(tmp_path, {**spec, "normalizer": {"type": form}}, {"eos_token": "<|endoftext|>"}))
+        for n in (299, 301, 700):
+            text = "x" * 700 + "\u00e9" + "".join(rng.choices("\u0323\u0301\u0344\u0f71\u0f72\u0315\u0334\u3099", k=n)) + "\u1eafy\u0301"
+            assert ours.encode(text) == ours.encode(unicodedata.normalize(form, text)) == tiny.encode(unicodedata.normalize(form, text))
+
+
 def test_encode_marked_finds_special_tokens_unless_they_are_broken(tiny, tmp_path):
     eos = tiny.eos_id
     assert tiny.encode_marked("the<|endoftext|> cat") == [*tiny.encode("the"), eos, *tiny.encode(" cat")]
@@ -523,17 +673,76 @@ def protobuf(fields):
     return b"".join(one(*f) for f in fields)
 
 
-def model_file(path, kind=2, prefix=1, fallback=1, extra=0, chars=b"", types=(2, 3, 3)):
+def model_file(path, kind=2, prefix=1, fallback=1, extra=0, chars=b"", user=()):
     """Writes the golden vocabulary as SentencePiece does: an earlier token has a higher score. Returns the path."""
     vocab = GOLDENS["spec"]["model"]["vocab"]
     pieces = []
     for t, i in vocab.items():
-        type_ = types[i] if i < 3 else 6 if i < 259 else 1
+        type_ = 4 if t in user else (2, 3, 3)[i] if i < 3 else 6 if i < 259 else 1
         pieces.append((1, protobuf([(1, t.encode()), (2, float(-i)), (3, type_)])))
     trainer = protobuf([(3, kind), (35, fallback), (40, 0), (41, 1), (42, 2), (43, -1)])
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(protobuf([*pieces, (2, trainer), (3, protobuf([(1, b"identity"), (2, chars), (3, prefix), (4, extra)]))]))
     return path
+
+
+def test_mistrals_model_files(strings, tmp_path):
+    """Their names end in a version, and some pieces are user-defined: found in any text."""
+    ours = load_tokenizer(model_file(tmp_path / "tokenizer.model.v3", user=("th",)).parent)
+    plain = load_tokenizer(model_file(tmp_path / "plain" / "tokenizer.model"))
+    i = ours.plain["th"]
+    assert set(ours.plain) == {"th"} and ours.encode("cat") == plain.encode("cat")
+    assert ours.encode("xth") == [*ours.encode("x"), i] and ours.encode("cat th")[-1] == i
+    ours.save(tmp_path / "saved")
+    again = load_tokenizer(tmp_path / "saved")
+    assert same(again, ours) and [again.encode(s) for s in strings] == [ours.encode(s) for s in strings]
+
+
+def tekken(tiny, **changes):
+    """Returns a tekken.json with the small vocabulary and one token too many."""
+    n = len(tiny.ranks)
+    tokens = [*sorted(tiny.ranks, key=tiny.ranks.get), b"not in the model"]
+    vocab = [{"rank": i, "token_bytes": base64.b64encode(t).decode(), "token_str": None} for i, t in enumerate(tokens)]
+    config = {"pattern": tiny.encoding._pat_str, "num_vocab_tokens": n + 1, "default_vocab_size": n + 30,
+              "default_num_special_tokens": 30, "version": "v3"}
+    return {"config": config, "vocab": vocab, **changes}
+
+
+def test_mistrals_tekken(tiny, strings, tmp_path):
+    ours = load_tokenizer(written(tmp_path, None, tekken__json=tekken(tiny)))
+    assert (ours.bos_id, ours.eos_id, ours.pad_id, ours.vocab_size) == (1, 2, 11, len(tiny.ranks) + 30)
+    assert ours.special["[INST]"] == 3 and ours.special["<SPECIAL_29>"] == 29 and len(ours.special) == 30
+    assert all(ours.encode(s) == [i + 30 for i in tiny.encode(s)] for s in strings)
+    assert ours.encode_marked("[INST]the") == [3, *ours.encode("the")]
+    ours.save(tmp_path / "saved")
+    again = load_tokenizer(tmp_path / "saved")
+    assert same(again, ours) and all(again.encode(s) == ours.encode(s) for s in strings)
+    named = [{"rank": i, "token_str": t, "is_control": True} for i, t in enumerate(("<unk>", "<s>", "</s>", "[X]"))]
+    other = load_tokenizer(written(tmp_path, None, tekken__json=tekken(tiny, special_tokens=named)) / "tekken.json")
+    assert other.special["[X]"] == 3 and other.pad_id == 0 and "[INST]" not in other.special
+    for change, message in (({"vocab": tekken(tiny)["vocab"][1:]}, "ranks of the first"), ({"special_tokens": named[1:]}, None),
+                            ({"special_tokens": [*named, {"rank": 40, "token_str": "a"}]}, "special tokens are not"),
+                            ({"config": {}}, "KeyError")):
+        folder = written(tmp_path, None, tekken__json=tekken(tiny, **change))
+        if message is None:  # the missing ones are filled in
+            assert load_tokenizer(folder).special["<SPECIAL_0>"] == 0
+            continue
+        with pytest.raises(DataError, match=message) as e:
+            load_tokenizer(folder)
+        assert str(e.value).startswith(str(tmp_path)) and "\n" not in str(e.value)
+
+
+def test_a_byte_token_that_no_text_needs_may_be_missing(strings, tmp_path):
+    """Gemma has a token for the tab, and none for its byte; bytes such as 0xFF never occur in UTF-8."""
+    full, spec = GOLDENS["spec"], json.loads(json.dumps(GOLDENS["spec"]))
+    vocab, merges = spec["model"]["vocab"], spec["model"]["merges"]
+    tab, ff = vocab.pop("<0x09>"), vocab.pop("<0xFF>")
+    with pytest.raises(DataError, match="without <0x09> in"):
+        sentencepiece(tmp_path, spec)
+    vocab["\t"] = tab
+    ours, other = sentencepiece(tmp_path, spec), sentencepiece(tmp_path / "full", full)
+    assert [ours.encode(s) for s in strings] == [other.encode(s) for s in strings] and ours.decode([tab]) == "\t"
+    assert ours.decode([ff]) == "" and merges == full["model"]["merges"]
 
 
 def test_a_sentencepiece_model_file_equals_its_tokenizer_json(strings, tmp_path):
@@ -549,7 +758,7 @@ def test_a_sentencepiece_model_file_equals_its_tokenizer_json(strings, tmp_path)
     assert same(load_tokenizer(tmp_path / "saved" / "tokenizer.json"), load_tokenizer(tmp_path / "saved"))
     for options, message in ((dict(kind=1), "a Unigram model is not"), (dict(fallback=0), "without byte_fallback"),
                              (dict(extra=1), "remove_extra_whitespaces"), (dict(chars=b"x"), "character map"),
-                             (dict(types=(2, 3, 4)), "user-defined"), (dict(kind=3), "a Word model")):
+                             (dict(kind=3), "a Word model")):
         with pytest.raises(DataError, match=message):
             load_tokenizer(model_file(tmp_path / "d" / "tokenizer.model", **options))
     whole = (tmp_path / "a" / "tokenizer.model").read_bytes()
@@ -610,7 +819,6 @@ def test_an_unsupported_file_gives_a_one_line_error(tiny, tmp_path):
             ("model.vocab", {t: i for t, i in vocab.items() if t != "a"}, "not in the vocabulary"),
             ("model.merges", [*merges, "a"], "ValueError"), ("model.merges", [*merges, "a zz"], "not in the vocabulary"),
             ("model.ignore_merges", "any", "two parts and no merge"),
-            ("model.vocab", {t: i for t, i in vocab.items() if t != "!"}, "256 bytes"),
             ("model.vocab", {**vocab, "!": 5}, "distinct"), ("model.vocab", {**vocab, "!": "x"}, "distinct"),
             ("model", 3, "AttributeError"), ("model.merges", 7, "TypeError"), ("added_tokens", [{}], "KeyError")):
         with pytest.raises(DataError, match=message) as e:
@@ -646,7 +854,7 @@ def test_an_unsupported_sentencepiece_file_gives_a_one_line_error(tmp_path):
     vocab, merges, added = spec["model"]["vocab"], spec["model"]["merges"], spec["added_tokens"]
     plain = {**added[1], "id": len(vocab), "content": "<x>", "special": False}
     for where, value, message in (
-            ("model.vocab", {t: i for t, i in vocab.items() if t != "<0x80>"}, "without all of <0x00>"),
+            ("model.vocab", {t: i for t, i in vocab.items() if t != "<0x80>"}, "byte_fallback without <0x80> in"),
             ("model.vocab", {**vocab, "e": 5}, "distinct"), ("model.ignore_merges", True, "ignore_merges"),
             ("model.merges", [*merges, ["<0x0A>", "<0x0A>"]], "not in the vocabulary"),
             ("model.vocab", {**vocab, "<0x0A>a": len(vocab)}, "merges of byte tokens"),
@@ -677,8 +885,7 @@ def test_a_pad_that_is_eos_is_replaced_when_saved(tiny, tmp_path):
     """transformers pads with tokenizer_config.json's pad, but its classifiers read before config.json's: both must agree."""
     n, template = len(tiny.ranks), "{{ '<|im_start|>' }}"
     added = [(n, "<|endoftext|>", True), (n + 1, "<|im_start|>", True), (n + 2, "<|unused|>", True)]
-    # A token that the template uses becomes the pad only if there is no other.
-    for some, pad in ((added, "<|unused|>"), (added[:2], "<|im_start|>"), (added[:1], None)):
+    for some, pad in ((added, "<|unused|>"), (added[:2], None), (added[:1], None)):  # never one that the template uses
         folder = written(tmp_path / "a", spec_of(tiny, some), dict(
             eos_token="<|endoftext|>", pad_token={"content": "<|endoftext|>"}, chat_template=template))
         tokenizer = load_tokenizer(folder)
@@ -686,3 +893,30 @@ def test_a_pad_that_is_eos_is_replaced_when_saved(tiny, tmp_path):
         config = json.loads((tmp_path / "b" / "tokenizer_config.json").read_text())
         assert config.get("pad_token") == pad and config["chat_template"] == template
         assert tokenizer.pad_id == (tokenizer.special[pad] if pad else 0) == load_tokenizer(tmp_path / "b").pad_id
+
+
+def test_a_pad_that_we_choose_has_no_other_role(tiny, tmp_path):
+    n = len(tiny.ranks)
+    roles = {"eos_token": "<e>", "bos_token": "<b>", "sep_token": "<s>", "cls_token": "<c>", "mask_token": "<m>"}
+    added = [(n + k, t, True) for k, t in enumerate([*roles.values(), "<|im_start|>"])]
+    template = {"chat_template": "<|im_start|>"}
+    for pad in (None, "<e>", "<b>", "<m>", "<s>"):
+        folder = written(tmp_path / "a", spec_of(tiny, added), roles | {"pad_token": pad} | template)
+        assert load_tokenizer(folder).pad_id == 0  # as in GPT-2: some row of the embedding
+    folder = written(tmp_path / "a", spec_of(tiny, [*added, (n + 9, "<x>", True)]), roles | {"pad_token": "<e>"} | template,
+                     special_tokens_map__json={"pad_token": {"content": "<e>"}, "eos_token": "<e>"})
+    ours = load_tokenizer(folder)
+    assert ours.pad_id == n + 9
+    ours.save(tmp_path / "b")
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        assert json.loads((tmp_path / "b" / name).read_text())["pad_token"] == "<x>"
+    unknown = load_tokenizer(written(tmp_path / "c", spec_of(tiny, added[:2] + [(n + 2, "<unk>", True)]), {
+        "eos_token": "<e>", "bos_token": "<b>", "unk_token": "<unk>"}))
+    assert unknown.pad_id == n + 2  # no text needs <unk>, for all 256 bytes are there
+    own = load_tokenizer(written(tmp_path / "d", spec_of(tiny, added), roles | {"pad_token": "<|im_start|>"} | template))
+    assert own.pad_id == n + 5      # the file says so, and no role forbids it
+    (tmp_path / "b" / "tokenizer_config.json").unlink()  # then only the map names tokens
+    written(tmp_path / "b", None, special_tokens_map__json={"pad_token": "<e>", "eos_token": "<e>"})
+    load_tokenizer(tmp_path / "b").save(tmp_path / "e")
+    maps = [json.loads((tmp_path / "e" / f"{f}.json").read_text())["pad_token"] for f in ("tokenizer_config", "special_tokens_map")]
+    assert maps[0] == maps[1] != "<e>"

@@ -8,7 +8,9 @@ their own characters, each with the rank of its last merge. The reason: a piece 
 if it stood alone, because nothing outside reaches into it. So its last merge is always the same one; `merge_ranks` finds it.
 """
 
+import base64
 import functools
+import itertools
 import json
 import re
 from pathlib import Path
@@ -22,7 +24,10 @@ GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?
 GPT2_DIGITS_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
                    "vocab.json", "merges.txt", "chat_template.jinja", "tokenizer.model")
-ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
+ROLES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+TEKKEN_SPECIAL = ("<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]",
+                  "[/TOOL_RESULTS]", "[TOOL_CALLS]", "[IMG]", "<pad>", "[IMG_BREAK]", "[IMG_END]", "[PREFIX]", "[MIDDLE]",
+                  "[SUFFIX]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[TOOL_CONTENT]")
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 FLAGS = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)  # flags of an added token
 PREPEND = {"type": "Prepend", "prepend": "▁"}
@@ -37,7 +42,10 @@ def encoding_of(name, pattern, ranks, special=()):
         raise DataError(f"{name}: not a byte-level vocabulary (not all 256 bytes are tokens)")
     special = dict(special)
     _check_ids(name, [*ranks.values(), *special.values()])
-    return tiktoken.Encoding(str(name), pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+    try:
+        return tiktoken.Encoding(str(name), pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+    except ValueError as e:
+        raise DataError(f"{name}: tiktoken cannot read the regex {pattern!r} ({one_line(e)})") from None
 
 
 def _check_ids(name, ids):
@@ -121,7 +129,7 @@ def read_companion_files(folder):
         template = files["chat_template.jinja"].decode()
     if not isinstance(template, str | None) or not all(isinstance(names.get(role, ""), str) for role in ROLES):
         raise DataError(f"{folder}/tokenizer_config.json: a chat_template or the name of a token is not a string")
-    return dict(names=names, ids={r: model.get(r + "_id") for r in ROLES}, added=added, settings=config,
+    return dict(names=names, ids={r: model.get(r + "_id") for r in ROLES[:4]}, added=added, settings=config,
                 chat_template=template, files=files)
 
 
@@ -140,6 +148,26 @@ def from_vocab_and_merges(path, vocab_name, merges_name):
     prefix_space = {"add_prefix_space": bool(beside["settings"].get("add_prefix_space"))}
     spec = spec_of(vocab, merges, added, BYTE_LEVEL | prefix_space, BYTE_LEVEL)
     return from_spec(path, spec, beside, {})
+
+
+def from_tekken(path, spec):
+    """Returns Tokenizer's arguments from Mistral's tekken.json: special tokens have the first ids, the ranks follow. Its
+    vocabulary is longer than the model's, and older files do not name their special tokens."""
+    config, named = spec["config"], spec.get("special_tokens")
+    first = config["default_num_special_tokens"]
+    size = config["default_vocab_size"] - first
+    if named is None:
+        named = [{"rank": i, "token_str": t} for i, t in enumerate(TEKKEN_SPECIAL)]
+    special = {t["rank"]: t["token_str"] for t in named}
+    special = {special.get(i, f"<SPECIAL_{i}>"): i for i in range(max(first, *special, 0))}
+    ranks = {base64.b64decode(t["token_bytes"], validate=True): t["rank"] + first for t in spec["vocab"][:size]}
+    if len(ranks) != size or set(ranks.values()) != set(range(first, first + size)) or len(special) != first:
+        raise DataError(f"{path}: the ranks of the first {size} tokens are not 0 ... {size - 1}, or its special tokens are not "
+                        f"default_num_special_tokens = {first} different ones")
+    beside = read_companion_files(path.parent)
+    return dict(encoding=encoding_of(path, config["pattern"], ranks, special), eos="</s>", bos="<s>",
+                pad="<pad>" if "<pad>" in special else None, chat_template=beside["chat_template"],
+                files=beside["files"], special_text={"unk_token": "<unk>"} if "<unk>" in special else {})
 
 
 def spec_of(vocab, merges, added, pre_tokenizer, decoder, **more):
@@ -173,8 +201,8 @@ def merge_ranks(path, order, tokens):
     made, in_two, never = {}, [], max(order.values(), default=0) + 1
     for token in tokens:
         parts = list(token)
-        if len(parts) > 1000:
-            raise DataError(f"{path}: a token of {len(parts)} characters is not supported (at most 1000)")
+        if len(parts) > 2000:
+            raise DataError(f"{path}: a token of {len(parts)} characters is not supported (at most 2000)")
         while len(parts) > 1:
             ranks = [order.get(pair, never) for pair in zip(parts, parts[1:])]
             rank = min(ranks)
@@ -220,7 +248,7 @@ def _byte_level(path, spec, vocab, merges, special):
     forms = [n["type"] for n in _steps(spec.get("normalizer"), "normalizers")]
     if len(forms) > 1 or not set(forms) <= {"NFC", "NFD", "NFKC", "NFKD"}:
         raise DataError(f"{path}: normalizer {' + '.join(forms)} is not supported")
-    pattern, symbols = _pattern(path, _steps(spec.get("pre_tokenizer"), "pretokenizers")), byte_symbols()
+    splits, symbols = _splits(path, _steps(spec.get("pre_tokenizer"), "pretokenizers")), byte_symbols()
     whole = spec["model"].get("ignore_merges")  # a pre-token in the vocabulary is one token, whatever the merges
     order = pair_ranks(path, vocab, merges)
     tokens = {left + right for left, right in order}
@@ -240,24 +268,226 @@ def _byte_level(path, spec, vocab, merges, special):
     else:
         ranks, ids = {from_symbols(t): k for k, t in enumerate(ranked)}, [vocab[t] for t in ranked]
     texts = {i: from_symbols(t) for t, i in [*vocab.items(), *special.items()]}
-    return dict(encoding=encoding_of(path, pattern, ranks), ids=ids, texts=texts, normal_form=forms[0] if forms else None)
+    lacks, unknown = bytes(b for c, b in symbols.items() if c not in vocab), spec["model"].get("unk_token")
+    if lacks and whole and len(made) < len(tokens):
+        raise DataError(f"{path}: ignore_merges with tokens that no merge makes is not supported if the vocabulary lacks bytes")
+    if lacks and unknown is not None and unknown not in vocab:
+        raise DataError(f"{path}: the vocabulary lacks bytes, and its unk_token {unknown!r} too")
+    for pattern, _ in splits[:-1]:
+        try:
+            python_regex(pattern)
+        except (ValueError, re.error) as e:
+            raise DataError(f"{path}: the regex {pattern!r} is not supported ({one_line(e)})") from None
+    ranks |= {bytes([b]): max(ranks.values(), default=0) + 1 + k for k, b in enumerate(lacks)}  # tiktoken wants all; unused
+    return dict(encoding=encoding_of(path, tiktoken_pattern(*splits[-1]), ranks), ids=ids, texts=texts, splits=splits,
+                normal_form=forms[0] if forms else None, lacks=lacks,
+                unknown=None if unknown is None else (vocab.get(unknown), bool(spec["model"].get("fuse_unk"))))
 
 
-def _pattern(path, steps):
-    """Returns the regex that tiktoken needs for these pre-tokenizer steps."""
+def _splits(path, steps):
+    """Returns the splits that pre-tokenizer steps do one after another: [(regex, what becomes a piece)]. The pieces are the
+    matches and the text between them ("all"), or only one of both ("matches", "gaps")."""
     types = [s["type"] for s in steps]
-    last = steps[-1] if steps else {}
-    if types[-1:] == ["ByteLevel"] and not last.get("add_prefix_space"):
-        if types == ["ByteLevel"] and last.get("use_regex", True):
-            return GPT2_PATTERN
-        if types == ["Digits", "ByteLevel"] and steps[0].get("individual_digits") and last.get("use_regex", True):
-            return GPT2_DIGITS_PATTERN
-        same_pieces = (("Isolated", False), ("Removed", True))  # two ways to say: the matches are the pieces
-        if types == ["Split", "ByteLevel"] and not last.get("use_regex", True) and "Regex" in steps[0]["pattern"] \
-                and (steps[0]["behavior"], bool(steps[0].get("invert"))) in same_pieces:
-            return steps[0]["pattern"]["Regex"]
-    raise DataError(f"{path}: pre-tokenizer {' + '.join(types) or 'None'} is not supported with these options "
-                    "(Split by a regex, then ByteLevel without a prefix space, is)")
+    if types[-1:] != ["ByteLevel"] or steps[-1].get("add_prefix_space") or not {"Split", "Digits"} >= set(types[:-1]):
+        raise DataError(f"{path}: pre-tokenizer {' + '.join(types) or 'None'} is not supported with these options "
+                        "(Split or Digits, then ByteLevel without a prefix space, are)")
+    if types == ["Digits", "ByteLevel"] and steps[0].get("individual_digits") and steps[1].get("use_regex", True):
+        return [(GPT2_DIGITS_PATTERN, "matches")]
+    splits = []
+    for step in steps[:-1]:
+        if step["type"] == "Digits":
+            splits.append((r"\p{N}" if step.get("individual_digits") else r"\p{N}+", "all"))
+            continue
+        behavior, inverted = step["behavior"], bool(step.get("invert"))
+        if behavior not in ("Isolated", "Removed"):
+            raise DataError(f"{path}: a Split with behavior {behavior} is not supported (Isolated and Removed are)")
+        pattern = step["pattern"].get("Regex")
+        if pattern is None:
+            pattern = re.sub(r"[!-/:;=?@\[-`{-~]", r"\\\g<0>", step["pattern"]["String"])
+        node = parse_regex(path, pattern)
+        if may_be_empty(node):
+            raise DataError(f"{path}: a Split by the regex {pattern!r}, which matches empty text, is not supported")
+        splits.append((regex_source(node), "all" if behavior == "Isolated" else "matches" if inverted else "gaps"))
+    if steps[-1].get("use_regex", True):
+        splits.append((GPT2_PATTERN, "matches"))
+    elif not splits or splits[-1][1] == "gaps":
+        splits.append((r"[\s\S]+", "matches"))
+    return splits
+
+
+def tiktoken_pattern(pattern, kept):
+    """Returns the regex whose matches are the pieces. Text that `pattern` does not match is matched up to its next match."""
+    return pattern if kept == "matches" else rf"{pattern}|(?:(?!{pattern})[\s\S])+"
+
+
+def pieces_of(text, splits):
+    """Yields what tiktoken makes pieces of text of, if there are several splits: it knows one regex only."""
+    if not splits:
+        yield text
+        return
+    (pattern, kept), *later = splits
+    done, pieces = 0, []
+    for match in python_regex(pattern).finditer(text):
+        pieces += [text[done:match.start()]] * (kept != "matches") + [match[0]] * (kept != "gaps")
+        done = match.end()
+    pieces += [text[done:]] * (kept != "matches")
+    for piece in filter(None, pieces):
+        yield from pieces_of(piece, later)
+
+
+# ---- Regexes --------------------------------------------------------------------------------------------------------
+# `tokenizers` runs them with Oniguruma and tiktoken with fancy-regex, which read some constructs differently. So we accept
+# only constructs that mean the same in both, or that we can write so that they do. A parsed regex is nested tuples:
+# ("any", branches), ("all", parts), ("char", source, ignore case), ("group", opening, inside),
+# ("repeat", part, quantifier, possessive).
+
+CLASSES = ("L Lu Ll Lt Lm Lo M Mn Mc Me N Nd Nl No P Pc Pd Ps Pe Pi Pf Po S Sm Sc Sk So Z Zs Zl Zp C Cc Cf Co Cn Letter Number "
+           "Mark Punctuation Symbol Separator Alphabetic Uppercase Lowercase White_Space Han Latin Greek Cyrillic Armenian "
+           "Hebrew Arabic Devanagari Bengali Gurmukhi Gujarati Tamil Telugu Kannada Malayalam Sinhala Thai Lao Tibetan Myanmar "
+           "Georgian Hangul Ethiopic Khmer Mongolian Hiragana Katakana Bopomofo Common Inherited").replace(" ", "|")
+CHAR = r"[^\\\[\](){}|*+?^$.]"
+ESCAPE = rf"\\(?:[sSdDrntfv]|[pP]\{{\^?(?:{CLASSES})\}}|u[0-9a-fA-F]{{4}}|[!-/:;=?@\[-`{{-~])"
+ONE = r"(?:\\(?:[rntfv]|u[0-9a-fA-F]{4}|[!-/:;=?@\[-`{-~])|(?!&&|~~)[^\\\[\]-])"  # one character, in a class
+QUANTIFIER = re.compile(r"(?:[*+?]|\{(\d+)(?:,(\d*))?\})")
+
+
+def parse_regex(path, pattern, engine="oniguruma"):
+    """Parses a regex written for `tokenizers` ("oniguruma") or "tiktoken". DataError if it contains anything else than what
+    is known to mean the same in both, once regex_source has written it."""
+    at = 0
+
+    def refuse(why):
+        raise DataError(f"{path}: the regex {pattern!r} is not supported: {why} at position {at}")
+
+    def take(regex):
+        nonlocal at
+        match = re.compile(regex).match(pattern, at)
+        at = match.end() if match else at
+        return match and match[0]
+
+    def branches(fold):
+        found = [[]]
+        while at < len(pattern) and pattern[at] != ")":
+            if take(r"\|"):
+                found.append([])
+            else:
+                found[-1].append(repeated(part(fold), fold))
+        return "any", [("all", parts) for parts in found]
+
+    def repeated(node, fold):
+        nonlocal at
+        match = QUANTIFIER.match(pattern, at)
+        if not match:
+            return node
+        if may_be_empty(node):
+            refuse("a repeat of what may be empty")
+        if match[2] and int(match[2]) < int(match[1]):
+            refuse("an interval that goes backwards")
+        at, braces = match.end(), match[1] is not None
+        if braces and match[2] is None and pattern[at:at + 1] == "?":
+            refuse("`{n}?`, which engines read differently,")
+        lazy = take(r"\?") or ""
+        node = "repeat", node, match[0] + lazy, False
+        if not lazy and take(r"\+"):
+            if braces and engine == "oniguruma":  # only there, {1,3}+ repeats the interval once more
+                node = "repeat", ("group", "(?:", node), "+", False
+            else:
+                node = *node[:3], True
+        if QUANTIFIER.match(pattern, at):
+            refuse("a quantifier after a quantifier")
+        return node
+
+    def part(fold):
+        nonlocal at
+        begin = at
+        if opening := take(r"\((?!\?)|\(\?(?:[:=!>]|<[=!]|i:)"):
+            inside = branches(fold or opening == "(?i:")
+            source = pattern[begin:at]
+            if opening == "(?i:" and re.search(r"(?i)s[st]|f[fil]", re.sub(r"\[.*?\]", "|", re.sub(r"\(\?i?:|\)", "", source))):
+                refuse("letters that are also one character, such as ss and \u00df, when case is ignored,")
+            if not take(r"\)"):
+                refuse("an unclosed group")
+            return "group", "(?:" if opening == "(" else opening, inside
+        if take(r"\$"):
+            return "group", "(?!", ("char", r"[^\n]" if engine == "oniguruma" else r"[\s\S]", False)
+        if take(r"\\z"):
+            return "group", "(?!", ("char", r"[\s\S]", False)
+        if fold:
+            found = take(r"[A-Za-z' ]|\[[A-Za-z' ]+\]")
+        else:
+            found = take(rf"{CHAR}|\.|{ESCAPE}") or char_class()
+        if not found:
+            refuse(f"`{pattern[at:at + 2]}`, which is not known to mean the same in tiktoken,")
+        return "char", found, fold
+
+    def char_class():
+        begin = at
+        if not take(r"\[(?!:)\^?"):
+            return None
+        take(r"\]|-")
+        while not take("-?\\]"):
+            if not (take(rf"{ONE}-{ONE}|{ONE}|{ESCAPE}|&&(?!&)") or char_class()):
+                refuse(f"`{pattern[at:at + 2]}` in a class")
+        return pattern[begin:at]
+
+    node = branches(False)
+    if at < len(pattern):
+        refuse("an unopened group")
+    return node
+
+
+def may_be_empty(node):
+    kind = node[0]
+    if kind in ("any", "all"):
+        return (any if kind == "any" else all)(map(may_be_empty, node[1]))
+    if kind == "group":
+        return node[1] in ("(?=", "(?!", "(?<=", "(?<!") or may_be_empty(node[2])
+    return kind == "repeat" and (node[2][0] in "*?" or node[2].startswith("{0"))
+
+
+def regex_source(node, char=lambda source, fold: source, atomic="(?>{})".format):
+    """Returns a parsed regex as text for both engines."""
+    kind, inner = node[0], lambda n: regex_source(n, char, atomic)
+    if kind in ("any", "all"):
+        return ("|" if kind == "any" else "").join(map(inner, node[1]))
+    if kind == "char":
+        return char(*node[1:])
+    if kind == "group":
+        return atomic(inner(node[2])) if node[1] == "(?>" else f"{node[1]}{inner(node[2])})"
+    repeat = inner(node[1]) + node[2]
+    return atomic(repeat) if node[3] else repeat
+
+
+@functools.lru_cache(64)
+def _class_of(source, fold):
+    """Returns the characters that `source` matches, as a class for Python's own regexes: asked from tiktoken itself, whose
+    version of Unicode is that of `tokenizers`, while Python's may be another."""
+    encoding = tiktoken.Encoding("", pat_str=f"(?i:{source})" if fold else source, special_tokens={},
+                                 mergeable_ranks={bytes([b]): b for b in range(256)})
+    codes = list(map(ord, bytes(encoding.encode_ordinary(_every_character())).decode()))
+    if not codes:
+        return r"[^\s\S]"
+    breaks = [k for k in range(1, len(codes)) if codes[k] != codes[k - 1] + 1]
+    return "[" + "".join(rf"\U{codes[a]:08x}-\U{codes[b - 1]:08x}" for a, b in zip([0, *breaks], [*breaks, len(codes)])) + "]"
+
+
+@functools.lru_cache(1)
+def _every_character():
+    return "".join(map(chr, [*range(0xd800), *range(0xe000, 0x110000)]))
+
+
+@functools.lru_cache(64)
+def python_regex(pattern):
+    """Returns a regex of `regex_source` as a compiled one of Python's."""
+    names = itertools.count()
+
+    def char(source, fold):
+        return re.escape(source) if len(source) == 1 and not fold and source != "." else _class_of(source, fold)
+
+    def atomic(source):  # Python 3.10 has no other spelling
+        name = f"n{next(names)}"
+        return f"(?:(?=(?P<{name}>{source}))(?P={name}))"
+    return re.compile(regex_source(parse_regex("", pattern, "tiktoken"), char, atomic).replace("(?i:", "(?:"))
 
 
 # ---- SentencePiece --------------------------------------------------------------------------------------------------
@@ -279,9 +509,11 @@ def _byte_fallback(path, spec, vocab, merges):
     if spec["model"].get("ignore_merges"):
         raise DataError(f"{path}: byte_fallback with ignore_merges is not supported")
     names = [f"<0x{b:02X}>" for b in range(256)]
-    if not all(n in vocab for n in names):
-        raise DataError(f"{path}: byte_fallback without all of <0x00> ... <0xFF> in the vocabulary is not supported")
-    byte, order = [vocab[n] for n in names], pair_ranks(path, vocab, merges)
+    # A byte's token may be missing if no text needs it: its character has a token (Gemma's tab), or UTF-8 never has this byte.
+    never = {0xc0, 0xc1, *range(0xf5, 0x100)} | {b for b in range(128) if ("▁" if b == 32 else chr(b)) in vocab}
+    if missing := [n for b, n in enumerate(names) if n not in vocab and b not in never]:
+        raise DataError(f"{path}: byte_fallback without {' '.join(missing[:3])} in the vocabulary is not supported")
+    byte, order = [vocab.get(n) for n in names], pair_ranks(path, vocab, merges)
     if not {t for pair in order for t in pair}.isdisjoint(names):
         raise DataError(f"{path}: merges of byte tokens are not supported")
     made, _ = merge_ranks(path, order, {left + right for left, right in order})
@@ -308,7 +540,8 @@ def _byte_fallback(path, spec, vocab, merges):
     before = "".join(rf"\x{{{ord(c):x}}}" for c in sorted({c for t in made for c in re.findall("(?s)([^▁])▁", t)}))
     if before and not split:
         pattern = rf" *(?:[^ ]*[{before}] +)+[^ ]*|{pattern}"
-    texts = {i: t.replace("▁", " ").encode() for t, i in vocab.items()} | {i: bytes([b]) for b, i in enumerate(byte)}
+    texts = {i: t.replace("▁", " ").encode() for t, i in vocab.items()} | {
+        i: bytes([b]) for b, i in enumerate(byte) if i is not None}
     return dict(encoding=encoding_of(path, pattern, ranks), ids=ids, texts=texts, spaces=spaces, strip=strip)
 
 
@@ -374,8 +607,8 @@ def from_sentencepiece(path, content):
             scores[text] = struct.unpack("<f", piece.get(2, bytes(4)))[0]
         elif type_ in (2, 3):  # unknown, control
             added.append({"id": i, "content": text, **FLAGS, "special": True})
-        elif type_ == 4:
-            raise DataError(f"{path}: SentencePiece with user-defined symbols ({text!r}) is not supported")
+        elif type_ == 4:       # user-defined: found in any text, as non-special added tokens are
+            added.append({"id": i, "content": text, **FLAGS})
     for role, number, default in (("unk_token", 40, 0), ("bos_token", 41, 1), ("eos_token", 42, 2)):
         roles[role] = next((t["content"] for t in added if t["id"] == trainer.get(number, default)), None)
     best_first = sorted((t for t in scores if len(t) > 1), key=lambda t: (-scores[t], vocab[t]))

@@ -275,8 +275,8 @@ def check_same_ids(option, folder, tokenizer):
 
 def load_tokenizer(name_or_path):
     """Returns the Tokenizer of `reviews` (the built-in task), a checkpoint folder, one of its tokenizer files
-    (tokenizer.json, encoder.json + vocab.bpe, vocab.json + merges.txt, tiktoken ranks, a SentencePiece model), a tiktoken
-    name such as "gpt2", or a hub name. Raises DataError for anything else."""
+    (tokenizer.json, encoder.json + vocab.bpe, vocab.json + merges.txt, tiktoken ranks, a SentencePiece model, tekken.json),
+    a tiktoken name such as "gpt2", or a hub name. Raises DataError for anything else."""
     if name_or_path == "reviews":  # a folder of that name is ./reviews
         return _reviews_tokenizer()
     path = Path(name_or_path)

@@ -160,7 +160,8 @@ class Tokenizer:
     def _normal(self, text, where):
         """Returns the normalised text. where: at its start ("text"), after an added token ("later"), continued ("rest")."""
         if self.normal_form:
-            if len(text) > 1000:  # normalize sorts the marks on a character by insertion: a long run of them we sort first
+            # normalize sorts the marks on a character by insertion, in quadratic time: a long run of them we sort first
+            if len(text) > 1000 and not unicodedata.is_normalized(self.normal_form, text):
                 text = _long_runs_of_marks().sub(_sorted_marks, text)
             return unicodedata.normalize(self.normal_form, text)
         if self.spaces:
@@ -257,8 +258,9 @@ def _any_of(tokens):
 
 @functools.lru_cache(1)
 def _long_runs_of_marks():
-    marks = "".join(c for c in map(chr, range(0x110000)) if unicodedata.combining(c))
-    return re.compile(f"(?<![{marks}])[{marks}]{{300,}}")
+    marks = [c for c in map(chr, range(0x110000)) if unicodedata.combining(c)]
+    low, high = ("".join(c for c in marks if (c < "\U00010000") == below) for below in (True, False))
+    return re.compile(f"(?:[{low}]|(?=[\U00010000-\U0010ffff])[{high}]){{300,}}")  # re is slow for large classes above U+FFFF
 
 
 def _sorted_marks(run):
@@ -280,8 +282,8 @@ def check_same_ids(option, folder, tokenizer):
 
 def load_tokenizer(name_or_path):
     """Returns the Tokenizer of `reviews` (the built-in task), a checkpoint folder, one of its tokenizer files
-    (tokenizer.json, encoder.json + vocab.bpe, vocab.json + merges.txt, tiktoken ranks, a SentencePiece model), a tiktoken
-    name such as "gpt2", or a hub name. Raises DataError for anything else."""
+    (tokenizer.json, encoder.json + vocab.bpe, vocab.json + merges.txt, tiktoken ranks, a SentencePiece model, tekken.json),
+    a tiktoken name such as "gpt2", or a hub name. Raises DataError for anything else."""
     if name_or_path == "reviews":  # a folder of that name is ./reviews
         return _reviews_tokenizer()
     path = Path(name_or_path)

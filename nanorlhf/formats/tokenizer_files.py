@@ -1,6 +1,7 @@
-"""Reads tokenizer files into the arguments of a Tokenizer: tokenizer.json, GPT-2's two files, SentencePiece's model.
+"""Reads tokenizer files into the arguments of a Tokenizer: tokenizer.json, GPT-2's two files, SentencePiece's model,
+Mistral's tekken.json.
 
-    from_spec, from_vocab_and_merges, from_sentencepiece -> dict of Tokenizer's arguments
+    from_spec, from_vocab_and_merges, from_sentencepiece, from_tekken -> dict of Tokenizer's arguments
 
 tiktoken does all the merging. It merges the neighbours whose joined bytes have the lowest rank, while the `tokenizers`
 library merges the pair that comes first in a list. The two agree if the ranked tokens are those that the list makes out of
@@ -321,7 +322,7 @@ def tiktoken_pattern(pattern, kept):
 
 
 def pieces_of(text, splits):
-    """Yields what tiktoken makes pieces of text of, if there are several splits: it knows one regex only."""
+    """Yields the pieces of a text after `splits`, done by Python: tiktoken knows one regex only."""
     if not splits:
         yield text
         return

@@ -46,7 +46,7 @@ class Tokenizer:
     """
 
     def __init__(self, encoding, eos, pad=None, bos=None, *, added=None, ids=None, texts=None, normal_form=None, spaces=None,
-                 strip=False, splits=(), lacks=b"", unknown=None, files=None, special_text=None, chat_template=None):
+                 strip=False, splits=(), lacks=b"", unknown=None, files=None, special_text=None, chat_template=None, ends=()):
         """eos, pad, bos: names of added tokens.
 
         added    Hugging Face's entries {id, content, special, normalized, ...}; None: the encoding's special tokens
@@ -58,6 +58,8 @@ class Tokenizer:
         splits   what pieces_of needs, if the encoding's regex alone does not make the pieces
         lacks    bytes without an id: left out of a text, or replaced by `unknown`: (id, one for all neighbours?)
         files    {name: bytes} that `save` writes; normal_form: "NFC", "NFD", "NFKC", "NFKD" or None
+        ends     more ids that end a response. Only special tokens count, since a checkpoint's configuration that was copied from
+                 another model may name any id
         """
         if added is None:
             added = [{**FLAGS, "content": t, "id": i, "special": True} for t, i in encoding._special_tokens.items()]
@@ -79,7 +81,7 @@ class Tokenizer:
             if name not in special:
                 raise DataError(f"tokenizer {encoding.name}: {name!r} is not one of its special tokens")
         self.eos_id, self.bos_id = special[eos], special[bos] if bos else None
-        self.end_ids = (self.eos_id,)
+        self.end_ids = tuple(dict.fromkeys([self.eos_id, *(i for i in ends if i in set(special.values()) - self._plain_ids)]))
         self.special_text = {"eos_token": eos} | ({"bos_token": bos} if bos else {}) | (special_text or {})
         # A pad with another role would mislead whoever finds the end of a row by it. <unk> has none if every text can be
         # encoded without it: LLaMA has no other spare token.
@@ -87,7 +89,7 @@ class Tokenizer:
         roles = {role: t for role, t in self.special_text.items() if role not in ("pad_token", *["unk_token"] * (not lacks))}
         taken = {eos, bos, *roles.values()}
         spare = sorted(("pad" not in t, not re.search("reserved|unused|control", t), t != unused, i) for t, i in special.items()
-                       if t not in taken and t not in self.plain and t not in (chat_template or ""))
+                       if t not in taken and i not in self.end_ids and t not in self.plain and t not in (chat_template or ""))
         if pad is not None and pad not in taken:
             self.pad_id = special[pad]
         else:
@@ -292,10 +294,10 @@ def load_tokenizer(name_or_path):
     except (ValueError, OSError):  # a name that no file can have
         exists = False
     if exists:
-        return _with_end_ids(Tokenizer(**_read(path)), path)
+        return _of_checkpoint(path)
     if str(name_or_path) not in tiktoken.list_encoding_names():
         if (folder := local_folder(name_or_path)).is_dir():                            # downloaded from the hub
-            return _with_end_ids(Tokenizer(**_read(folder)), folder)
+            return _of_checkpoint(folder)
         if isinstance(name_or_path, Path) or "/" in name_or_path:
             raise DataError(f"{name_or_path}: no such folder or file")
         raise DataError(f"{name_or_path}: neither `reviews`, nor a folder or file, nor one of tiktoken's names "
@@ -308,16 +310,14 @@ def load_tokenizer(name_or_path):
     return Tokenizer(encoding, "<|endoftext|>")
 
 
-def _with_end_ids(tokenizer, path):
-    """Adds the ids that end a response by a checkpoint's config.json and generation_config.json. Only special tokens count: a
-    configuration that was copied from another model may name any id."""
-    ids = read_end_ids(path if path.is_dir() else path.parent)
-    special = set(tokenizer.special.values()) - tokenizer._plain_ids
-    tokenizer.end_ids = tuple(dict.fromkeys([tokenizer.eos_id, *(i for i in ids if i in special)]))
-    if ids and tokenizer.eos_id not in ids:
+def _of_checkpoint(path):
+    """Returns the Tokenizer of a folder or file. Prints one line if config.json or generation_config.json name other EOS ids."""
+    ends = read_end_ids(path if path.is_dir() else path.parent)
+    tokenizer = Tokenizer(**_read(path), ends=ends)
+    if ends and tokenizer.eos_id not in ends:
         _say_once(f"{path}: the tokenizer's EOS is id {tokenizer.eos_id}, the eos_token_id of its configuration "
-                  f"{', '.join(map(str, ids))}. Training appends the tokenizer's; {', '.join(map(str, tokenizer.end_ids))} end a "
-                  f"sampled response" + ("" if set(ids) <= special else " (other ids are no special tokens)"))
+                  f"{', '.join(map(str, ends))}. Training appends the tokenizer's; {', '.join(map(str, tokenizer.end_ids))} end a "
+                  f"sampled response" + ("" if set(ends) <= {*tokenizer.end_ids} else " (other ids are no special tokens)"))
     return tokenizer
 
 

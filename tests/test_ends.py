@@ -101,6 +101,18 @@ def test_training_appends_the_templates_end_or_the_tokenizers_and_never_both(tmp
     assert make_example(tokenizer, two, " So.").tokens.count(eos) == 1
 
 
+def test_a_pad_that_is_chosen_ends_no_response(tmp_path):
+    folder, tokenizer = chat_checkpoint(tmp_path)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    del settings["pad_token"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    spec = json.loads((folder / "tokenizer.json").read_text())
+    spec["added_tokens"] = [t for t in spec["added_tokens"] if t["content"] in ("<|endoftext|>", "<|eot_id|>")]
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    tokenizer = load_tokenizer(folder)                                                 # no other special token is left
+    assert len(tokenizer.end_ids) == 2 and tokenizer.pad_id not in tokenizer.special.values()
+
+
 def test_a_disagreement_of_tokenizer_and_configuration_is_one_line(tmp_path, capsys):
     folder, tokenizer = chat_checkpoint(tmp_path)
     assert "EOS" not in capsys.readouterr().err                                        # they agree on one of the two

@@ -315,9 +315,10 @@ def _of_checkpoint(path):
     ends = read_end_ids(path if path.is_dir() else path.parent)
     tokenizer = Tokenizer(**_read(path), ends=ends)
     if ends and tokenizer.eos_id not in ends:
-        _say_once(f"{path}: the tokenizer's EOS is id {tokenizer.eos_id}, the eos_token_id of its configuration "
-                  f"{', '.join(map(str, ends))}. Training appends the tokenizer's; {', '.join(map(str, tokenizer.end_ids))} end a "
-                  f"sampled response" + ("" if set(ends) <= {*tokenizer.end_ids} else " (other ids are no special tokens)"))
+        configured, used = (", ".join(map(str, ids)) for ids in (ends, tokenizer.end_ids))
+        _say_once(f"{path}: the tokenizer's EOS is id {tokenizer.eos_id}, the eos_token_id of its configuration {configured}. "
+                  f"Training appends the tokenizer's; {used} end a sampled response"
+                  + ("" if set(ends) <= {*tokenizer.end_ids} else " (other ids are no special tokens)"))
     return tokenizer
 
 

@@ -804,7 +804,7 @@ def test_special_tokens_are_found_by_name_or_id(tiny, tmp_path):
     assert flag.bos_id == n and data.encode_prompt(flag, "the") == [n, *tiny.encode("the")]
     config = {"eos_token_id": [n + 1, n], "pad_token_id": n + 1}
     by_id = load_tokenizer(written(tmp_path / "b", spec, config__json=config))
-    assert (by_id.eos_id, by_id.pad_id) == (n + 1, n)  # the file's pad is EOS, so a spare token is used
+    assert (by_id.eos_id, by_id.pad_id) == (n + 1, n + 2)  # the file's pad is EOS, and n ends responses, too
     by_id.save(tmp_path / "c")
     assert same(load_tokenizer(tmp_path / "c"), by_id)
     assert load_tokenizer(written(tmp_path / "d", spec)).eos_id == n + 3

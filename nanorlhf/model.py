@@ -97,11 +97,13 @@ class Attention(nn.Module):
     def forward(self, x, rope, cache, layer):
         B, T, _ = x.shape
         heads = self.qkv(x).view(B, T, -1, self.head_dim).transpose(1, 2)              # [B, H+2K, T, E]
-        q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
+        qk, v = heads.split([self.heads + self.kv_heads, self.kv_heads], dim=1)
         if self.q_norm is not None:
-            q, k = self.q_norm(q.float()).to(v.dtype), self.k_norm(k.float()).to(v.dtype)
+            q, k = qk.float().split([self.heads, self.kv_heads], dim=1)
+            qk = torch.cat([self.q_norm(q), self.k_norm(k)], dim=1).to(v.dtype)
         if rope is not None:
-            q, k = rotate(q, *rope), rotate(k, *rope)
+            qk = rotate(qk, *rope)                                                     # both at once
+        q, k = qk.split([self.heads, self.kv_heads], dim=1)
         if cache is not None and cache.filled:                                         # one new token per row
             y = cache.attend(layer, q[:, :, 0], k[:, :, 0], v[:, :, 0])[:, None]       # [B, 1, H*E]
         else:

@@ -296,6 +296,28 @@ def test_a_template_may_drop_earlier_reasoning_and_fold_the_system_message(tmp_p
     assert text.endswith("[INST] Be kind.\nAnd the  cast? [/INST]")
 
 
+LAST = CHATML.replace("{% generation %}{{ m['content'] +", "{% generation %}{{ m['content'].split('</think>')[-1] +")
+
+
+def test_a_template_may_not_drop_words_of_the_answer(tmp_path):
+    """Of an earlier turn it may drop the reasoning; the answer that is trained on, or continued, has to arrive whole."""
+    tokenizer = load_tokenizer(write_tokenizer(tmp_path / "a", LAST, "<|im_end|>"))
+    asked, thought = prompt_of(TALK[:1]), " <think>\nHm.\n</think>\n\nGood."
+    talk = asked + thought + prompt_of(TALK[2:3])
+    assert "Hm." not in tokenizer.decode(encode_prompt(tokenizer, talk)) and encode_response(tokenizer, " Hardly.", talk)
+    for quoted in (asked, prompt_of([{"role": "user", "content": f"Say{thought}"}])):  # the words of another turn do not count
+        for call in (encode_response, lambda t, response, prompt: make_all_turns_example(t, prompt, response)):
+            with pytest.raises(DataError, match="the chat template leaves out words of the answer"):
+                call(tokenizer, thought, quoted)
+        with pytest.raises(DataError, match="the chat template leaves out words of the answer"):
+            encode_prompt(tokenizer, quoted + thought)
+        with pytest.raises(DataError, match="the chat template leaves out words of the answer"):
+            encode_response(tokenizer, " Yes.", quoted + thought)
+    spaced = CHATML.replace("{% generation %}{{ m['content'] +", "{% generation %}{{ m['content'].replace('</think>', '\n\n</think>\n') +")
+    tokenizer = load_tokenizer(write_tokenizer(tmp_path / "b", spaced, "<|im_end|>"))
+    assert "Hm.\n\n\n</think>\n\n\nGood." in tokenizer.decode(encode_response(tokenizer, thought, asked))   # space may change
+
+
 ALWAYS = ("{% for m in messages %}{{ (bos_token if loop.first else '') + '<|im_start|>' + m['role'] + '\n\n' + m['content'] | trim + "
           "'<|im_end|>' }}{% endfor %}{{ '<|im_start|>assistant\n\n' }}")           # as Llama-3-Instruct's at its launch
 
@@ -323,6 +345,33 @@ def test_a_template_whose_end_of_answer_cannot_be_found_is_refused(tmp_path):
         tokenizer = load_tokenizer(write_tokenizer(tmp_path / name, template, "<|im_end|>"))
         ids = encode_response(tokenizer, " Hardly.", prompt_of(TALK[:3]))
         assert ids.count(tokenizer.eos_id) == 1 and decode_response(tokenizer, ids, prompt_of(TALK[:3])) == " Hardly."
+
+
+@pytest.mark.parametrize("needs, prompt", [
+    ("messages[0]['role'] != 'system'", "\n\nSystem: Be kind." + prompt_of(TALK[:1])), ("messages | length < 3", prompt_of(TALK[:3])),
+    ("messages | length < 4 or messages[0]['role'] != 'system'", "\n\nSystem: Be kind." + prompt_of(TALK[:3]))])
+def test_a_template_that_wants_more_than_one_message_is_probed_with_more(tmp_path, needs, prompt):
+    """Its spaces around an answer, and a generation prompt that it always writes, are those of the same template without."""
+    needs = "{% if " + needs + " %}{{ raise_exception('too few') }}{% endif %}"
+    inst = INST.replace("{% elif", "{% elif m['role'] == 'system' %}{{ m['content'] }}{% elif")
+    plain = "{% for m in messages %}{{ '[' + m['role'] + ']\n' + m['content'] + '\n' }}{% endfor %}{{ '[assistant]\n' }}"
+    picky, free = (load_tokenizer(write_tokenizer(tmp_path / "a", t, "<|end|>")) for t in (needs + inst, inst))
+    ids = encode_response(free, " Hardly.", prompt)
+    assert encode_response(picky, " Hardly.", prompt) == ids and decode_response(picky, ids, prompt) == " Hardly."
+    for template in (ALWAYS, plain):              # only a render without messages tells where this header begins
+        picky = load_tokenizer(write_tokenizer(tmp_path / "b", needs + template, "<|end|>"))
+        with pytest.raises(DataError, match="does not heed add_generation_prompt"):
+            encode_response(picky, " Hardly.", prompt)
+
+
+def test_space_around_answers_is_found_without_bytes_beyond_ascii(tmp_path):
+    write_tokenizer(tmp_path / "tok", *TEMPLATES["inst"])
+    spec = json.loads((tmp_path / "tok" / "tokenizer.json").read_text())
+    spec["model"]["vocab"]["unused"] = spec["model"]["vocab"].pop("§")                 # byte 0xA7
+    spec["model"]["merges"] = [m for m in spec["model"]["merges"] if "§" not in str(m)]
+    (tmp_path / "tok" / "tokenizer.json").write_text(json.dumps(spec))
+    tokenizer = load_tokenizer(tmp_path / "tok")
+    assert decode_response(tokenizer, encode_response(tokenizer, " Yes.", prompt_of(TALK[:1])), prompt_of(TALK[:1])) == " Yes."
 
 
 def test_tojson_takes_the_arguments_of_transformers(tmp_path):

@@ -149,7 +149,8 @@ def _render(tokenizer, messages, add_generation_prompt):
         text = "".join(f"\n\n{NAMES[m['role']]}: {m['content']}" for m in messages)
         return text + (ASSISTANT if add_generation_prompt and not cut else "")
     # A character that no message has marks the end of each message's words. A template may change the space around them, and
-    # drop the reasoning at the beginning of the assistant's.
+    # drop the reasoning at the beginning of an assistant's earlier message. The last one is trained on or continued: all of it
+    # has to arrive, in whatever spacing.
     end = _unused(messages)
     words = [m["content"].rstrip() for m in messages]
     if cut:
@@ -166,10 +167,16 @@ def _render(tokenizer, messages, add_generation_prompt):
         except Exception as error:                # a template may raise anything
             errors.append(DataError(f"the chat template fails: {type(error).__name__}: {one_line(error)}"))
         else:
-            lost = [m["role"] for w, m in zip(words, messages) if w and m["role"] != "assistant" and w.lstrip() + end not in text]
-            if not lost and text.count(end) >= sum(map(bool, words)):
-                return (text[:text.rindex(end)] if cut else text).replace(end, "")
-            errors.append(DataError(f"the chat template leaves out words of the {lost[0] if lost else 'assistant'}'s messages"))
+            lost = [f"{m['role']}'s messages" for w, m in zip(words, messages)
+                    if w and m["role"] != "assistant" and w.lstrip() + end not in text]
+            said, answer = text.rpartition(end)[0], words[-1] if messages and is_open(messages) else ""
+            if not "".join(said.split()).endswith("".join(answer.split())):
+                lost.append("answer")
+            if text.count(end) < sum(map(bool, words)):
+                lost.append("assistant's messages")
+            if not lost:
+                return (said if cut else text).replace(end, "")
+            errors.append(DataError(f"the chat template leaves out words of the {lost[0]}"))
     raise errors[0] from None
 
 
@@ -246,16 +253,30 @@ def encode_turns(tokenizer, messages, response, all_turns=True, given=()):
     return pieces
 
 
+PROBE = "xyzzy"  # an answer that no template writes
+
+
+def _opening(tokenizer):
+    """Returns the first of these conversations that the chat template accepts before an answer, else the first."""
+    user, bot, system = [{"role": role, "content": "Hi"} for role in ("user", "assistant", "system")]
+    for talk in ([user], [system, user], [user, bot, user], [system, user, bot, user]):
+        try:
+            _render(tokenizer, talk, True), _render(tokenizer, [*talk, {"role": "assistant", "content": PROBE}], False)
+            return talk
+        except DataError:
+            pass
+    return [user]
+
+
 @functools.lru_cache(8)
 def _next_header(tokenizer):
     """Returns the generation prompt that a template writes after every conversation, whatever add_generation_prompt says; ""
     for other templates. Without messages, such a template writes nothing else."""
-    talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "§"}]
+    talk = _opening(tokenizer)
     try:
-        asked, answered = _render(tokenizer, talk[:1], False), _render(tokenizer, talk, False)
-        if not tokenizer.chat_template or asked != _render(tokenizer, talk[:1], True):
+        if not tokenizer.chat_template or (asked := _render(tokenizer, talk, True)) != _render(tokenizer, talk, False):
             return ""
-    except DataError:                             # this template rejects the probe conversation
+    except DataError:                             # it wants an answer or its generation prompt at the end
         return ""
     try:
         header = _render(tokenizer, [], True).removeprefix(tokenizer.special_text.get("bos_token", ""))
@@ -263,7 +284,8 @@ def _next_header(tokenizer):
             return header
     except DataError:                             # it needs a message
         pass
-    tails = asked.rpartition("Hi")[2], answered.rpartition("§")[2]
+    answered = _render(tokenizer, [*talk, {"role": "assistant", "content": PROBE}], False)
+    tails = asked.rpartition("Hi")[2], answered.rpartition(PROBE)[2]
     if os.path.commonprefix([t.rstrip()[::-1] for t in tails]):
         raise DataError("the chat template does not heed add_generation_prompt, so the end of an answer cannot be found")
     return ""
@@ -273,8 +295,8 @@ def _next_header(tokenizer):
 def answer_affixes(tokenizer):
     """Returns what the chat template puts around the assistant's words, once decoded: spaces, or its own end of turn."""
     try:
-        ids, _ = encode_turns(tokenizer, [{"role": "user", "content": "Hi"}], " §", all_turns=False)[-1]
-    except DataError:                             # this template rejects the probe conversation
+        ids, _ = encode_turns(tokenizer, _opening(tokenizer), " " + PROBE, all_turns=False)[-1]
+    except DataError:                             # no response to this template can be read
         return "", ""
-    before, _, after = tokenizer.decode(ids, start=False).partition("§")
+    before, _, after = tokenizer.decode(ids, start=False).partition(PROBE)
     return before, after

@@ -10,7 +10,7 @@ In --out:  best.jsonl         prompt, completion, score                      for
            ranked.jsonl       prompt, responses, scores                      for train_rrhf.py --kind ranked
            comparisons.jsonl  prompt, chosen, rejected (--label_temperature) for train_rm.py and train_dpo.py
            curve.json         n, reward, eval_reward, kl; reward_interval: half of its 95% interval
-Other columns of the data are written along.
+The group and other columns of the data are written along.
 
 The samples depend on --seed, --n and the data (a file's content, or the split), but on neither the reward nor
 --batch_size. So another reward ranks the same samples, and other prompts never get the same random numbers.

@@ -80,14 +80,16 @@ def load_records(path_or_name, kind, split="train", limit=None, skip_bad=False, 
 
 def warn_if_words_are_glued(path, records, tokenizer):
     """Prints one line if responses begin without a space behind their prompts. "Review:Good" has other tokens than any text that
-    a model has read, and a far lower log-probability. A chat template puts something between the two."""
+    a model has read, and a far lower log-probability. A chat template puts something between the two; Alpaca's prompt format
+    does not."""
     glued = []
     for record in records:
         prompt, responses = record.get("prompt", ""), record.get("responses", [])
         response = record.get("completion") or record.get("chosen") or "".join(responses[:1])
         before, after = prompt[-1:], response[:1]
         words = (before.isalnum() or before in tuple(":.,;!?")) and after.isalnum()
-        if words and unicodedata.east_asian_width(after) not in "WF" and not conversation(tokenizer, prompt):
+        alpaca = prompt.startswith("Below is an instruction") and prompt.endswith("\n\n### Response:")
+        if words and not alpaca and unicodedata.east_asian_width(after) not in "WF" and not conversation(tokenizer, prompt):
             glued.append(prompt[-12:] + response[:12])
     if glued:
         print(f"{path}: in {len(glued)} of {len(records)} records no space stands between prompt and response, as in "

@@ -505,7 +505,7 @@ def base(tmp_path):
 
 
 def test_scripts_train_on_conversations(base, tmp_path):
-    rows = [{"messages": [{"role": "user", "content": f"Is it good {k}?"}, *TALK[1:]]} for k in range(12)]
+    rows = [{"messages": [{"role": "user", "content": f"Is it good {k}?"}, *TALK[1:]], "group": k % 4} for k in range(12)]
     rows.append({"prompt": [{"role": "user", "content": "Is it good?"}, {"role": "assistant", "content": "It "}], "completion": "is."})
     (tmp_path / "talk.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     data, common = str(tmp_path / "talk.jsonl"), dict(device="cpu", data=str(tmp_path / "talk.jsonl"))
@@ -518,7 +518,8 @@ def test_scripts_train_on_conversations(base, tmp_path):
     sample_bon.sample(sample_bon.Config(init=str(tmp_path / "sft"), out=str(tmp_path / "bon"), reward=reward, n=2, response_length=5,
                                        keep_unfinished=True, **common))
     best = load_records(tmp_path / "bon" / "best.jsonl", "completion")
-    assert [r["prompt"] for r in best] == [r["prompt"] for r in load_records(data, "completion")]
+    assert [(r["prompt"], r.get("group")) for r in best] == [(r["prompt"], r.get("group")) for r in load_records(data, "completion")]
+    assert {r["group"] for r in load_records(tmp_path / "bon" / "ranked.jsonl", "ranked")[:12]} == {0, 1, 2, 3}
     assert all(r["completion"].startswith(" ") for r in best[:-1]) and best[-1]["prompt"].endswith("\n\nAssistant: It ")
     train_ppo.train(train_ppo.Config(init=str(tmp_path / "sft"), out=str(tmp_path / "ppo"), reward=reward, max_steps=1, batch_size=4,
                                      response_length=5, **common))

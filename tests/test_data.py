@@ -13,7 +13,7 @@ from nanorlhf import data, training
 from nanorlhf.data import Example, load_records
 from nanorlhf.errors import DataError
 from nanorlhf.formats.chat import messages_of
-from nanorlhf.formats.records import CNNDM_PROMPT, TLDR_PROMPT, columns_of, other_columns
+from nanorlhf.formats.records import ALPACA_PROMPT, CNNDM_PROMPT, TLDR_PROMPT, columns_of, other_columns
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"the public data files are not at {DATA}")
@@ -153,11 +153,36 @@ def test_fields_beside_the_others_are_read(row, kind, record, tmp_path):
     assert load_records(file_of(tmp_path, row), kind) == [record]
 
 
-def test_other_columns_are_those_that_no_reader_takes(tmp_path):
+def test_other_columns_are_those_that_are_not_read(tmp_path):
     row = {"prompt": "hi", "system": "s", "history": [], "answer": 4, "label": False, "kto_tag": "x", "context": None, "messages": None}
     records = load_records(file_of(tmp_path, row), "prompt")
     assert other_columns(records) == [{"answer": 4, "kto_tag": "x", "context": None}]
     assert columns_of(records) == {name: [value] for name, value in row.items()}
+    for label in (0, 1, 0.0, -1.5, True):
+        assert other_columns(load_records(file_of(tmp_path, {"prompt": "hi", "label": label, "kto_tag": label}), "prompt")) == [{}]
+
+
+def test_other_columns_may_have_the_name_of_another_layouts_field(tmp_path):
+    mine = {"text": "t", "info": 1, "query": "q", "choice": "B", "input": "x", "sampled_answers": 2, "response": "z"}
+    for row in ({"prompt": "p"}, {"prompt": "p", "completion": " c"}, PAIR):
+        record = load_records(file_of(tmp_path, {**row, **mine}), "prompt")
+        assert other_columns(record) == [mine]
+        written = {"prompt": "p", "chosen": " y", "rejected": " n", **mine}            # and they change nothing when read again
+        assert load_records(file_of(tmp_path, written), "preference") == [{"prompt": "p", "chosen": " y", "rejected": " n"}]
+    for row in ({"query": "q", "responses": ["a", "b"], "scores": [2, 1], "score": 1}, {"instruction": "i", "input": "x", "output": "o"},
+                {"info": {"article": "x"}, "choice": 0, "summaries": [{"text": " a"}, {"text": " b"}]},
+                {"prompt": "p", "conversations": [USER], "messages": [USER], "instruction": "i", "output": "o", "score_chosen": 1}):
+        assert other_columns(load_records(file_of(tmp_path, row), "prompt")) == [{}]
+
+
+def test_the_group_is_written_along(tmp_path):
+    hh = {k: f"\n\nHuman: q\n\nAssistant: a\n\nHuman: {k}\n\nAssistant: x{k}" for k in ("chosen", "rejected")}
+    hh["rejected"] = hh["rejected"].replace("Human: rejected", "Human: chosen")
+    for row, group in ((hh, "\n\nHuman: q"), ({"prompt": "p", "group": 7}, 7), ({"prompt": "p", "group": "g"}, "g")):
+        records = load_records(file_of(tmp_path, row), "prompt")
+        assert other_columns(records) == [{"group": group}]
+        again = load_records(file_of(tmp_path, {"prompt": "p", "chosen": " y", "rejected": " n", "group": group}), "preference")
+        assert again[0]["group"] == records[0]["group"]
 
 
 def test_words_of_a_user_never_begin_a_turn_in_a_record(tmp_path):
@@ -180,7 +205,8 @@ def test_alpaca_rows_get_the_alpaca_prompt(tmp_path):
     assert first["prompt"].startswith("Below is an instruction that describes a task, paired with")
     assert first["completion"] == "3"
     dolly = {"instruction": "Add {input}.", "context": "1 + {instruction}", "response": "3"}
-    assert load_records(file_of(tmp_path, dolly), "prompt") == [{"prompt": first["prompt"]}]
+    for kind in ("prompt", "completion"):
+        assert load_records(file_of(tmp_path, dolly), kind) == [{"prompt": first["prompt"], "completion": "3"}]
     second = load_records(file_of(tmp_path, rows[1]), "preference")[0]
     assert second["prompt"].startswith("Below is an instruction that describes a task. Write")
     assert "### Input" not in second["prompt"] and (second["chosen"], second["rejected"]) == ("la", "no")
@@ -192,6 +218,8 @@ def test_records_convert_to_other_kinds(tmp_path):
     assert load_records(pair, "completion") == [{"prompt": "p", "completion": " a", "group": "g"}]
     assert load_records(pair, "prompt") == [{"prompt": "p", "completion": " a", "group": "g"}]
     assert load_records(pair, "text") == [{"text": "p a", "group": "g"}]
+    longer = file_of(tmp_path, {"chosen": ASKED + " a", "rejected": ASKED + " b\n\nHuman: no"}, name="l")
+    assert load_records(longer, "completion") == [{"prompt": ASKED, "completion": " a", "group": "\n\nHuman: hi"}]
     for rejected in (" a", ""):                    # a demonstration needs no other response
         same = file_of(tmp_path, {**PAIR, "rejected": rejected}, name="d")
         assert load_records(same, "completion") == [{"prompt": "p", "completion": " a"}]
@@ -295,6 +323,18 @@ BAD = [  # row, kind, error message
     ({"prompt": [USER, BOT], "completion": [NO, USER, BOT]}, "completion",
      "prompt ends inside an answer, but completion is more than the rest of it"),
     ({"prompt": "hi", "responses": [[USER, BOT], [USER, PARIS, Q, NO]], "scores": [2, 1]}, "ranked", "prompts differ"),
+    ({**PAIR, "group": "\ud83d"}, "preference", "unpaired surrogate in group"),
+    ({"info": {"id": "\ud83d", "article": "x"}, "choice": 0, "summaries": [{"text": " a"}, {"text": " b"}]}, "preference",
+     "unpaired surrogate in group"),
+    *(({"prompt": "p", name: "x"}, "prompt", f"{name} is not read: leave the field out if the rows are right without it")
+      for name in ("audio", "video", "documents")),
+    *(({"messages": [USER, {**BOT, name: ["x"]}]}, "completion", f"messages holds a message with {name}, which is not read")
+      for name in ("image", "video", "videos", "audios", "train_detail")),
+    ({"chosen": ASKED + " a\n\nHuman: thanks", "rejected": ASKED + " b"}, "preference", "chosen goes on after the answer"),
+    ({"chosen": ASKED + " a", "rejected": ASKED + " b\n\nHuman:"}, "preference", "rejected goes on after the answer"),
+    ({"chosen": ASKED + " a\n\nHuman: thanks", "rejected": ASKED + " b"}, "completion", "chosen goes on after the answer"),
+    ({"prompt": "p", "responses": ["a", "", "b"], "scores": [2, 1, 0]}, "preference", "empty response"),
+    ({"prompt": "p", "responses": ["a", " \n"], "scores": [2, 1]}, "ranked", "empty response"),
     ({"rl_prompt": "p", "sampled_answers": [{"sampled_string": "a", "pm_scores": []}] * 2}, "ranked",
      "sampled_answers need a sampled_string and pm_scores[].pm_score each"),
 ]
@@ -346,16 +386,17 @@ def test_an_unreadable_file_gives_a_one_line_error(tmp_path):
 
 
 @needs_data
-@pytest.mark.parametrize("name, rows, differ, empty, equal", [
-    ("helpful-base", 2354, 9, 4, 2), ("harmless-base", 2312, 5, 4, 0), ("helpful-online", 1137, 0, 3, 2)])
-def test_hh_files_have_the_documented_bad_rows(name, rows, differ, empty, equal, capsys):
+@pytest.mark.parametrize("name, rows, differ, empty, equal, longer", [
+    ("helpful-base", 2354, 9, 4, 2, 0), ("harmless-base", 2312, 5, 4, 0, 0), ("helpful-online", 1137, 0, 3, 2, 2)])
+def test_hh_files_have_the_documented_bad_rows(name, rows, differ, empty, equal, longer, capsys):
     """The data's README counts 9 / 5 / 0 rows whose number of turns differs. Rows with different prefixes are among them."""
     path = DATA / "preferences" / f"hh_{name}_test.jsonl.gz"
     records = load_records(path, "preference", skip_bad=True)
     report = capsys.readouterr().err
-    assert len(records) == rows - differ - empty - equal
+    assert len(records) == rows - differ - empty - equal - longer
     assert all(f"{n} {what}" in report for n, what in (
         (differ, "prompts differ"), (empty, "empty"), (equal, "chosen equals rejected")) if n)
+    assert report.count("goes on after the answer") == (longer > 0)
     assert all(r["prompt"].endswith("\n\nAssistant:") for r in records)
     assert all(r[k].startswith(" ") for r in records for k in ("chosen", "rejected"))
     with pytest.raises(DataError, match=rf"{path.name}:\d+: "):
@@ -557,10 +598,10 @@ def test_responses_without_a_space_behind_their_prompts_are_counted(tmp_path, ca
         return capsys.readouterr().out
     good = [dict(prompt=p, completion=c) for p, c in (
         ("Review:", " Good."), ("Review:\n", "Good."), ("Review: ", "Good."), ("", "Good."), ("(", "Good)"), ("Translate:", "好的"),
-        ("Review:", "\nGood."), ("\n\nHuman: Hi\n\nAssistant:", " Good."))]
+        ("Review:", "\nGood."), (ALPACA_PROMPT.format(instruction="Sing."), "La la."), ("\n\nHuman: Hi\n\nAssistant:", " Good."))]
     assert said(*good) == ""
     glued = dict(prompt="Review of Up:", completion="Good."), dict(prompt="The plot is", completion="good.")
-    assert "in 2 of 10 records no space stands between prompt and response, as in 'eview of Up:Good.'" in said(*good, *glued)
+    assert "in 2 of 11 records no space stands between prompt and response, as in 'eview of Up:Good.'" in said(*good, *glued)
     assert "in 1 of 1 records" in said(dict(prompt="A:", chosen="Yes", rejected=" No"), kind="preference")
     assert "in 1 of 1 records" in said(dict(prompt="A:", responses=["Yes", " No"], scores=[1, 2]), kind="ranked")
 

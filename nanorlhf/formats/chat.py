@@ -19,7 +19,8 @@ ROLES = {"Human": "user", "Assistant": "assistant", "System": "system"}
 NAMES = {"user": "Human", "human": "Human", "assistant": "Assistant", "gpt": "Assistant", "system": "System",
          "developer": "System"}
 TURN = re.compile(r"\n\n(Human|Assistant):")  # a system message is always the first: elsewhere, "System:" is somebody's words
-UNREAD = ("tool_calls", "tool_call_id", "function_call", "reasoning_content", "reasoning", "thinking", "images", "audio")
+UNREAD = ("tool_calls", "tool_call_id", "function_call", "reasoning_content", "reasoning", "thinking", "image", "images", "video",
+          "videos", "audio", "audios", "train_detail", "training_detail")
 
 
 def string(value, field):

@@ -12,7 +12,7 @@ import re
 import sys
 
 from nanorlhf.errors import DataError, one_line
-from nanorlhf.formats.chat import ASSISTANT, content_of, messages_of, name_of, string, transcript
+from nanorlhf.formats.chat import ASSISTANT, TURN, content_of, messages_of, name_of, string, transcript
 
 FIELDS = {"text": ("text",), "prompt": ("prompt",), "completion": ("prompt", "completion"),
           "preference": ("prompt", "chosen", "rejected"), "ranked": ("prompt", "responses", "scores")}
@@ -28,13 +28,17 @@ ALPACA_INPUT_PROMPT = ("Below is an instruction that describes a task, paired wi
 BEFORE = ("system", "system_prompt", "history")    # read: what comes before the prompt
 TRAINED = ("weight", "train", "training", "loss")  # read, in a message: 0 or false if nothing is learned from this turn
 LABELS = ("label", "kto_tag")                      # read: false or 0 for an answer that is not to be imitated (KTO)
-REFUSED = ("tools", "functions", "images", "image", "videos", "audios", "chat_template_kwargs")  # unless they are empty
+REFUSED = ("tools", "functions", "documents", "image", "images", "video", "videos", "audio", "audios",
+           "chat_template_kwargs")                 # unless they are empty
+# Fields that mean something in a row with a prompt and responses, so other_columns leaves them out:
+MEANT = {"prompt", "completion", "chosen", "rejected", "responses", "scores", "messages", "conversations", "instruction",
+         "output", "group", "score", "score_chosen", "score_rejected", *BEFORE}
 
 
 class Record(dict):
     """A dict with the fields of one kind. `row` is the JSON object that a prompt or a ranking was read from, with all its
-    fields; None for other records."""
-    row = None
+    fields, and `read` names those that identified it; None and () for other records."""
+    row, read = None, ()
 
 
 def columns_of(records):
@@ -45,14 +49,14 @@ def columns_of(records):
 
 
 def other_columns(records):
-    """Returns for each record the fields of its row that no reader here takes, such as `answer`: they may be written beside new
-    fields. A value that JSON cannot hold (NaN, half of a surrogate pair) is left out, which one line on stderr says."""
-    taken = {name for fields, _, _ in READERS for name in fields} | {"input", *BEFORE, "group", "score", "score_chosen",
-                                                                     "score_rejected"}
+    """Returns for each record its group and the fields of its row that were not read, such as `answer`: they may be written
+    beside new fields. A value that JSON cannot hold (NaN, half of a surrogate pair) is left out; one line on stderr says so."""
     columns, left_out = [], set()
     for record in records:
-        others = {name: value for name, value in (record.row or {}).items()
-                  if name not in taken and not (name in LABELS and isinstance(value, int))}
+        read = {"input", *record.read} if "instruction" in record.read else record.read
+        others = {name: value for name, value in (record.row or {}).items() if name not in MEANT and name not in read
+                  and not (name in LABELS and isinstance(value, (int, float)))}
+        others |= {name: record[name] for name in ("group",) if name in record}
         bad = {name for name, value in others.items() if not is_json({name: value})}
         columns.append({name: value for name, value in others.items() if name not in bad})
         left_out |= bad
@@ -104,17 +108,23 @@ def records_of(row, kind):
     for field in ("text", "completion", "chosen", *["rejected"] * compared):
         if field in record and not record[field].strip():
             raise DataError(f"empty {field}")
+        if read is _read_transcripts and field in record and TURN.search(record[field]):
+            raise DataError(f"{field} goes on after the answer")
     if row_kind == "preference" and compared and record["chosen"] == record["rejected"]:
         raise DataError("chosen equals rejected")
+    if any(not response.strip() for response in record.get("responses", []) if compared):
+        raise DataError("empty response")
     if isinstance(row.get("group"), (str, int)):
         record["group"] = row["group"]
+    if isinstance(record.get("group"), str):
+        string(record["group"], "group")
     converted = convert(row_kind, record, kind)
     if converted is None:
         raise DataError(f"no {kind} record ({', '.join(FIELDS[kind])}) can be made of a {row_kind} record, "
                         f"fields {names}")
     converted = [Record(r) for r in converted]
     for r in converted if kind in ("prompt", "ranked") else ():         # the kinds that a reward sees; others need not hold it
-        r.row = whole
+        r.row, r.read = whole, fields
     return converted
 
 
@@ -386,6 +396,7 @@ READERS = (  # (fields that identify a row, its kind, its reader); earlier ones 
     (("query", "responses", "scores"), "ranked", _read_ranked),
     (("prompt", "completion"), "completion", _read_completion),
     (("instruction", "output"), "completion", _read_completion),
+    (("instruction", "response"), "completion", _read_completion),
     (("messages",), "completion", _read_messages),
     (("conversations",), "completion", _read_messages),
     (("text",), "text", lambda row, field: {"text": string(row[field], field)}),

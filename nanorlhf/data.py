@@ -39,7 +39,7 @@ def load_records(path_or_name, kind, split="train", limit=None, skip_bad=False, 
     split, seed   only for `reviews` (train, test, ood_near, ood_far); a file holds one split.
     limit         use at most this many records; None: all of a file, 4000 (train) or 500 of `reviews`.
     skip_bad      skip bad rows and print one line about them on stderr, instead of raising DataError at the first.
-    tokenizer     a conversation that its chat template rejects is a bad row, too.
+    tokenizer     a conversation that its chat template rejects is a bad row, too; so are responses that it makes one text.
 
     A record is a dict of the kind's fields; the attribute `row` of prompts and rankings is the JSON object they were read
     from. Text is taken as it stands. In particular, no space is put between prompt and completion: the completion carries
@@ -59,9 +59,7 @@ def load_records(path_or_name, kind, split="train", limit=None, skip_bad=False, 
         seen += 1
         try:
             found = records_of(row, kind)
-            if tokenizer and found and (messages := conversation(tokenizer, found[0].get("prompt", ""))):
-                encode_for_reply(tokenizer, messages)
-            records += found
+            records += rendered(tokenizer, found, kind) if tokenizer and found else found
         except DataError as e:
             if not skip_bad:
                 raise DataError(f"{path}:{line}: {e}") from None
@@ -76,6 +74,22 @@ def load_records(path_or_name, kind, split="train", limit=None, skip_bad=False, 
     if tokenizer:
         warn_if_words_are_glued(path, records, tokenizer)
     return records[:limit]
+
+
+def rendered(tokenizer, records, kind):
+    """Returns the records of one row, which share a prompt, without the comparisons of responses that have the same tokens.
+    Raises a DataError if the chat template rejects the prompt or a response, or if no comparison is left."""
+    messages = conversation(tokenizer, records[0].get("prompt", ""))
+    if messages and kind == "prompt":
+        encode_for_reply(tokenizer, messages)
+    if not messages or kind == "prompt":
+        return records
+    texts = [r.get("responses") or [r[field] for field in ("completion", "chosen", "rejected") if field in r] for r in records]
+    ids = {text: encode_turns(tokenizer, messages, text, all_turns=False)[-1][0] for text in dict.fromkeys(sum(texts, []))}
+    kept = [r for r, ys in zip(records, texts) if len(ys) == 1 or any(ids[y] != ids[ys[0]] for y in ys)]
+    if not kept:
+        raise DataError("the responses are one text under the chat template")
+    return kept
 
 
 def warn_if_words_are_glued(path, records, tokenizer):

@@ -22,7 +22,7 @@ import torch
 
 from nanorlhf import reviews
 from nanorlhf.errors import DataError, UserError, one_line
-from nanorlhf.formats.chat import (answer_affixes, conversation, encode_for_reply, encode_turns, is_open,
+from nanorlhf.formats.chat import (ASSISTANT, answer_affixes, conversation, encode_for_reply, encode_turns, is_open,
                                    messages_of, without_oldest)
 from nanorlhf.formats.records import FIELDS, Record, convert, records_of
 from nanorlhf.tokenizer import load_tokenizer as load_tokenizer  # callers may import it from here
@@ -73,6 +73,7 @@ def load_records(path_or_name, kind, split="train", limit=None, skip_bad=False, 
         print(f"{path}: skipped {sum(bad.values())} of {seen} rows ({reasons})", file=sys.stderr)
     if tokenizer:
         warn_if_words_are_glued(path, records, tokenizer)
+        warn_if_turns_are_plain(path, records, tokenizer)
     return records[:limit]
 
 
@@ -108,6 +109,16 @@ def warn_if_words_are_glued(path, records, tokenizer):
     if glued:
         print(f"{path}: in {len(glued)} of {len(records)} records no space stands between prompt and response, as in "
               f"{glued[0]!r}: if they are one text, begin the response with a space", flush=True)
+
+
+def warn_if_turns_are_plain(path, records, tokenizer):
+    """Prints one line if prompts look like conversations, but are none, so that the chat template does not render them."""
+    prompts = [r.get("prompt", "") for r in records] if tokenizer.chat_template else []
+    plain = [p for p in prompts if re.search(r"^Human:", p, re.MULTILINE) and not messages_of(p)]
+    if plain:
+        print(f"{path}: {len(plain)} of {len(records)} prompts have 'Human:' at the beginning of a line but are no conversation, "
+              f"as {plain[0][:40]!r}: the chat template does not render them; it would if they had the form "
+              f"{'Human: Hi.' + ASSISTANT!r}", flush=True)
 
 
 def _review_records(kind, split, n, seed):

@@ -251,6 +251,8 @@ def test_turns_of_weight_0_are_given_in_all_turns_training(tokenizer, tmp_path):
     assert weighted.tokens.tolist() == plain.tokens.tolist()
     assert tokenizer.decode(weighted.tokens[weighted.mask]).strip().startswith("Hardly.")
     assert "Not bad." in tokenizer.decode(plain.tokens[plain.mask])
+    config = train_sft.Config(all_turns=True, train_on_prompt=True)
+    assert all(e.count == len(e.tokens) - 1 for g in train_sft.to_groups(found, tokenizer, config, 200) for e in g.examples)
 
 
 PARTS = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% for p in m['content'] %}{% if p.type == 'text' %}"

@@ -132,6 +132,17 @@ LATER = "\n\nHuman: q\n\nAssistant: a\n\nHuman: r\n\nAssistant: b\n\nHuman: hi\n
     ({"prompt": ASKED + " ", "completion": "yes"}, "completion", {"prompt": ASKED, "completion": " yes"}),
     ({"prompt": ASKED.lstrip(), "completion": " yes"}, "completion", {"prompt": ASKED, "completion": " yes"}),
     ({"prompt": "p ", "completion": "yes"}, "completion", {"prompt": "p ", "completion": "yes"}),         # no conversation
+    ({"prompt": TOLD.lstrip(), "completion": " yes"}, "completion", {"prompt": TOLD, "completion": " yes"}),
+    ({"prompt": ASKED.replace("\n", "\r\n"), "completion": " yes"}, "completion", {"prompt": ASKED, "completion": " yes"}),
+    *(({"prompt": user + end, "completion": answer}, "completion", {"prompt": asked, "completion": " yes"})    # the user's turn ends it
+      for user, asked in (("\n\nHuman: hi", ASKED), (TOLD.removesuffix("\n\nAssistant:"), TOLD),
+                          (LATER.removesuffix("\n\nAssistant:").lstrip(), LATER), ("\r\n\r\nHuman: hi", ASKED))
+      for end, answer in (("", " yes"), ("", "yes"), ("\n\n", "Assistant: yes"), ("", "\n\nAssistant: yes"))),
+    ({"prompt": "\n\nHuman: hi"}, "prompt", {"prompt": ASKED}),
+    ({"prompt": "\n\nHuman: hi", "chosen": [BOT], "rejected": "no"}, "preference", {"prompt": ASKED, "chosen": " yes", "rejected": " no"}),
+    ({"system": "s", "prompt": "\n\nHuman: hi"}, "prompt", {"prompt": TOLD}),
+    *(({"prompt": p, "completion": "yes"}, "completion", {"prompt": p, "completion": "yes"}) for p in (
+        "Human: hi", "Human: hi\nAssistant:", "System: up.\nHuman: hi", "a\r\nb", "x\n\nHuman: hi")),           # no conversations
     # weights, and labels of KTO
     ({"messages": [Q, {**PARIS, "weight": 0}, USER, {**BOT, "weight": 1}]}, "completion",
      {"prompt": "\n\nHuman: q\n\nAssistant: Paris" + ASKED, "completion": " yes", "given": [0]}),
@@ -604,6 +615,18 @@ def test_responses_without_a_space_behind_their_prompts_are_counted(tmp_path, ca
     assert "in 2 of 11 records no space stands between prompt and response, as in 'eview of Up:Good.'" in said(*good, *glued)
     assert "in 1 of 1 records" in said(dict(prompt="A:", chosen="Yes", rejected=" No"), kind="preference")
     assert "in 1 of 1 records" in said(dict(prompt="A:", responses=["Yes", " No"], scores=[1, 2]), kind="ranked")
+
+
+def test_prompts_that_look_like_conversations_but_are_none_are_counted(tmp_path, capsys, tiny, monkeypatch):
+    rows = [{"prompt": p, "completion": " yes"} for p in (
+        "Human: hi", "Human: hi\nAssistant:", "A talk.\n\nHuman: hi\n\nAssistant:", ASKED, "hi", "A Human: hi")]
+    load_records(file_of(tmp_path, *rows), "completion", tokenizer=tiny)
+    assert capsys.readouterr().out == ""           # without a template all are plain text
+    monkeypatch.setattr(tiny, "chat_template", "{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    load_records(file_of(tmp_path, *rows), "completion", tokenizer=tiny)
+    assert "3 of 6 prompts have 'Human:' at the beginning of a line but are no conversation" in capsys.readouterr().out
+    load_records(file_of(tmp_path, *rows[3:]), "completion", tokenizer=tiny)
+    assert capsys.readouterr().out == ""
 
 
 def test_describe_shows_the_first_example_and_counts_what_was_cut(capsys, tiny):

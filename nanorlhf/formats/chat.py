@@ -74,9 +74,10 @@ def transcript(messages, field):
 def messages_of(prompt):
     """Returns the messages of a transcript that ends with ASSISTANT (and perhaps a space), or with the beginning of an answer,
     which is then the last message; None for any other text. Consecutive messages of one role are merged. The blank lines before
-    a first "Human:" may be missing."""
+    a first "Human:" may be missing, and those before a first "System:" if a "Human:" with blank lines follows."""
     bare = prompt.lstrip()
-    before, *turns = TURN.split("\n\n" + bare if bare.startswith("Human:") else prompt)
+    begins = bare.startswith("Human:") or bare.startswith("System:") and "\n\nHuman:" in bare
+    before, *turns = TURN.split("\n\n" + bare if begins else prompt)
     if before.startswith("\n\nSystem:"):
         turns = ["System", before.removeprefix("\n\nSystem:"), *turns]
     elif before:

@@ -202,7 +202,7 @@ def _turns(prompt):
     """Returns a prompt as messages. A string that is no transcript is one message of the user's."""
     if isinstance(prompt, list):
         return prompt
-    return messages_of(prompt) or [{"role": "user", "content": prompt}] * bool(prompt.strip())
+    return messages_of(_tidy(prompt)) or [{"role": "user", "content": prompt}] * bool(prompt.strip())
 
 
 def _is_open(messages):
@@ -210,12 +210,16 @@ def _is_open(messages):
 
 
 def _tidy(prompt):
-    """Returns a prompt string; a transcript without a space at its end, which belongs to the answer, and with blank lines
-    before it."""
-    if not messages_of(prompt):
-        return prompt
-    prompt = "\n\n" + prompt.lstrip()
-    return prompt.rstrip() if prompt.rstrip().endswith(ASSISTANT) else prompt
+    """Returns a prompt string; a transcript without a space at its end, which belongs to the answer, with blank lines before it,
+    and with ASSISTANT at its end if the user had the last turn."""
+    text = prompt.replace("\r\n", "\n")
+    if not messages_of(text):
+        asked = text.rstrip() + ASSISTANT
+        if not TURN.search(text) or not messages_of(asked):
+            return prompt
+        text = asked
+    text = "\n\n" + text.lstrip()
+    return text.rstrip() if text.rstrip().endswith(ASSISTANT) else text
 
 
 def _transcripts(messages, response, field, where="prompt"):
@@ -234,8 +238,9 @@ def _dialogue(prompt, response, field):
     response = [response] if isinstance(response, dict) and {"role", "from"} & response.keys() else response
     if isinstance(prompt, str) and not isinstance(response, list):
         tidy, response = _tidy(prompt), string(response, field)
-        moved = tidy.endswith(ASSISTANT) and prompt[-1:].isspace()
-        return tidy, " " + response.removeprefix(" ") if moved else response, []
+        if tidy.endswith(ASSISTANT) and not prompt.replace("\r\n", "\n").endswith(ASSISTANT):
+            response = " " + re.sub(r"^\s*Assistant:", "", response).removeprefix(" ")
+        return tidy, response, []
     messages = _turns(prompt)
     if not isinstance(response, list):            # the space in front is added by transcript()
         words = string(response, field)

@@ -174,7 +174,7 @@ def test_other_columns_are_those_that_are_not_read(tmp_path):
 
 
 def test_other_columns_may_have_the_name_of_another_layouts_field(tmp_path):
-    mine = {"text": "t", "info": 1, "query": "q", "choice": "B", "input": "x", "sampled_answers": 2, "response": "z"}
+    mine = {"text": "t", "info": 1, "query": "q", "choice": "B", "input": "x", "sampled_answers": 2, "output": "z"}
     for row in ({"prompt": "p"}, {"prompt": "p", "completion": " c"}, PAIR):
         record = load_records(file_of(tmp_path, {**row, **mine}), "prompt")
         assert other_columns(record) == [mine]

@@ -32,7 +32,7 @@ REFUSED = ("tools", "functions", "documents", "image", "images", "video", "video
            "chat_template_kwargs")                 # unless they are empty
 # Fields that mean something in a row with a prompt and responses, so other_columns leaves them out:
 MEANT = {"prompt", "completion", "chosen", "rejected", "responses", "scores", "messages", "conversations", "instruction",
-         "output", "group", "score", "score_chosen", "score_rejected", *BEFORE}
+         "group", "score", "score_chosen", "score_rejected", *BEFORE}
 
 
 class Record(dict):
@@ -112,7 +112,7 @@ def records_of(row, kind):
             raise DataError(f"{field} goes on after the answer")
     if row_kind == "preference" and compared and record["chosen"] == record["rejected"]:
         raise DataError("chosen equals rejected")
-    if any(not response.strip() for response in record.get("responses", []) if compared):
+    if compared and not all(response.strip() for response in record.get("responses", [])):
         raise DataError("empty response")
     if isinstance(row.get("group"), (str, int)):
         record["group"] = row["group"]

@@ -129,8 +129,8 @@ class Options:
 
 
 ANY, GOLD_RANGE = (-math.inf, math.inf), (reviews.REWARD_MIN, reviews.REWARD_MAX)
-RANGES = {"win": (0, 1), "ended": (0, 1), "accuracy": (0, 1), "ead": (0, 1), "nli": (-2, 2), "sbert": (0, 2),
-          "kl": (0, math.inf), "length": (0, math.inf)}                 # of the columns whose names begin so
+RANGES = {"win": (0, 1), "ended": (0, 1), "accuracy": (0, 1), "ceiling": (0, 1), "ead": (0, math.inf), "nli": (-2, 2),
+          "sbert": (0, 2), "kl": (0, math.inf), "length": (0, math.inf)}                 # of the columns whose names begin so
 MINUS_SFT = " - SFT"                                                    # ends the names of columns of paired differences
 
 
@@ -372,7 +372,7 @@ def check_unused(options):
 
 
 def main():
-    folders = list(itertools.takewhile(lambda a: not a.startswith("--"), sys.argv[1:]))
+    folders = list(itertools.takewhile(lambda a: not a.startswith("-"), sys.argv[1:]))
     options = parse_options(Options, "python -m nanorlhf.evaluate RUN [RUN...] [options]: a table over checkpoint folders.",
                             sys.argv[1 + len(folders):])
     try:

@@ -42,11 +42,11 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
     """
     if stop and tokenizer is None:
         raise ValueError("stop strings need a tokenizer")
-    if num_samples < 1 or not 0 <= temperature < math.inf or top_k < 0 or not 0 <= top_p <= 1 or not 0 <= seed < 2**64 or \
-            "" in stop:
+    fits = num_samples >= 1 and (temperature == 0 or 1e-3 <= temperature < math.inf) and top_k >= 0 and 0 <= top_p <= 1
+    if not fits or not 0 <= seed < 2**64 or "" in stop:
         raise UserError(f"num_samples {num_samples}, temperature {temperature}, top_k {top_k}, top_p {top_p}, seed {seed}, stop "
-                        f"{list(stop)}: need at least 1 sample, a finite temperature, top_k and seed of at least 0, a top_p in "
-                        f"[0, 1] and no empty stop string")
+                        f"{list(stop)}: need at least 1 sample, a temperature of 0 or from 1e-3, a top_k and seed of at least 0, "
+                        f"a top_p in [0, 1] and no empty stop string")
     check_prompts(model, prompts, max_new_tokens)
     device = model.embed.weight.device
     R = len(prompts) * num_samples

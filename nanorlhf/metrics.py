@@ -78,7 +78,7 @@ def expectation_adjusted_distinct(texts, vocab_size=50257, first=None):
     """
     words = [words_of(t)[:first] for t in texts]
     scores = []
-    for n in range(1, 6):
+    for n in range(1, min(5, first or 5) + 1):
         grams = [tuple(w[i:i + n]) for w in words for i in range(len(w) - n + 1)]
         expected = -vocab_size * math.expm1(len(grams) * math.log1p(-1 / vocab_size))
         scores.append(len(set(grams)) / expected if grams else 0.0)

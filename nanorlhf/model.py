@@ -16,7 +16,7 @@ from torch import nn
 
 from nanorlhf.errors import UserError
 from nanorlhf.formats.checkpoints import FAMILIES, load_weights, read_config, read_constants, save_weights, tensor_index
-from nanorlhf.kernels import decode_attention, thin_linear, token_logprobs
+from nanorlhf.kernels import decode_attention, matmul32, thin_linear, token_logprobs
 from nanorlhf.training import seed_for
 
 
@@ -285,8 +285,16 @@ class Transformer(nn.Module):
     def head_bias(self):                          # [V] or None
         return None if self.head is None or self.head.bias is None else self.head.bias[:self.vocab]
 
-    def logits(self, hidden):                     # [..., D] -> [..., V]
-        return (thin_linear if hidden.dim() == 2 else F.linear)(hidden, self.head_weight, self.head_bias)
+    def logits(self, hidden):
+        """hidden [..., D] -> [..., V], float32 also under autocast, as in `token_logprobs`: in bf16, logits far from 0 lose the
+        differences that a distribution is made of."""
+        device = hidden.device.type
+        if not torch.is_autocast_enabled(device):
+            return (thin_linear if hidden.dim() == 2 else F.linear)(hidden, self.head_weight, self.head_bias)
+        dtype = torch.get_autocast_dtype(device)
+        with torch.autocast(device, enabled=False):
+            z = matmul32(hidden.flatten(0, -2).to(dtype), self.head_weight.to(dtype).T).view(*hidden.shape[:-1], -1)
+            return z if self.head_bias is None else z + self.head_bias
 
     def logprobs(self, tokens, mask, temperature=1.0, entropy=False):
         """Returns log p(token t | tokens before t) under softmax(logits / temperature) where the mask is True, 0 elsewhere.

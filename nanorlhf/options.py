@@ -99,7 +99,8 @@ RANGES = {                        # {interval: the numeric options that lie in i
     "[0, 9e18]": "seed",
     "[0, inf)": "lr value_lr weight_decay prior_precision max_grad_norm kl_coef kl_target vf_coef rrhf_weight length_penalty "
                 "diversity_penalty",
-    "(0, inf)": "epochs beta kl_horizon cliprange cliprange_value adam_eps scale",
+    "(0, inf)": "epochs beta kl_horizon cliprange cliprange_value",
+    "[1e-20, 1]": "adam_eps", "[1e-3, 1e3]": "scale",
     "(-inf, inf)": "missing_eos_penalty label_temperature",
     "0 or [1e-3, 1e3]": "temperature",
     "[0, 1)": "eval_fraction", "[0, 0.5)": "label_smoothing", "[0, 1]": "gamma lam alpha", "(0, 1]": "top_p"}

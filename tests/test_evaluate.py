@@ -211,7 +211,8 @@ def test_an_interval_stays_within_what_is_possible_and_never_has_no_width():
     assert within(*mean_and_interval([0.3])) == (0.3, None, None) and within(*mean_and_interval([0.1] * 3))[1:] == (None, None)
     assert difference_and_interval([0.1] * 3, [0.3] * 3)[1] == 0.0
     gold = (-2.0, 1.0)
-    assert possible_range("nli_per_input") == (-2, 2) and possible_range("win_sft") == possible_range("ead_across") == (0, 1)
+    assert possible_range("nli_per_input") == (-2, 2) and possible_range("win_sft") == possible_range("ceiling") == (0, 1)
+    assert possible_range("ead_across") == (0, math.inf)               # distinct n-grams only: a little above 1
     assert possible_range("kl") == (0, math.inf) and possible_range("gold/test", gold) == gold
     assert possible_range("gap/far", gold) == possible_range("gold/test - SFT", gold) == (-3, 3)
     assert possible_range("ended - SFT") == (-1, 1) and possible_range("gold/x") == (-math.inf, math.inf)

@@ -622,3 +622,17 @@ def test_trap_9_there_is_no_dropout(tmp_path):
     model, tokens = Transformer.from_pretrained(tmp_path), torch.arange(12).view(2, 6)
     assert not any("dropout" in type(m).__name__.lower() for m in model.modules())
     assert torch.equal(model.train()(tokens), model.eval()(tokens))
+
+
+def test_logits_under_autocast_do_not_depend_on_a_common_offset():
+    """Pretrained models have logits around -100. Rounded to bf16 they lose the differences that matter."""
+    config = ModelConfig.for_family("gpt_neox", 16, vocab_size=60, context=32, layers=1, heads=2, kv_heads=2, head_dim=8,
+                                    rotary_dim=2, head_bias=True, tied=False)
+    model = Transformer(config, seed=1)
+    tokens = torch.randint(60, (2, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        before = model.logits(model(tokens)).log_softmax(-1)
+        model.head.bias -= 100
+        after = model.logits(model(tokens))
+    assert after.dtype == torch.float32
+    torch.testing.assert_close(after.log_softmax(-1), before, atol=1e-4, rtol=0)

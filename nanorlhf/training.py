@@ -79,7 +79,7 @@ def optimizer_step(rates, max_grad_norm, step, rows, loss):
                                                   max_grad_norm or math.inf)) for optimizer in rates]
     if not all(map(math.isfinite, [loss, *norms])):
         raise UserError(f"step {step}: loss {loss}, gradient norm {', '.join(map(str, norms))}, on the examples "
-                        f"{list(rows)[:8]} (of {len(rows)}); this update was not made (lower --lr?)")
+                        f"{list(rows)[:8]} (of {len(rows)}); the weights were not changed by this update (lower --lr?)")
     for optimizer, lr in rates.items():
         for group in optimizer.param_groups:
             group["lr"] = lr

@@ -219,7 +219,7 @@ def read_end_ids(folder):
             try:
                 ids += as_list(json.loads(file.read_text(encoding="utf-8")).get("eos_token_id"))
             except (ValueError, AttributeError):
-                raise UserError(f"{file}: not a JSON object")
+                raise UserError(f"{file}: not JSON, or no object")
             if wrong := [i for i in ids if type(i) is not int or not 0 <= i < 2**31]:
                 raise UserError(f"{file}: eos_token_id {wrong[0]!r} is not a token id")
     return tuple(dict.fromkeys(ids))

@@ -172,16 +172,20 @@ def load_and_hold_out(config, kind, tokenizer, default_limit=None):
     return split_records(records, config.eval_fraction, config.seed)
 
 
+def post_of(record):
+    """Returns what a record is about: its "group", else its prompt or text."""
+    return record.get("group", record.get("prompt", record.get("text")))
+
+
 def split_records(records, fraction, seed=0):
     """Returns (train, held_out). About `fraction` of the posts (records with one "group", else one prompt or text) are held out,
     each with all its records. A hash decides, so the side of a post depends on the post, fraction and seed only."""
     def is_held_out(record):
-        key = record.get("group", record.get("prompt", record.get("text")))
-        digest = hashlib.sha256(f"{seed}:{key}".encode()).digest()
+        digest = hashlib.sha256(f"{seed}:{post_of(record)}".encode()).digest()
         return int.from_bytes(digest[:8], "big") < fraction * 2**64
     sides = [is_held_out(r) for r in records]
     if 0 < fraction < 1 and len(set(sides)) < 2:
-        prompts = len({str(r.get("group", r.get("prompt", r.get("text")))) for r in records})
+        prompts = len({str(post_of(r)) for r in records})
         raise DataError(f"{len(records)} records of {prompts} different prompts are too few to hold out {fraction:g} of the "
                         f"prompts: change --eval_fraction (0 holds out none) or --seed, or give --eval_data")
     return [r for r, held in zip(records, sides) if not held], [r for r, held in zip(records, sides) if held]

@@ -487,15 +487,21 @@ def test_the_two_newest_checkpoints_stay_and_resumed_logs_end_at_the_newest(tmp_
     assert [r["step"] for r in read_jsonl(tmp_path / "samples.jsonl")] == [9, 10, 11]
 
 
+def begun(folder):
+    """Returns (run, model, optimizer) of a new run in this folder, after one update."""
+    model = torch.nn.Linear(3, 2)
+    optimizer = make_optimizer(model.parameters(), "adamw", 0.01)
+    run = Run(Small(str(folder)), "sft")
+    run.begin(0)
+    some_updates(model, optimizer, 0, 1)
+    return run, model, optimizer
+
+
 @pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "state.json"])
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
 def test_a_corrupt_checkpoint_is_named_and_the_previous_one_resumes(file, damage, tmp_path):
     """safetensors would load a flipped bit silently, so every file has a checksum. In state.json the flip is in kl_coef."""
-    model = torch.nn.Linear(3, 2)
-    optimizer = make_optimizer(model.parameters(), "adamw", 0.01)
-    run = Run(Small(str(tmp_path)), "sft")
-    run.begin(0)
-    some_updates(model, optimizer, 0, 1)
+    run, model, optimizer = begun(tmp_path)
     for step in (3, 4):
         run.save_checkpoint(step, {"model": model}, {"optimizer": optimizer}, {"kl_coef": 0.25})
     newest = tmp_path / "checkpoints" / "step-0000004"
@@ -521,11 +527,7 @@ def test_a_corrupt_checkpoint_is_named_and_the_previous_one_resumes(file, damage
 @pytest.mark.parametrize("name", ["model", "optimizer"])
 @pytest.mark.parametrize("value", [math.nan, -math.inf])
 def test_a_checkpoint_with_nan_or_infinity_is_never_written(name, value, tmp_path):
-    model = torch.nn.Linear(3, 2)
-    optimizer = make_optimizer(model.parameters(), "adamw", 0.01)
-    run = Run(Small(str(tmp_path)), "sft")
-    run.begin(0)
-    some_updates(model, optimizer, 0, 1)
+    run, model, optimizer = begun(tmp_path)
     run.save_checkpoint(3, {"model": model}, {"optimizer": optimizer})
     with torch.no_grad():
         (model.weight if name == "model" else optimizer.state[model.weight]["exp_avg_sq"])[1, 2] = value

@@ -297,7 +297,8 @@ def decode_response(tokenizer, ids, prompt=None):
 
 def length_limits(config, context):
     """Returns (longest prompt + response, longest prompt) in tokens, of the options --max_length (0: the model's context) and
-    --max_prompt_length (0: half of it). Training, sampling and evaluation share this rule, so that they read the same prompts."""
+    --max_prompt_length (0: half of it). Training, sampling and evaluation share this rule, so that they read the same prompts
+    (but make_all_turns_example keeps a conversation that fits)."""
     max_length = config.max_length or context
     max_prompt_length = config.max_prompt_length or max_length // 2
     if max_length > context:

@@ -72,6 +72,17 @@ def hardware_limits(device):
     return dict(flops=2 * 2048**3 / best["product"], bytes_per_second=4 * 2**27 / best["read"])
 
 
+def processor():
+    """Returns the CPU's name, family and model (family 25, model 1 of AMD is Zen 3), and the widest vectors that torch uses."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+        info = {k.strip(): v.strip() for k, _, v in (line.partition(":") for line in lines)}
+        return (f"{info['model name']} (family {info['cpu family']}, model {info['model']}), "
+                f"{torch.backends.cpu.get_cpu_capability()}")
+    except (OSError, KeyError):
+        return f"{platform.processor() or platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+
+
 def cpu_seconds():
     """Returns (CPU seconds of all processes, of this one and its children, stolen by the host) so far, from Linux's /proc/stat;
     None elsewhere."""
@@ -385,7 +396,7 @@ def main():
             torch.set_num_threads(o.threads)
         device = torch.device("cpu") if o.benchmark == "tokenize" else pick_device(o.device)
         limits = hardware_limits(device)
-        name = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()}, {os.cpu_count()} cores"
+        name = torch.cuda.get_device_name() if device.type == "cuda" else f"{processor()}, {os.cpu_count()} cores"
         print(f"{name}, torch {torch.__version__}: {limits['flops'] / 1e9:.0f} GFLOP/s, "
               f"{limits['bytes_per_second'] / 1e9:.1f} GB/s", flush=True)
         before, started = cpu_seconds(), time.monotonic()

@@ -87,15 +87,22 @@ def check_prompts(model, prompts, max_new_tokens):
 
 
 def prefill(model, prompts, num_samples, max_new_tokens):
-    """Runs each prompt once. Returns the cache and the logits of the first new token, [P, V] float32."""
+    """Runs each prompt once. Returns the cache and the logits of the first new token, [P, V] float32.
+
+    A few prompts run at once: if they are sorted by length, they need little padding, and what a layer holds of them stays
+    small (on a CPU, near its cache).
+    """
     device = model.embed.weight.device
-    lengths = torch.tensor([len(p) for p in prompts], device=device)
-    tokens = torch.zeros(len(prompts), max(map(len, prompts)), dtype=torch.long)
-    for row, prompt in zip(tokens, prompts):
-        row[:len(prompt)] = torch.tensor(prompt)
-    cache = Cache(lengths, num_samples, max_new_tokens)
-    hidden = model(tokens.to(device), cache)
-    return cache, model.logits(hidden[torch.arange(len(prompts), device=device), lengths - 1]).float()
+    lengths = [len(p) for p in prompts]
+    cache = Cache(torch.tensor(lengths, device=device), num_samples, max_new_tokens)
+    size, logits = max(1, (2**9 if device.type == "cpu" else 2**14) // max(lengths)), []
+    for first in range(0, len(prompts), size):
+        part = prompts[first:first + size]
+        last = torch.tensor([len(p) - 1 for p in part], device=device)
+        tokens = torch.tensor([p + [0] * (max(map(len, part)) - len(p)) for p in part], device=device)
+        hidden = model(tokens, cache)
+        logits.append(model.logits(hidden[torch.arange(len(part), device=device), last]).float())
+    return cache, torch.cat(logits)
 
 
 def _vocabulary(model, tokenizer):

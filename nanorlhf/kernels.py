@@ -132,18 +132,19 @@ def sample(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
     logits = logits.float()
     if temperature == 0:
         return logits.argmax(-1), torch.zeros(len(logits), device=logits.device)
-    logp = filter_logits(logits, temperature, top_k, top_p).log_softmax(-1)
-    cdf = logp.exp().cumsum(-1)
+    z = filter_logits(logits, temperature, top_k, top_p)
+    top = z.amax(-1, keepdim=True)
+    cdf = (z - top).exp_().cumsum_(-1)                                                 # not yet divided by its total
     total = cdf[:, -1:]
     # The point stays below the total, because rounding could pick a token of probability zero at the vocabulary's end.
     point = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
     tokens = torch.searchsorted(cdf, point, right=True)                                # [R, 1]
-    return tokens[:, 0], logp.gather(1, tokens)[:, 0]
+    return tokens[:, 0], (z.gather(1, tokens) - top - total.log())[:, 0]
 
 
 @functools.cache
-def columns_are_fast():
-    """True on an AMD processor, where the CPU's BLAS multiplies large weights with a few columns faster than with a few rows."""
+def slices_are_fast():
+    """True on an AMD processor, where the CPU's BLAS divides a product with few rows badly among its threads."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as f:
             return any(line.startswith("vendor_id") and "AuthenticAMD" in line for line in f)
@@ -152,18 +153,22 @@ def columns_are_fast():
 
 
 def thin_linear(x, weight, bias=None):
-    """Computes F.linear, on some processors faster for 4 to 16 rows, as in decoding: x [R, in], weight [out, in] -> [R, out].
+    """Computes F.linear for few rows, as in decoding, on some processors faster: x [R, in], weight [out, in] -> [R, out].
 
-    W @ x.T is the same product as x @ W.T. On an AMD EPYC (Zen 3, AVX2, two cores, float32) it takes 353 instead of 1010 us for 4
-    rows of 768 x 3072, 1021 instead of 954 for 8, 816 instead of 1402 for 16; for 1 to 3 rows, or below 2 million weights, it
-    gains nothing or loses, and on an Intel processor (AVX-512) it was slower nearly everywhere. The choice depends on the
-    processor and the shapes, never on a clock, so that a run's numbers do not vary.
+    A batched product gives each thread one slice of the outputs. On an AMD EPYC (Zen 3, AVX2, two cores, float32) it takes
+    0.5-0.9 of F.linear's time for 1 to 16 rows and weights of 300 thousand numbers or more; smaller ones gain nothing, and
+    Intel's BLAS divides the work as well by itself. The choice depends on the processor and the shapes, never on a clock, so
+    that a run's numbers do not vary.
     """
-    R = len(x)
-    if not 4 <= R <= 16 or weight.numel() < 2**21 or not x.is_cpu or x.dtype != weight.dtype or not columns_are_fast():
+    n = torch.get_num_threads()
+    if n == 1 or len(x) > 64 or weight.numel() < 2**18 or not x.is_cpu or x.dtype != weight.dtype or not slices_are_fast():
         return F.linear(x, weight, bias)
-    y = (weight @ x.T).T
-    return y.contiguous() if bias is None else y + bias
+    size = len(weight) // n                                                            # outputs per thread
+    slices = weight[:n * size].view(n, size, -1)
+    y = torch.bmm(x.expand(n, *x.shape), slices.mT).transpose(0, 1).reshape(len(x), -1)
+    if n * size < len(weight):
+        y = torch.cat([y, F.linear(x, weight[n * size:])], 1)
+    return y if bias is None else y + bias
 
 
 def decode_attention(q, k, v, bias=None, prefix=None):
@@ -176,16 +181,13 @@ def decode_attention(q, k, v, bias=None, prefix=None):
     R, H, E = q.shape
     K, T = k.shape[1:3]
     G = H // K
-    q = q.view(R, K, G, E) * E**-0.5
-    scores = q @ k.mT                                                                  # [R, K, G, T]
-    if bias is not None:
-        scores = scores + bias
-    if prefix is None:
-        p = scores.softmax(-1, dtype=torch.float32).to(q.dtype)
-        return (p @ v).view(R, H * E)
+    if prefix is None:                                                                 # the G queries of a key head as G positions
+        return F.scaled_dot_product_attention(q.view(R, K, G, E), k, v, attn_mask=bias).reshape(R, H * E)
     prefix_k, prefix_v, prefix_bias = prefix
     P, _, S, _ = prefix_k.shape
     n = R // P
+    q = q.view(R, K, G, E) * E**-0.5
+    scores = q @ k.mT                                                                  # [R, K, G, T]
     q = q.view(P, n, K, G, E).transpose(1, 2).reshape(P, K, n * G, E)                  # all rows of a prompt at once
     on_prefix = (q @ prefix_k.mT).view(P, K, n, G, S) + prefix_bias
     p = torch.cat([on_prefix.transpose(1, 2), scores.view(P, n, K, G, T)], -1).softmax(-1, dtype=torch.float32).to(q.dtype)

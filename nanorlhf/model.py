@@ -108,7 +108,7 @@ class Attention(nn.Module):
             y = cache.attend(layer, q[:, :, 0], k[:, :, 0], v[:, :, 0])[:, None]       # [B, 1, H*E]
         else:
             if cache is not None:
-                cache.store_prompt(layer, k, v)
+                cache.store_prompts(layer, k, v)
             # Padding is on the right, where no real position can see it, so the causal mask is the only one needed.
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.kv_heads != self.heads)
             y = y.transpose(1, 2).reshape(B, T, -1)
@@ -178,22 +178,27 @@ class Cache:
     def __init__(self, lengths, num_samples, max_new_tokens):
         self.lengths, self.n, self.capacity = lengths, num_samples, max_new_tokens     # prompt lengths [P]
         self.shared = num_samples > 1                                                  # prompts are stored apart
-        self.prefix, self.own, self.t, self.start, self.filled = [], [], 0, 0, False   # own: start + t is the next slot
+        self.longest, self.stored = int(lengths.max()), 0                              # prompts stored so far
+        self.start, self.t = 0 if self.shared else self.longest, 0                     # start + t is the next slot
+        self.prefix, self.own = [], []                                                 # per layer: keys, values
+        slots = torch.arange(self.longest + (0 if self.shared else self.capacity), device=lengths.device)
+        padding = (slots >= lengths[:, None]) & (slots < self.longest)
+        self.padding_bias = torch.zeros(padding.shape, device=slots.device).masked_fill_(padding, -torch.inf)[:, None, None]
 
-    def store_prompt(self, layer, k, v):
-        P, K, S, E = k.shape
-        if self.shared:
-            self.prefix.append((k.contiguous(), v.contiguous()))
-        else:
-            self.start = S
-        self.own.append((k.new_empty(P * self.n, K, self.start + self.capacity, E),
-                         v.new_empty(P * self.n, K, self.start + self.capacity, E)))
-        if not self.shared:
-            self.own[layer][0][:, :, :S], self.own[layer][1][:, :, :S] = k, v
-        if layer == 0:                                                                 # the same in every layer
-            slots = torch.arange(S if self.shared else S + self.capacity, device=k.device)
-            padding = (slots >= self.lengths[:, None]) & (slots < S)
-            self.padding_bias = torch.zeros(padding.shape, device=k.device).masked_fill_(padding, -torch.inf)[:, None, None]
+    @property
+    def filled(self):                             # all prompts are stored
+        return self.stored >= len(self.lengths)
+
+    def store_prompts(self, layer, k, v):
+        """Stores the next prompts' keys and values, [P', K, S, E] each. Padding between S and the longest prompt stays 0."""
+        _, K, S, E = k.shape
+        if self.stored == 0:
+            P = len(self.lengths)
+            self.own.append([k.new_zeros(P * self.n, K, self.start + self.capacity, E) for _ in "kv"])
+            if self.shared:
+                self.prefix.append([k.new_zeros(P, K, self.longest, E) for _ in "kv"])
+        for buffer, new in zip((self.prefix if self.shared else self.own)[layer], (k, v)):
+            buffer[self.stored:self.stored + len(k), :, :S] = new
 
     def positions(self):
         """Returns the position of the token being decoded, [R, 1]."""
@@ -273,7 +278,8 @@ class Transformer(nn.Module):
             x = block(x, rope, cache, layer)
         if cache.filled:
             cache.t += 1                          # each row has one token more
-        cache.filled = True                       # the prompts are stored
+        else:
+            cache.stored += len(x)
         return x
 
     # Rows of an embedding beyond the tokenizer's ids are padding. They take no part in sampling, nor in log-probabilities.

@@ -9,7 +9,7 @@ measured (--eval_reward): taking one maximum of N would overestimate the first a
 In --out:  best.jsonl         prompt, completion, score                      for train_sft.py
            ranked.jsonl       prompt, responses, scores                      for train_rrhf.py --kind ranked
            comparisons.jsonl  prompt, chosen, rejected (--label_temperature) for train_rm.py and train_dpo.py
-           curve.json         n, reward, eval_reward, kl; reward_interval: half of its 95% interval
+           curve.json         n, reward, eval_reward, kl; reward_interval: half of its 95% interval, if known
 The group and other columns of the data are written along.
 
 The samples depend on --seed, --n and the data (a file's content, or the split), but on neither the reward nor
@@ -215,7 +215,8 @@ def write_curve(run, scored, config):
         for name, values in (("reward", "scores"), ("eval_reward", "values")):
             if scored[0][values] is not None:
                 estimates = [best_of_n_estimate(s["scores"], n, s[values]) for s in scored]
-                row[name], row[f"{name}_interval"] = mean_and_interval(estimates)
+                row[name], half = mean_and_interval(estimates)
+                row |= {f"{name}_interval": half} if half else {}        # 0: unknown, as with one prompt
         curve.append(row)
         print("  ".join(f"{k} {v:.4g}" for k, v in row.items()))
     write_json(run.out / "curve.json", curve)

@@ -24,7 +24,7 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from nanorlhf.data import collate, describe, load_and_hold_out, make_group, micro_batches
+from nanorlhf.data import collate, describe, load_and_hold_out, make_group, micro_batches, post_of
 from nanorlhf.errors import UserError
 from nanorlhf.evaluate import eval_sampler
 from nanorlhf.files import require_file, require_folder
@@ -107,7 +107,7 @@ def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=Config.beta,
 def to_groups(records, tokenizer, config, context):
     """Comparisons -> Groups of two examples, the chosen one first. Their numbers are the reference's
     log-probabilities, which train() fills in."""
-    return [make_group(tokenizer, r["prompt"], [r["chosen"], r["rejected"]], [], config, context)
+    return [make_group(tokenizer, r["prompt"], [r["chosen"], r["rejected"]], [], config, context, post_of(r))
             for r in records]
 
 
@@ -138,9 +138,10 @@ def losses_and_stats(out, groups, config):
     with torch.no_grad():
         rewards_chosen = config.beta * (out.chosen - ref_chosen)             # Eq. 5: the implicit reward
         rewards_rejected = config.beta * (out.rejected - ref_rejected)
+        margins = rewards_chosen - rewards_rejected
         stats = {"rewards/chosen": rewards_chosen, "rewards/rejected": rewards_rejected,
-                 "rewards/margins": rewards_chosen - rewards_rejected,
-                 "rewards/accuracies": 0.5 + 0.5 * (rewards_chosen - rewards_rejected).sign(),   # a tie: 1/2
+                 "rewards/margins": margins,
+                 "rewards/accuracies": 0.5 + 0.5 * margins.round(decimals=4).sign(),         # a tie: 1/2
                  "logps/chosen": out.chosen, "logps/rejected": out.rejected}
     return losses, stats
 
@@ -150,12 +151,13 @@ def evaluate(model, groups, tokenizer, run, config):
     """Mean loss and accuracy of the implicit reward on held-out comparisons, and their standard errors."""
     if not groups:
         return {}
-    losses, accuracies = [], []
+    losses, accuracies, posts = [], [], []
     for part in micro_batches(groups, run.micro_batch_size):
         part_losses, stats = losses_and_stats(forward(model, part, tokenizer, run), part, config)
         losses += part_losses.tolist()
         accuracies += stats["rewards/accuracies"].tolist()
-    return with_error("eval/loss", losses) | with_error("eval/accuracy", accuracies)
+        posts += [g.post for g in part]
+    return with_error("eval/loss", losses, None, posts) | with_error("eval/accuracy", accuracies, None, posts)
 
 
 def train(config):

@@ -11,8 +11,8 @@ decay (adam, rmsprop) is a prior, and a decay of w is then a precision of N w, o
 A ranking of K responses gives all its pairs, in one batch and divided by C(K, 2); ties are dropped (Ouyang
 2022, Eq. 1). The model is the SFT model with a scalar head, read at the last real token: EOS, unless the
 text was truncated. Only differences of rewards are identified. After training, the mean and standard
-deviation over held-out responses are therefore stored as constants, and the score is (r - mean) / std
-(--normalize).
+deviation over held-out responses (without any, the training ones) are therefore stored as constants, and
+the score is (r - mean) / std (--normalize).
 
 Without options it reads the comparisons that this makes from the SFT model and the task's noisy judge:
     python sample_bon.py --split train --limit 8000 --n 2 --reward gold --label_temperature 0.2 \\
@@ -26,7 +26,7 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from nanorlhf.data import collate, describe, load_records, make_group, micro_batches, split_records
+from nanorlhf.data import collate, describe, load_records, make_group, micro_batches, post_of, split_records
 from nanorlhf.errors import UserError
 from nanorlhf.files import require_file, require_folder
 from nanorlhf.metrics import with_error
@@ -100,7 +100,7 @@ def ranked_pairs(scores):
 def to_groups(records, tokenizer, config, context):
     """Rankings -> Groups of K examples and their scores. A ranking in which all responses tie says nothing
     and is left out."""
-    return [make_group(tokenizer, r["prompt"], r["responses"], r["scores"], config, context)
+    return [make_group(tokenizer, r["prompt"], r["responses"], r["scores"], config, context, post_of(r))
             for r in records if len(set(r["scores"])) > 1]
 
 
@@ -118,7 +118,7 @@ def forward(model, groups, tokenizer, run):
     with run.autocast():
         rewards = model.score(batch.tokens, batch.lengths)                   # [sum of K]
     better, worse, weight, first = [], [], [], 0
-    for _, scores in groups:
+    for _, scores, _ in groups:
         i, j = ranked_pairs(scores)
         better += [first + k for k in i]
         worse += [first + k for k in j]
@@ -133,15 +133,16 @@ def evaluate(model, groups, tokenizer, run, name):
     least sure first. If confidence means anything, accuracy rises from quarter to quarter."""
     if not groups:
         return {}
-    by_group = []
+    by_group, posts = [], []
     for part in micro_batches(groups, run.micro_batch_size):
         out = forward(model, part, tokenizer, run)
         margins = (out.rewards[out.better] - out.rewards[out.worse]).float().cpu()
         by_group += margins.split([len(ranked_pairs(g.numbers)[0]) for g in part])
-    margins, pairs = torch.cat(by_group), [len(m) for m in by_group]     # pairs of one ranking are dependent
+        posts += [g.post for g in part]
+    margins, pairs = torch.cat(by_group), [len(m) for m in by_group]     # pairs about one post are dependent
     metrics = {f"eval/{name}/pairs": len(margins),
-               **with_error(f"eval/{name}/loss", [-F.logsigmoid(m).sum() for m in by_group], pairs),
-               **with_error(f"eval/{name}/accuracy", [(m > 0).sum() for m in by_group], pairs)}
+               **with_error(f"eval/{name}/loss", [-F.logsigmoid(m).sum() for m in by_group], pairs, posts),
+               **with_error(f"eval/{name}/accuracy", [(m > 0).sum() for m in by_group], pairs, posts)}
     if len(margins) >= 40:
         by_confidence = margins[margins.abs().argsort()]
         for k, quarter in enumerate(by_confidence.chunk(4), 1):
@@ -180,6 +181,12 @@ def train(config):
         eval_groups[name] = to_groups(held_out, tokenizer, config, model.config.context)
     if not groups:
         raise UserError(f"{config.data}: no two responses of a prompt differ in score")
+    scored = eval_groups["held_out"] or groups
+    if config.normalize_data:
+        texts = load_records(config.normalize_data, "completion", skip_bad=config.skip_bad,
+                             tokenizer=tokenizer)
+        scored = [make_group(tokenizer, r["prompt"], [r["completion"]], [0.0], config, model.config.context)
+                  for r in texts]
 
     describe(run.name, tokenizer, [e for g in groups for e in g.examples])
 
@@ -213,12 +220,6 @@ def train(config):
             run.save_checkpoint(step + 1, {"model": model}, {"optimizer": optimizer})
 
     if config.normalize != "none":
-        scored = eval_groups["held_out"] or groups
-        if config.normalize_data:
-            texts = load_records(config.normalize_data, "completion", limit=1000, tokenizer=tokenizer)
-            context = model.config.context
-            scored = [make_group(tokenizer, r["prompt"], [r["completion"]], [0.0], config, context)
-                      for r in texts]
         normalize(model, scored, tokenizer, run, config.normalize)
     run.finish(model, tokenizer)
 

@@ -19,7 +19,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from nanorlhf.data import (Group, collate, describe, length_limits, load_and_hold_out, make_all_turns_example,
-                           make_example, micro_batches, pack_texts)
+                           make_example, micro_batches, pack_texts, post_of)
 from nanorlhf.files import require_folder
 from nanorlhf.metrics import with_error
 from nanorlhf.model import Transformer
@@ -103,7 +103,7 @@ def to_groups(records, tokenizer, config, context):
         examples = [make_example(tokenizer, r["prompt"], r["completion"], *cut) for r in records]
     if config.train_on_prompt:
         examples = [e._replace(prompt_length=1, given=()) for e in examples]
-    return [Group([e]) for e in examples]
+    return [Group([e], (), post_of(r)) for e, r in zip(examples, records)]
 
 
 class Forward(NamedTuple):
@@ -123,12 +123,13 @@ def forward(model, groups, tokenizer, run):
 @torch.no_grad()
 def evaluate(model, groups, tokenizer, run):
     """Mean loss per token on held-out examples, in nats, and its standard error."""
-    losses, counts = [], []
+    losses, counts, posts = [], [], []
     for part in micro_batches(groups, run.micro_batch_size):
         out = forward(model, part, tokenizer, run)
         losses += (-out.logprobs.sum(1)).tolist()
         counts += out.mask.sum(1).tolist()
-    return with_error("eval/loss", losses, counts) if losses else {}
+        posts += [g.post for g in part]                                      # packed texts have none
+    return with_error("eval/loss", losses, counts, posts if any(posts) else None) if losses else {}
 
 
 def train(config):

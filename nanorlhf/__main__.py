@@ -22,7 +22,7 @@ from nanorlhf.evaluate import Options as EvaluateOptions
 from nanorlhf.evaluate import GOLD_RANGE, OVER_PROMPTS, evaluate_policies, markdown_table, possible_range, report
 from nanorlhf.files import read_json, read_jsonl, write_json, write_records, write_text
 from nanorlhf.metrics import mean_and_interval, share_interval, within
-from nanorlhf.options import check_options, parse_options
+from nanorlhf.options import check_options, one_line_errors, parse_options
 from nanorlhf.run import git_commit
 
 
@@ -74,11 +74,12 @@ POLICIES = {"SFT": "sft", "Preferred-FT": "preferred_ft", "Unlikelihood 0.5": "u
 
 def train_all(out, seed, scale):
     """Runs every stage below `out`, except those already finished. Returns {stage: seconds of training}."""
-    recipe = out / "recipe.json"
+    recipe, seconds, todo = out / "recipe.json", {}, list(stages(out, seed, scale))
     if recipe.exists() and read_json(recipe) != dict(seed=seed, scale=scale):
         raise UserError(f"{out} was made with another --seed or --scale ({recipe}): name another --out")
+    for _, script, options in todo:
+        check_options(script.Config(**options))
     write_json(recipe, dict(seed=seed, scale=scale))
-    seconds, todo = {}, list(stages(out, seed, scale))
     for i, (name, script, options) in enumerate(todo, 1):
         folder, started = out / name, time.monotonic()
         resume = (folder / "run.json").exists()
@@ -118,12 +119,14 @@ REWARD_MODEL_LEGEND = """- accuracy: share of held-out comparisons that the rewa
 """
 
 
-def run_seed(out, seed, scale):
-    """Trains and evaluates every method below `out`. Returns the table's rows and the sampled texts."""
+def run_seed(out, seed, scale, first_words):
+    """Trains and evaluates every method below `out`. Returns the table's rows and the sampled texts. first_words: as in
+    evaluate."""
     seconds = train_all(out, seed, scale)
     print(f"\nevaluation of seed {seed}", flush=True)
     rows, samples = evaluate_policies({name: f"{out}/{folder}" for name, folder in POLICIES.items()}, EvaluateOptions(
-        reference=f"{out}/sft", reward=f"{out}/rm", bon=N, seed=seed, num_prompts=max(8, round(250 * scale)),
+        reference=f"{out}/sft", reward=f"{out}/rm", bon=N, seed=seed, first_words=first_words,
+        num_prompts=max(8, round(250 * scale)),
         diversity_prompts=max(4, round(50 * scale))))
     for row in rows:
         row["seconds"] = (seconds.get(POLICIES.get(row["method"], "bon"), 0.0), None, None)
@@ -195,31 +198,30 @@ def samples_page(samples, prompts_a_split=2):
 def main():
     options, started = parse_options(Options, __doc__), time.monotonic()
     root = Path(options.out)
-    try:
+    with one_line_errors(options, lambda: "the same command resumes from here"):
         check_options(options)
         folders = [root / f"seed-{options.seed + k}" for k in range(options.seeds)] if options.seeds > 1 else [root]
-        results = [run_seed(folder, options.seed + k, options.scale) for k, folder in enumerate(folders)]
-    except (UserError, OSError) as error:
-        raise SystemExit(f"error: {error}")
-    except KeyboardInterrupt:
-        raise SystemExit("interrupted; the same command resumes from here")
-    tables, samples = zip(*results)
-    rows, lines = over_seeds(tables), frontier(folders)
-    judge = over_seeds([reward_model_rows(folder) for folder in folders])
-    note = "" if options.scale >= 1 else (
-        f"A run shortened to {options.scale:.3g} of its length (--scale): it shows that every stage runs. Its numbers say "
-        f"nothing about the methods.")
-    intervals = f"over the {options.seeds} seeds, by Student's t" if options.seeds > 1 else OVER_PROMPTS
-    table = report(rows, f"{note} The judge is `gold`, the true reward of the built-in task.".strip(), intervals)
-    table += f"\n{markdown_table(judge, REWARD_MODEL_COLUMNS, 'reward model on')}\n\n{REWARD_MODEL_LEGEND}"
-    write_text(root / "table.md", table)
-    write_json(root / "table.json", dict(rows=rows, judge=judge, seeds=tables, commit=git_commit(), frontier=lines, note=note,
-                                         options=dataclasses.asdict(options), seconds=round(time.monotonic() - started)))
-    write_records(root / "samples.jsonl", [s for one_seed in samples for s in one_seed])
-    write_text(root / "samples.md", samples_page(samples[0]))
-    plot = plot_frontier(lines, rows[0]["gold/test"][0], root / "frontier.png")
-    print(f"\n{table}\n{root}/table.md, table.json, samples.md{', frontier.png' if plot else ''}; "
-          f"{time.monotonic() - started:.0f} seconds")
+        results, first_words = [], 0
+        for k, folder in enumerate(folders):
+            results.append(run_seed(folder, options.seed + k, options.scale, first_words))
+            first_words = results[0][0][0]["first_words"][0]            # the first seed's, in every seed's table
+        tables, samples = zip(*results)
+        rows, lines = over_seeds(tables), frontier(folders)
+        judge = over_seeds([reward_model_rows(folder) for folder in folders])
+        note = "" if options.scale >= 1 else (
+            f"A run shortened to {options.scale:.3g} of its length (--scale): it shows that every stage runs. Its numbers say "
+            f"nothing about the methods.")
+        intervals = f"over the {options.seeds} seeds, by Student's t" if options.seeds > 1 else OVER_PROMPTS
+        table = report(rows, f"{note} The judge is `gold`, the true reward of the built-in task.".strip(), intervals)
+        table += f"\n{markdown_table(judge, REWARD_MODEL_COLUMNS, 'reward model on')}\n\n{REWARD_MODEL_LEGEND}"
+        write_text(root / "table.md", table)
+        write_json(root / "table.json", dict(rows=rows, judge=judge, seeds=tables, commit=git_commit(), frontier=lines, note=note,
+                                             options=dataclasses.asdict(options), seconds=round(time.monotonic() - started)))
+        write_records(root / "samples.jsonl", [s for one_seed in samples for s in one_seed])
+        write_text(root / "samples.md", samples_page(samples[0]))
+        plot = plot_frontier(lines, rows[0]["gold/test"][0], root / "frontier.png")
+        print(f"\n{table}\n{root}/table.md, table.json, samples.md{', frontier.png' if plot else ''}; "
+              f"{time.monotonic() - started:.0f} seconds")
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ from nanorlhf.files import write_json
 from nanorlhf.generate import generate
 from nanorlhf.kernels import token_logprobs
 from nanorlhf.model import ModelConfig, Transformer, pick_device
+from nanorlhf.options import OneLineParser
 from nanorlhf.run import git_commit
 from nanorlhf.tokenizer import load_tokenizer
 
@@ -368,8 +369,8 @@ def bench_tokenize(o, device, limits):
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="python -m nanorlhf.bench", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(prog="python -m nanorlhf.bench", description=__doc__,
+                           formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("benchmark", choices=["logprob", "generate", "step", "tokenize"])
     parser.add_argument("--layers", type=int, default=0, help="default 6")
     parser.add_argument("--width", type=int, default=0, help="default 384; logprob 256")

@@ -216,6 +216,7 @@ class Group(NamedTuple):
     """The K responses to one prompt and one number for each: its score, or its log-probability under the reference."""
     examples: list      # K Examples with the same prompt
     numbers: list = ()  # K floats
+    post: str = ""      # what they are about (post_of): groups about one post are not independent
 
     @property
     def length(self):
@@ -357,9 +358,9 @@ def describe(name, tokenizer, examples):
         print(f"{name}: {responses} of {len(examples)} responses are cut and have no EOS (--max_length)", flush=True)
 
 
-def make_group(tokenizer, prompt, responses, numbers, config, context):
+def make_group(tokenizer, prompt, responses, numbers, config, context, post=""):
     """K responses to one prompt and their numbers -> Group, cut by `length_limits` and the option --keep."""
-    return Group(make_examples(tokenizer, prompt, responses, *length_limits(config, context), config.keep), numbers)
+    return Group(make_examples(tokenizer, prompt, responses, *length_limits(config, context), config.keep), numbers, post)
 
 
 def make_all_turns_example(tokenizer, prompt, response, max_length=None, max_prompt_length=None, keep="end", given=()):

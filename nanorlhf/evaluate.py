@@ -17,7 +17,7 @@ import torch
 
 from nanorlhf import reviews
 from nanorlhf.data import (Example, collate, decode_response, encode_prompts, encode_response, length_limits,
-                           load_records, micro_batches)
+                           load_records, micro_batches, post_of)
 from nanorlhf.errors import UserError
 from nanorlhf.files import local_folder, require_folder, write_json, write_records, write_text
 from nanorlhf.generate import generate, repeated
@@ -25,7 +25,7 @@ from nanorlhf.metrics import (across_input_diversity, bon_kl, difference_and_int
                               mean_and_interval, mnli_relation, nli_diversity, sbert_diversity, sequence_kl, share_interval,
                               win_rate, with_error, within, words_of)
 from nanorlhf.model import Transformer, check_fit, pick_device
-from nanorlhf.options import check_options, named_files, parse_options
+from nanorlhf.options import check_options, named_files, one_line_errors, parse_options
 from nanorlhf.rewards import load_reward
 from nanorlhf.tokenizer import check_same_ids, load_tokenizer
 from nanorlhf.training import seed_for
@@ -38,19 +38,22 @@ def eval_sampler(config, records, tokenizer, policy, reference, rewards, run):
     prompt, measures them, and appends a few texts to samples.jsonl.
 
     --eval_prompts names the prompts, and --eval_reward a reward that is only measured, beside `rewards`, {name: reward}.
-    Without --eval_prompts, training on the built-in task's prompts is evaluated on its test prompts under the gold reward;
-    training on other data is not evaluated: a line says so, and the function returns {}.
+    Without --eval_prompts, training on the built-in task's prompts is evaluated on its test prompts; training on other data is
+    not evaluated: a line says so, and the function returns {}. Without --eval_reward, the built-in task's prompts are measured
+    by the gold reward.
     """
-    on_reviews = all(reviews.domain_of(r["prompt"]) for r in records[:10])
-    wanted = config.eval_every > 0 and config.num_eval_prompts > 0
-    if wanted and not (config.eval_prompts or on_reviews):
+    def on_reviews(records):
+        return all(reviews.domain_of(r["prompt"]) for r in records[:10])
+    if config.eval_every == 0 or config.num_eval_prompts == 0:
+        return lambda step: {}
+    if not (config.eval_prompts or on_reviews(records)):
         print(f"{run.name}: nothing is sampled while training; --eval_prompts FILE names prompts to sample on, and --eval_reward "
               f"a reward to measure there", flush=True)
-    if not wanted or not (config.eval_prompts or on_reviews):
         return lambda step: {}
-    asked = load_records(config.eval_prompts or "reviews", "prompt", "test", config.num_eval_prompts, tokenizer=tokenizer)
+    asked = load_records(config.eval_prompts or "reviews", "prompt", "test", config.num_eval_prompts, config.skip_bad,
+                         tokenizer=tokenizer)
     prompts = encode_prompts(tokenizer, asked, config, policy.config.context)
-    if config.eval_reward or on_reviews:
+    if config.eval_reward or on_reviews(asked):
         name = "gold" if config.eval_reward in ("", "gold") else "eval_reward"
         rewards = rewards | {name: load_reward(config.eval_reward or "gold", tokenizer, run.device)}
     for reward in rewards.values():
@@ -82,7 +85,7 @@ def measure(policy, reference, tokenizer, prompts, rewards, max_new_tokens, temp
     columns = scores | {"kl": kl, "length": [len(r) for r in responses], "ended": samples.finished.float().cpu()}
     metrics = {}
     for name, values in columns.items():
-        metrics |= with_error(f"eval/{name}", values)
+        metrics |= with_error(f"eval/{name}", values, posts=records and list(map(post_of, records)))
     texts = [dict(prompt=tokenizer.decode(p), completion=tokenizer.decode(r, start=False),
                   **{n: float(s[i]) for n, s in scores.items()}) for i, (p, r) in enumerate(zip(prompts, responses))]
     return metrics, texts
@@ -113,6 +116,7 @@ class Options:
     num_prompts: int = 250           # prompts per split, one sample each
     diversity_prompts: int = 50      # prompts of the first split for per-input diversity (Kirk 2023: 500)
     num_samples: int = 16            # samples for each of them (Kirk 2023: 16)
+    first_words: int = 0             # words that the length-matched EAD reads; 0 = as many as 90% of SFT's texts have
     sbert: bool = False              # SBERT diversity too (extra `eval`, downloads a model)
     nli: bool = False                # NLI diversity by roberta-large-mnli (extra `eval`), also on reviews
     max_length: int = 0              # longest prompt + response in tokens; 0 = the model's context
@@ -125,7 +129,7 @@ class Options:
     out: str = "out/evaluation"      # folder for table.md, table.json and samples.jsonl
     overwrite: bool = False          # overwrite the table in --out
 
-    ranges = {"num_samples": "[2, 1e9]"}  # diversity compares pairs
+    ranges = {"num_samples": "[2, 1e5]"}  # diversity compares pairs
 
 
 ANY, GOLD_RANGE = (-math.inf, math.inf), (reviews.REWARD_MIN, reviews.REWARD_MAX)
@@ -183,7 +187,7 @@ class Evaluation:
             self.written_scores = self.rewards[self.judge](self.prompts[self.first], written, asked)
         opponents = [drawn[0] for drawn in self.draw(self.reference, self.first, 1, 1, "opponent")]
         self.opponent_scores = self.rewards[self.judge](self.prompts[self.first], opponents, asked)
-        self.first_words = None                                         # set by the first row, the reference's
+        self.first_words = options.first_words or None                  # None: set by the first row, the reference's
 
     def draw(self, model, split, K, n, purpose, limit=None):
         """Draws K responses to each of a split's prompts, [P][K] lists of ids. With n > 1 each is the best of n samples of its
@@ -265,7 +269,7 @@ def evaluate_policies(folders, options):
     has "COLUMN - SFT": the mean difference to SFT on the same prompts with its own interval."""
     check_options(options)
     for folder in [options.reference, *folders.values()]:
-        require_folder(folder, "the script that makes it")
+        require_folder(folder, "python train_sft.py" if folder == Options.reference else "the script that makes it")
     evaluation = Evaluation(options)
     for folder in folders.values():
         check_same_ids("the policy", folder, evaluation.tokenizer)
@@ -369,13 +373,15 @@ def check_unused(options):
             raise UserError(f"{out} already holds files: name another --out, or replace its table with --overwrite")
         if not (out / "table.json").exists():
             raise UserError(f"{out} holds no table of an evaluation, so --overwrite does not touch it")
+    out.mkdir(parents=True, exist_ok=True)        # what cannot be written shall be known before the work
 
 
 def main():
     folders = list(itertools.takewhile(lambda a: not a.startswith("-"), sys.argv[1:]))
-    options = parse_options(Options, "python -m nanorlhf.evaluate RUN [RUN...] [options]: a table over checkpoint folders.",
-                            sys.argv[1 + len(folders):])
-    try:
+    description = ("python -m nanorlhf.evaluate RUN [RUN...] [options]: a table over checkpoint folders. They come before the "
+                   "options.")
+    options = parse_options(Options, description, sys.argv[1 + len(folders):])
+    with one_line_errors(options, lambda: "nothing was saved: give the same command again"):
         check_options(options)
         check_unused(options)
         names = [Path(f).name for f in folders]
@@ -385,12 +391,10 @@ def main():
         judged_by += (f" The learned reward is {options.reward}." if column == "gold" else
                       " It is also the learned reward: no --gold was given.")
         table = report(rows, judged_by, OVER_PROMPTS)
-        write_json(Path(options.out) / "table.json", rows)
-        write_records(Path(options.out) / "samples.jsonl", samples)
+        print(table)
         write_text(Path(options.out) / "table.md", table)
-    except (UserError, OSError) as error:
-        raise SystemExit(f"error: {error}")
-    print(table)
+        write_records(Path(options.out) / "samples.jsonl", samples)
+        write_json(Path(options.out) / "table.json", rows)
 
 
 if __name__ == "__main__":

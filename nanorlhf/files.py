@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import weakref
 from pathlib import Path
 
 from nanorlhf.errors import UserError
@@ -19,8 +20,8 @@ from nanorlhf.errors import UserError
 def atomic_write(path):
     """Yields a temporary path beside `path`, for a file or a folder; flushes it to disk and renames it into place at the end.
 
-    A crash at any moment leaves either the old content or the new one, never half of it. An error, such as a full disk, also
-    removes the temporary path.
+    A crash at any moment leaves either the old content or the new one, never half of it; only between deleting an old folder
+    and renaming a new one, it leaves neither. An error, such as a full disk, also removes the temporary path.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -54,6 +55,35 @@ def remove(path):
         path.unlink(missing_ok=True)
 
 
+class FolderLock:
+    """Keeps other processes from a folder until this object, or the process, dies: two that write one folder would mix their
+    rows and weights. FolderLock.of(folder) makes the folder and the lock; within a process all share one."""
+
+    held = weakref.WeakValueDictionary()          # {folder: its lock}
+
+    @classmethod
+    def of(cls, folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = cls.held.get(folder.resolve()) or cls(folder)
+        cls.held[folder.resolve()] = lock
+        return lock
+
+    def __init__(self, folder):
+        self.descriptor = None
+        try:
+            import fcntl
+            self.descriptor = os.open(folder, os.O_RDONLY)
+            fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process is writing {folder}: wait for it, or name another --out")
+        except (ImportError, OSError):            # Windows, or a file system without locks
+            pass
+
+    def __del__(self):
+        if self.descriptor is not None:
+            os.close(self.descriptor)
+
+
 def write_text(path, text):
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
@@ -84,7 +114,11 @@ def read_jsonl(path):
 
 
 def sha256_of(file):
-    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
+    digest = hashlib.sha256()
+    with open(file, "rb") as f:
+        while block := f.read(2**24):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 CHECKPOINT_FILES = ("config.json", "generation_config.json", "*token*", "vocab*", "merges.txt", "chat_template*", "model*")

@@ -253,12 +253,12 @@ def _beams(model, prompts, T, n, groups, penalty, temperature, length_penalty, t
 
 
 def main():
-    import argparse
     from nanorlhf.files import local_folder
     from nanorlhf.formats.chat import ASSISTANT, transcript
     from nanorlhf.model import check_fit, pick_device
+    from nanorlhf.options import OneLineParser, one_line_errors
     from nanorlhf.tokenizer import load_tokenizer
-    parser = argparse.ArgumentParser(prog="python -m nanorlhf.generate", description="Prints samples of checkpoint folders.")
+    parser = OneLineParser(prog="python -m nanorlhf.generate", description="Prints samples of checkpoint folders.")
     parser.add_argument("runs", nargs="+", help="checkpoint folders")
     parser.add_argument("--prompt", action="append", required=True, help="text to continue (several may be given)")
     parser.add_argument("--chat", action="store_true", help="send each prompt as a user's message in a conversation")
@@ -274,7 +274,7 @@ def main():
     if options.system is not None and not options.chat:
         parser.error("--system needs --chat")
     system = [{"role": "system", "content": options.system}] if options.system else []
-    try:
+    with one_line_errors(options, lambda: "give the same command again"):
         device = pick_device("auto")
         models = [(r, Transformer.from_pretrained(r).to(device), load_tokenizer(local_folder(r))) for r in options.runs]
         for _, model, tokenizer in models:
@@ -288,8 +288,6 @@ def main():
                                  options.top_k, options.top_p, options.num_samples, options.seed, options.stop, tokenizer)
                 for ids, finished in zip(found.responses(), found.finished.tolist()):
                     print(f"--- {run}\n{tokenizer.decode(ids, start=False)}{'' if finished else ' [...]'}")
-    except UserError as error:
-        raise SystemExit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -155,15 +155,16 @@ def slices_are_fast():
 def thin_linear(x, weight, bias=None):
     """Computes F.linear for few rows, as in decoding, on some processors faster: x [R, in], weight [out, in] -> [R, out].
 
-    A batched product gives each thread one slice of the outputs. On an AMD EPYC (Zen 3, AVX2, two cores, float32) it takes
-    0.5-0.9 of F.linear's time for 1 to 16 rows and weights of 300 thousand numbers or more; smaller ones gain nothing, and
-    Intel's BLAS divides the work as well by itself. The choice depends on the processor and the shapes, never on a clock, so
-    that a run's numbers do not vary.
+    A batched product gives each thread as many slices of about 512 outputs as any other. On an AMD EPYC (Zen 3, AVX2, two cores,
+    float32) it takes 0.5 to 0.9 of F.linear's time for 1 to 64 rows and weights of 300 thousand numbers or more (the table is in
+    results/bench); smaller ones gain nothing, and Intel's BLAS divides the work as well by itself. The choice depends on the
+    processor and the shapes, never on a clock, so that a run's numbers do not vary.
     """
     n = torch.get_num_threads()
     if n == 1 or len(x) > 64 or weight.numel() < 2**18 or not x.is_cpu or x.dtype != weight.dtype or not slices_are_fast():
         return F.linear(x, weight, bias)
-    size = len(weight) // n                                                            # outputs per thread
+    n *= max(1, round(len(weight) / 512 / n))
+    size = len(weight) // n                                                            # outputs of a slice
     slices = weight[:n * size].view(n, size, -1)
     y = torch.bmm(x.expand(n, *x.shape), slices.mT).transpose(0, 1).reshape(len(x), -1)
     if n * size < len(weight):
@@ -181,7 +182,7 @@ def decode_attention(q, k, v, bias=None, prefix=None):
     R, H, E = q.shape
     K, T = k.shape[1:3]
     G = H // K
-    if prefix is None:                                                                 # the G queries of a key head as G positions
+    if prefix is None:                                                                 # a key head's G queries as G positions
         return F.scaled_dot_product_attention(q.view(R, K, G, E), k, v, attn_mask=bias).reshape(R, H * E)
     prefix_k, prefix_v, prefix_bias = prefix
     P, _, S, _ = prefix_k.shape

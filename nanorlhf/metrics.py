@@ -173,12 +173,17 @@ def mean_and_interval(values):
     return float(v.mean()), float(half)
 
 
-def with_error(name, sums, counts=None):
-    """Returns {name: mean, name_se: its standard error} as evaluations log them. sums: one independent value per example; with
-    counts the mean is that of sum / count over all that is counted (tokens, say), and its error the ratio estimator's. No error
-    for a single example."""
+def with_error(name, sums, counts=None, posts=None):
+    """Returns {name: mean, name_se: its standard error} as evaluations log them. sums: one value per example; with counts the
+    mean is that of sum / count over all that is counted (tokens, say), and its error the ratio estimator's. posts: what each
+    example is about; examples of one post are not independent, so their sums are one value (None: all are independent). No
+    error for a single value."""
     sums = np.asarray(sums, dtype=np.float64)
     counts = np.ones(len(sums)) if counts is None else np.asarray(counts, dtype=np.float64)
+    if posts is not None:
+        numbers = {post: i for i, post in enumerate(dict.fromkeys(posts))}
+        rows = [numbers[post] for post in posts]
+        sums, counts = np.bincount(rows, sums), np.bincount(rows, counts)
     mean, n = sums.sum() / counts.sum(), len(sums)
     metrics = {name: float(mean)}
     if n > 1:
@@ -202,7 +207,7 @@ def difference_and_interval(a, b):
 def within(mean, half, lowest=-math.inf, highest=math.inf):
     """Returns (mean, low end, high end) of the interval mean +- half, cut at the quantity's possible values. A half width of 0
     means that none is known: the ends are None."""
-    return (mean, max(lowest, mean - half), min(highest, mean + half)) if half else (mean, None, None)
+    return (mean, max(min(lowest, mean), mean - half), min(max(highest, mean), mean + half)) if half else (mean, None, None)
 
 
 def share_interval(share, n):

@@ -161,10 +161,11 @@ def rope_frequencies(c):
 
 def rotate(x, cos, sin):
     """Applies rotary position embedding, in the rotate-half layout, to the first R dimensions of each head.
-    x [B, H, T, E]; cos, sin [B or 1, 1, T, R/2]."""
-    half = cos.shape[-1]
-    a, b, rest = x.float().split([half, half, x.shape[-1] - 2 * half], dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1).to(x.dtype)
+    x [B, H, T, E]; cos, sin [B or 1, 1, T, R]: (a, b) becomes (a cos - b sin, b cos + a sin), so sin has its sign."""
+    R = cos.shape[-1]
+    turned, rest = x.float().split([R, x.shape[-1] - R], dim=-1)
+    turned = torch.addcmul(turned * cos, turned.roll(R // 2, dims=-1), sin)
+    return (torch.cat([turned, rest], dim=-1) if rest.shape[-1] else turned).to(x.dtype)
 
 
 class Cache:
@@ -263,8 +264,9 @@ class Transformer(nn.Module):
         if self.positions is not None:
             x, rope = x + self.positions(at + self.config.position_offset), None
         else:
-            angle = at[:, None, :, None].float() * self.frequency              # [R or 1, 1, T, R/2]
-            rope = angle.cos(), angle.sin()
+            angle = at[:, None, :, None].float() * self.frequency              # [R or 1, 1, T, half of a head's rotated dims]
+            cos, sin = angle.cos(), angle.sin()
+            rope = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
         x = self.stack(x, rope) if cache is None else self.cached_stack(x, rope, cache)
         return self.norm(x)
 
@@ -435,6 +437,8 @@ def pick_device(name):
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
+        if device.type == "cpu" and device.index:
+            raise ValueError("there is one")
     except Exception as error:                    # each kind of device that is not here has an exception of its own
         raise UserError(f"--device {name}: torch cannot use it here ({type(error).__name__})")
     return device

@@ -1,6 +1,7 @@
 """The command line of a script: its Config dataclass, one field per option, and back."""
 
 import argparse
+import contextlib
 import dataclasses
 import errno
 import inspect
@@ -19,6 +20,11 @@ from nanorlhf.errors import UserError, one_line
 HOW_TO_BEGIN = ("out", "resume", "overwrite")     # never taken from the run that --resume continues
 
 
+class OneLineParser(argparse.ArgumentParser):
+    def error(self, message):
+        raise SystemExit(f"error: {message} (--help lists the options)")
+
+
 def parse_options(Config, description="", argv=None):
     """Command line -> Config. Each field is an option, the comment behind it is its help, and a comment line above fields is
     their heading in --help. --lr 1e-5 and --lr=1e-5 both work.
@@ -32,10 +38,6 @@ def parse_options(Config, description="", argv=None):
         elif match := re.match(r"    (\w+):[^#]*#\s*(.*)$", line):
             help_of[match[1]], heading_of[match[1]] = match[2], heading
     renamed = getattr(Config, "renamed", {})
-
-    class OneLineParser(argparse.ArgumentParser):
-        def error(self, message):
-            raise SystemExit(f"error: {message} (--help lists the options)")
 
     parser = OneLineParser(description=description, allow_abbrev=False,
                            formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -92,16 +94,19 @@ def _boolean(text):
 
 
 RANGES = {                        # {interval: the numeric options that lie in it}; nan and inf lie in none
-    "[0, 1e9]": "micro_batch_size max_steps warmup_steps eval_every save_every limit max_length max_prompt_length top_k "
-                "num_eval_prompts resample_every bon",
-    "[1, 1e9]": "batch_size response_length num_ppo_epochs num_mini_batches num_samples num_prompts diversity_prompts n",
-    "[1, 1e6]": "context seeds", "[1, 1e5]": "width", "[1, 1e3]": "layers heads", "[0, 1e3]": "kv_heads",    # new models
+    "[0, 1e9]": "micro_batch_size max_steps warmup_steps eval_every save_every limit max_prompt_length top_k "
+                "num_eval_prompts resample_every first_words",
+    "[1, 1e9]": "batch_size response_length num_ppo_epochs num_mini_batches num_prompts diversity_prompts",
+    "0 or [2, 1e9]": "max_length",                # a token is predicted from another one
+    "[1, 1e5]": "width num_samples n", "[0, 1e5]": "bon",
+    "[1, 1e6]": "context seeds", "[1, 1e3]": "layers heads", "[0, 1e3]": "kv_heads",
     "[0, 9e18]": "seed",
-    "[0, inf)": "lr value_lr weight_decay prior_precision max_grad_norm kl_coef kl_target vf_coef rrhf_weight length_penalty "
+    "[0, inf)": "lr value_lr",
+    "[0, 1e6]": "weight_decay prior_precision max_grad_norm kl_coef kl_target vf_coef rrhf_weight length_penalty "
                 "diversity_penalty",
-    "(0, inf)": "epochs beta kl_horizon cliprange cliprange_value",
+    "(0, 1e6]": "epochs beta cliprange cliprange_value", "(0, inf)": "kl_horizon",
     "[1e-20, 1]": "adam_eps", "[1e-3, 1e3]": "scale",
-    "(-inf, inf)": "missing_eos_penalty label_temperature",
+    "[-1e6, 1e6]": "missing_eos_penalty label_temperature",
     "0 or [1e-3, 1e3]": "temperature",
     "[0, 1)": "eval_fraction", "[0, 0.5)": "label_smoothing", "[0, 1]": "gamma lam alpha", "(0, 1]": "top_p"}
 
@@ -168,20 +173,28 @@ def how_to_continue(config):
     return f"no checkpoint was saved yet; to start from the beginning: {command}"
 
 
-def main(Config, run, description):
-    """Entry point of a script: reads the options and calls run(config). An error that the user can fix is one line on stderr,
-    and the exit code is 1."""
-    config = parse_options(Config, description)
+@contextlib.contextmanager
+def one_line_errors(options, go_on):
+    """Turns an error that the user can fix into one line on stderr and the exit code 1. options: the parsed command line;
+    go_on(): what the user can do after an interruption."""
     try:
-        run(config)
+        yield
     except UserError as error:
         raise SystemExit(f"error: {error}")
     except OSError as error:                      # a full disk, a folder that may not be written to
-        more = f"; make room first; {how_to_continue(config)}" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        more = f"; make room first; {go_on()}" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
         raise SystemExit(f"error: {error}{more}")
     except KeyboardInterrupt:
-        raise SystemExit(f"interrupted; {how_to_continue(config)}")
+        raise SystemExit(f"interrupted; {go_on()}")
     except (RuntimeError, MemoryError) as error:
         if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "allocate memory" not in str(error):
             raise
-        raise SystemExit(f"error: out of memory; lower --micro_batch_size ({one_line(error)})")
+        smaller = [o for o in ("micro_batch_size", "batch_size", "bon", "num_samples") if hasattr(options, o)][:2]
+        raise SystemExit(f"error: out of memory; lower {' or '.join('--' + o for o in smaller)} ({one_line(error)})")
+
+
+def main(Config, run, description):
+    """Entry point of a script: reads the options and calls run(config)."""
+    config = parse_options(Config, description)
+    with one_line_errors(config, lambda: how_to_continue(config)):
+        run(config)

@@ -21,7 +21,8 @@ import torch
 from safetensors.torch import load_file
 
 from nanorlhf.errors import UserError
-from nanorlhf.files import atomic_write, fingerprint, read_json, read_jsonl, sha256_of, write_json, write_records
+from nanorlhf.files import (FolderLock, atomic_write, fingerprint, read_json, read_jsonl, remove, sha256_of, write_json,
+                            write_records)
 from nanorlhf.formats.checkpoints import check_finite, write_tensors
 from nanorlhf.model import ModelConfig, Transformer, check_fit, pick_device
 from nanorlhf.options import HOW_TO_BEGIN, check_options, named_files, read_options
@@ -65,6 +66,11 @@ class Run:
                                 f"or replace it with --overwrite")
             if not (self.out / "run.json").exists():
                 raise UserError(f"{self.out} is not a run folder, so --overwrite does not touch it")
+            for option in ("data", *INPUTS):
+                for path in files_of(getattr(self.config, option, "")):
+                    if self.out.resolve() in (path.resolve(), *path.resolve().parents):
+                        raise UserError(f"--{option} {path} lies in --out {self.out}, which --overwrite deletes: move it, or "
+                                        f"name another --out")
 
     def _check_resumable(self):
         """Checks that the run in the folder is one this config continues; returns whether it is finished already."""
@@ -86,17 +92,20 @@ class Run:
         now = self.inputs | {"data": self.data_sha256}
         for option, was in {**(before.get("inputs") or {}), "data": before.get("data_sha256", self.data_sha256)}.items():
             if now.get(option) != was:            # a run.json of an older version has no "inputs"
-                raise UserError(f"--{option} {getattr(self.config, option)} has changed since the run in {self.out} began; "
-                                f"start again with --overwrite, or name another --out")
+                changed = "has changed" if now.get(option) else "is gone"
+                raise UserError(f"--{option} {getattr(self.config, option)} {changed} since the run in {self.out} began; start "
+                                f"again with --overwrite, or name another --out")
         return False
 
     def begin(self, step):
         """Makes the folder ready for the steps after `step`. A new run replaces an old one (--overwrite) and writes run.json;
         in a resumed run, steps after the checkpoint are run and logged again, so their old rows go. The clock starts here."""
         self.started = time.monotonic()
+        self.lock = FolderLock.of(self.out)
         if not self.config.resume:
-            if self.out.exists() and self.config.overwrite:
-                shutil.rmtree(self.out)
+            if self.config.overwrite:
+                for old in self.out.iterdir():    # not the folder, which is locked
+                    remove(old)
             self._write_run_json(finished=False)
             return
         for log in (self.out / "metrics.jsonl", self.out / "samples.jsonl"):
@@ -221,6 +230,7 @@ class Run:
     def done(self):
         """Marks the run finished."""
         self._write_run_json(finished=True)
+        self.lock = None
         print(f"{self.name} done: {self.out}", flush=True)
 
 
@@ -240,11 +250,16 @@ def new_model(config):
 def content_of(value):
     """Returns a sha256 of what an input option names: the fingerprint of its folder or file, or of the file of file.py:function,
     or of each file of NAME=FILE,NAME=FILE. '' if that is not on this machine: built-in names and hub names are not compared."""
+    return " ".join(found for path in files_of(value) if (found := fingerprint(path)))
+
+
+def files_of(value):
+    """Returns the files and folders on this machine that an input option names."""
     if value in ("", "scratch", "reviews", "gold", "given"):
-        return ""
+        return []
     file = re.sub(r"(\.py):\w+$", r"\1", value)
     names = [file] if Path(file).exists() else named_files(file).values()
-    return " ".join(found for name in names if (found := fingerprint(name)))
+    return [Path(name) for name in names if Path(name).exists()]
 
 
 def checked_state(folder):

@@ -630,6 +630,8 @@ def test_with_error_is_the_mean_s_standard_error_and_the_ratio_estimator_s():
     found = with_error("x", values)
     assert found == {"x": pytest.approx(values.mean()), "x_se": pytest.approx(values.std(ddof=1) / math.sqrt(30))}
     assert with_error("x", [2.0]) == {"x": 2.0}
+    thrice = with_error("x", np.repeat(values, 3), posts=np.repeat(np.arange(30), 3))   # three equal answers to each prompt
+    assert thrice == pytest.approx(found)
     # Sums of unequal numbers of tokens: the error agrees with the spread of the mean over many resamples of the examples.
     rng = np.random.default_rng(1)
     counts = rng.integers(1, 40, size=200)

@@ -130,9 +130,9 @@ def test_a_position_does_not_depend_on_later_ones(family, kv_heads):
 def test_rotary_embedding_equals_a_calculation_by_hand():
     config = small("llama", head_dim=4, rope_theta=100.0)                              # frequencies 1 and 100^(-1/2) = 0.1
     angle = torch.arange(6.0)[:, None] * rope_frequencies(config)
-    cos, sin = angle.cos(), angle.sin()
+    cos, sin = torch.cat([angle.cos()] * 2, 1), torch.cat([-angle.sin(), angle.sin()], 1)
     x = torch.tensor([1.0, 2.0, 3.0, 4.0]).view(1, 1, 1, 4)
-    y = rotate(x, cos[5].view(1, 1, 1, 2), sin[5].view(1, 1, 1, 2)).flatten().tolist()
+    y = rotate(x, cos[5].view(1, 1, 1, 4), sin[5].view(1, 1, 1, 4)).flatten().tolist()
     c, s, c1, s1 = math.cos(5), math.sin(5), math.cos(0.5), math.sin(0.5)
     assert y == pytest.approx([c - 3 * s, 2 * c1 - 4 * s1, 3 * c + s, 4 * c1 + 2 * s1], abs=1e-6)
 

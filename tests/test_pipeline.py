@@ -18,6 +18,7 @@ from conftest import ROOT, SCRIPTS, entry_of
 from nanorlhf import training
 from nanorlhf.__main__ import POLICIES, main, over_seeds, reward_model_rows, stages
 from nanorlhf.data import load_records
+from nanorlhf.metrics import within
 from nanorlhf.options import check_options, parse_options
 from nanorlhf.rewards import load_reward
 from nanorlhf.tokenizer import load_tokenizer
@@ -172,7 +173,7 @@ def test_a_table_over_seeds_has_means_and_students_t_intervals():
     assert over("x", 1.0, 2.0, 3.0) == pytest.approx((2.0, 2.0 - 4.3027 / 3 ** 0.5, 2.0 + 4.3027 / 3 ** 0.5), abs=1e-4)
     half = 2.0860 * np.std(range(21), ddof=1) / 21 ** 0.5
     assert over("x", *map(float, range(21))) == pytest.approx((10.0, 10 - half, 10 + half), abs=1e-3)
-    assert over("ended", 0.0, 1.0, 0.5) == (0.5, 0.0, 1.0)
+    assert over("ended", 0.0, 1.0, 0.5) == (0.5, 0.0, 1.0) and within(-3.0, 0.5, -2.0, 2.0) == (-3.0, -3.0, -2.5)
     assert over("gold/test", -2.0, -1.9) == pytest.approx((-1.95, -2.0, -1.95 + 12.7062 * 0.05), abs=1e-3)
     assert over("x", 0.5, 0.5) == (0.5, None, None) and over("seconds", 1.0, 2.0) == (1.5, None, None)
     assert over_seeds([[{"method": "a", "x": (1.0, 0.5, 2.0)}]])[0]["x"] == (1.0, 0.5, 2.0)

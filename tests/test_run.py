@@ -16,7 +16,9 @@ import torch
 from safetensors import SafetensorError
 
 import nanorlhf.__main__
+import nanorlhf.bench
 import nanorlhf.evaluate
+import nanorlhf.generate
 from conftest import SCRIPTS, TRAINERS
 from nanorlhf import run as run_module
 from nanorlhf.errors import UserError
@@ -130,6 +132,11 @@ def test_scripts_share_the_names_and_types_of_common_options():
             assert types.setdefault(name, kind) is kind
 
 
+@dataclass
+class Trainer(Options):
+    micro_batch_size: int = 0  # rows in memory
+
+
 @pytest.mark.parametrize(
     "error, says",
     [
@@ -147,7 +154,21 @@ def test_main_turns_errors_that_a_user_can_fix_into_one_line(error, says, monkey
 
     monkeypatch.setattr(sys, "argv", ["train_x.py"])
     with pytest.raises(SystemExit) as stop:
-        main(Options, train, "")
+        main(Trainer, train, "")
+    assert says in stop.value.code and "\n" not in stop.value.code
+
+
+@pytest.mark.parametrize("module, argv, says", [
+    ("nanorlhf.evaluate", ["out/x"], "lower --bon or --num_samples"), ("nanorlhf.generate", ["out/x", "--prompt", "a"], "lower --num_samples")])
+def test_the_other_programs_name_an_option_that_they_have_when_memory_runs_out(module, argv, says, monkeypatch, tmp_path):
+    def full(*args):
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["x", *argv])
+    monkeypatch.setattr(nanorlhf.evaluate, "evaluate_policies", full)
+    monkeypatch.setattr(Transformer, "from_pretrained", full)
+    with pytest.raises(SystemExit) as stop:
+        sys.modules[module].main()
     assert says in stop.value.code and "\n" not in stop.value.code
 
 
@@ -235,7 +256,8 @@ def test_an_option_of_a_fork_that_has_no_range_is_finite_and_not_negative_unless
 
 @pytest.mark.parametrize("module, argv, says", [
     ("nanorlhf.evaluate", ["out/x", "--num_samples", "1"], "--num_samples 1"), ("nanorlhf.__main__", ["--scale", "nan"], "--scale nan"),
-    ("nanorlhf.__main__", ["--seeds", "0"], "--seeds 0"),
+    ("nanorlhf.__main__", ["--seeds", "0"], "--seeds 0"), ("nanorlhf.generate", ["out/x"], "--prompt"),
+    ("nanorlhf.bench", ["speed"], "speed"), ("nanorlhf.evaluate", ["--num_prompts", "4", "out/x"], "out/x"),
     ("nanorlhf.__main__", ["--seeds", "9" * 30], "--seeds 999")])
 def test_the_other_programs_check_their_numbers_too(module, argv, says, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["x", *argv])
@@ -586,6 +608,25 @@ def test_a_full_disk_is_one_line_and_the_run_resumes_when_there_is_room(call, tm
 # ---- Run folder -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("how", [dict(overwrite=True), dict(resume=True)], ids=["overwrite", "resume"])
+def test_a_folder_that_another_process_writes_is_refused(how, tmp_path):
+    out = tmp_path / "out"
+    child = subprocess.Popen(
+        [sys.executable, "-c", "import sys; sys.path[:0] = ['tests', '.']\nfrom test_run import Small, Run\n"
+         f"run = Run(Small({str(out)!r}), 'sft'); run.begin(0); print('begun', flush=True); input()"],
+        cwd=Path(__file__).parents[1], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert child.stdout.readline() == "begun\n"
+    before = (out / "run.json").read_bytes()
+    with pytest.raises(UserError, match="another process is writing .*out: wait for it"):
+        Run(Small(str(out), **how), "sft").begin(0)
+    assert (out / "run.json").read_bytes() == before
+    child.communicate("\n")
+    run = Run(Small(str(out), **how), "sft")                                            # it has ended: its lock is gone with it
+    run.begin(0)
+    run.done()
+    assert sorted(p.name for p in out.iterdir()) == ["run.json"]
+
+
 def test_interrupted_says_what_was_saved_and_the_short_command(tmp_path, monkeypatch):
     def training(config):
         run = Run(config, "sft")
@@ -639,6 +680,10 @@ def test_resume_notices_that_the_content_of_an_input_has_changed(file, tmp_path)
     config = dataclasses.replace(config, resume=True)
     Run(config, "rm")
     run = json.loads((tmp_path / "out/run.json").read_text())
+    if CHANGES[file] and file.count("/") == 0:
+        (tmp_path / file).rename(tmp_path / "elsewhere")
+        with pytest.raises(UserError, match=f"^--{CHANGES[file]} .* (is gone|has changed) since the run in .*out began"):
+            Run(config, "rm")
     (tmp_path / file).write_text("2")
     if CHANGES[file]:
         with pytest.raises(UserError, match=f"^--{CHANGES[file]} .* has changed since the run in .*out began; start again"):

@@ -988,15 +988,53 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(here, tmp_path, monkeypatc
     stops(monkeypatch, module, "--out", "out/sft", "--overwrite", "--init", "./nowhere")
     stops(monkeypatch, module, "--out", "out/sft", "--overwrite", "--data", "nowhere.jsonl")
     if {"response_length", "num_eval_prompts"} <= known_options(module, dict(response_length=0, num_eval_prompts=0)).keys():
-        long = ("--response_length", 999, "--max_prompt_length", 8, "--limit", 40)
+        long = ("--init", "out/base", "--response_length", 999, "--max_prompt_length", 8, "--limit", 40)
         assert "leaves no room for --response_length" in stops(monkeypatch, module, "--out", "out/sft", "--overwrite", *long)
     assert snapshot("out") == before
 
 
-def test_overwrite_may_replace_the_folder_given_as_init(here, tmp_path):
+@pytest.mark.parametrize("module", COMMON, ids=lambda m: m.__name__)
+def test_overwrite_never_deletes_an_input(here, tmp_path, monkeypatch, module):
     shutil.copytree("out/sft", tmp_path / "sft")
-    rows = go(train_sft, tmp_path / "sft", init=str(tmp_path / "sft"), overwrite=True, max_steps=2)
-    assert [r["step"] for r in rows] == [1, 2] and not same(weights(tmp_path / "sft"), weights("out/sft"))
+    shutil.copy("out/comparisons/comparisons.jsonl", tmp_path / "sft/mine.jsonl")
+    before = snapshot(tmp_path / "sft")
+    (tmp_path / "link").symlink_to(tmp_path / "sft")
+    for option, value in (("init", "sft"), ("data", "sft/mine.jsonl"), ("data", "link/mine.jsonl")):
+        said = stops(monkeypatch, module, "--out", tmp_path / "sft", "--overwrite", f"--{option}", tmp_path / value)
+        assert f"--{option} {tmp_path / value} lies in --out" in said
+    assert snapshot(tmp_path / "sft") == before
+
+
+def test_data_of_many_answers_per_prompt_have_one_value_per_prompt(here, tmp_path):
+    """Three answers to each prompt, all alike: the standard error is that of the prompts, so repeating them does not lower it."""
+    rows = [json.loads(line) for line in open("out/comparisons/comparisons.jsonl", encoding="utf-8")][:20]
+    for n in (1, 3):
+        (tmp_path / f"{n}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows for _ in range(n)))
+    for module, name, options in ((train_rm, "held/accuracy", {}), (train_rm, "held/loss", {}), (train_dpo, "loss", {}),
+                                  (train_sft, "loss", dict(kind="completion"))):
+        held = {n: f"held={tmp_path}/{n}.jsonl" if module is train_rm else f"{tmp_path}/{n}.jsonl" for n in (1, 3)}
+        found = [go(module, tmp_path / f"{module.__name__}-{name.replace('/', '-')}-{n}", data="out/comparisons/comparisons.jsonl",
+                    eval_data=held[n], max_steps=1, lr=1e-2, eval_every=1, **options)[-1] for n in (1, 3)]
+        assert found[0][f"eval/{name}_se"] == pytest.approx(found[1][f"eval/{name}_se"], rel=1e-4) != 0
+
+
+def test_the_gold_reward_measures_reviews_only(here, tmp_path):
+    """--eval_prompts of another kind, beside training prompts of the built-in task, are measured by no reward."""
+    (tmp_path / "mine.jsonl").write_text('{"prompt": "What is 2 + 2?"}\n{"prompt": 7}\n' * 3)
+    short = dict(max_steps=1, eval_every=1, response_length=4, num_eval_prompts=4)
+    last = go(train_dpo, tmp_path / "mine", eval_prompts=str(tmp_path / "mine.jsonl"), skip_bad=True, **short)[-1]
+    assert "eval/kl" in last and "eval/gold" not in last
+    assert "eval/gold" in go(train_dpo, tmp_path / "built_in", **short)[-1]
+
+
+def test_normalize_data_are_read_before_training_and_whole(here, tmp_path, monkeypatch):
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n')
+    argv = ("--out", tmp_path / "x", "--normalize_data", tmp_path / "bad.jsonl")
+    assert "bad.jsonl:1: " in stops(monkeypatch, train_rm, *argv) and not (tmp_path / "x").exists()
+    rows = '{"prompt": "Review:", "completion": " good film"}\n' * 1500 + '{"prompt": "Review:", "completion": " bad film"}\n'
+    (tmp_path / "many.jsonl").write_text(rows + '{"prompt": 3}\n')
+    go(train_rm, tmp_path / "many", max_steps=1, lr=0.0, normalize_data=str(tmp_path / "many.jsonl"), skip_bad=True)
+    assert RewardModel.from_pretrained(tmp_path / "many").reward_std != 1.0            # 1.0: the last row was not read
 
 
 @pytest.mark.parametrize("module", TRAINERS.values(), ids=lambda m: m.__name__)

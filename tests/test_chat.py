@@ -400,7 +400,6 @@ def test_generate_chat_takes_a_system_message_and_keeps_the_users_words(base, mo
         run("--chat", "--prompt", "Hi\n\nAssistant: Sure!\n\nHuman: More")
     with pytest.raises(SystemExit, match="--system needs --chat"):
         run("--system", "Be kind.", "--prompt", "Hi")
-    assert "--system needs --chat" in capsys.readouterr().err
 
 
 def test_the_end_of_turn_string_in_a_message_does_not_end_the_turn(tmp_path):

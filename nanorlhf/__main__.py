@@ -125,9 +125,8 @@ def run_seed(out, seed, scale, first_words):
     seconds = train_all(out, seed, scale)
     print(f"\nevaluation of seed {seed}", flush=True)
     rows, samples = evaluate_policies({name: f"{out}/{folder}" for name, folder in POLICIES.items()}, EvaluateOptions(
-        reference=f"{out}/sft", reward=f"{out}/rm", bon=N, seed=seed, first_words=first_words,
-        num_prompts=max(8, round(250 * scale)),
-        diversity_prompts=max(4, round(50 * scale))))
+        reference=f"{out}/sft", reward=f"{out}/rm", bon=N, seed=seed, num_prompts=max(8, round(250 * scale)),
+        diversity_prompts=max(4, round(50 * scale)), first_words=first_words))
     for row in rows:
         row["seconds"] = (seconds.get(POLICIES.get(row["method"], "bon"), 0.0), None, None)
     return rows, samples

@@ -173,8 +173,8 @@ def load_and_hold_out(config, kind, tokenizer, default_limit=None):
 
 
 def post_of(record):
-    """Returns what a record is about: its "group", else its prompt or text."""
-    return record.get("group", record.get("prompt", record.get("text")))
+    """Returns what a record is about, as a string: its "group" (any JSON value), else its prompt or text."""
+    return str(record.get("group", record.get("prompt", record.get("text"))))
 
 
 def split_records(records, fraction, seed=0):
@@ -185,7 +185,7 @@ def split_records(records, fraction, seed=0):
         return int.from_bytes(digest[:8], "big") < fraction * 2**64
     sides = [is_held_out(r) for r in records]
     if 0 < fraction < 1 and len(set(sides)) < 2:
-        prompts = len({str(post_of(r)) for r in records})
+        prompts = len(set(map(post_of, records)))
         raise DataError(f"{len(records)} records of {prompts} different prompts are too few to hold out {fraction:g} of the "
                         f"prompts: change --eval_fraction (0 holds out none) or --seed, or give --eval_data")
     return [r for r, held in zip(records, sides) if not held], [r for r, held in zip(records, sides) if held]

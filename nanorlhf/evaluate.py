@@ -371,7 +371,7 @@ def check_unused(options):
     if out.exists() and any(out.iterdir()):
         if not options.overwrite:
             raise UserError(f"{out} already holds files: name another --out, or replace its table with --overwrite")
-        if not (out / "table.json").exists():
+        if not (out / "table.md").exists():       # the first file to be written
             raise UserError(f"{out} holds no table of an evaluation, so --overwrite does not touch it")
     out.mkdir(parents=True, exist_ok=True)        # what cannot be written shall be known before the work
 

@@ -156,9 +156,9 @@ def thin_linear(x, weight, bias=None):
     """Computes F.linear for few rows, as in decoding, on some processors faster: x [R, in], weight [out, in] -> [R, out].
 
     A batched product gives each thread as many slices of about 512 outputs as any other. On an AMD EPYC (Zen 3, AVX2, two cores,
-    float32) it takes 0.5 to 0.9 of F.linear's time for 1 to 64 rows and weights of 300 thousand numbers or more (the table is in
-    results/bench); smaller ones gain nothing, and Intel's BLAS divides the work as well by itself. The choice depends on the
-    processor and the shapes, never on a clock, so that a run's numbers do not vary.
+    float32) it takes 0.4 to 1.1 of F.linear's time, mostly below 0.9, for 1 to 64 rows and weights of 300 thousand numbers or more
+    (the table is in results/bench). Smaller weights gain nothing, and on other processors it has not been measured. The choice
+    depends on the processor and the shapes, never on a clock, so that a run's numbers do not vary.
     """
     n = torch.get_num_threads()
     if n == 1 or len(x) > 64 or weight.numel() < 2**18 or not x.is_cpu or x.dtype != weight.dtype or not slices_are_fast():

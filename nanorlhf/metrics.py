@@ -181,8 +181,7 @@ def with_error(name, sums, counts=None, posts=None):
     sums = np.asarray(sums, dtype=np.float64)
     counts = np.ones(len(sums)) if counts is None else np.asarray(counts, dtype=np.float64)
     if posts is not None:
-        numbers = {post: i for i, post in enumerate(dict.fromkeys(posts))}
-        rows = [numbers[post] for post in posts]
+        _, rows = np.unique(posts, return_inverse=True)
         sums, counts = np.bincount(rows, sums), np.bincount(rows, counts)
     mean, n = sums.sum() / counts.sum(), len(sums)
     metrics = {name: float(mean)}

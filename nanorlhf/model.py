@@ -161,7 +161,8 @@ def rope_frequencies(c):
 
 def rotate(x, cos, sin):
     """Applies rotary position embedding, in the rotate-half layout, to the first R dimensions of each head.
-    x [B, H, T, E]; cos, sin [B or 1, 1, T, R]: (a, b) becomes (a cos - b sin, b cos + a sin), so sin has its sign."""
+    x [B, H, T, E]; cos, sin [B or 1, 1, T, R], the first half of sin negated: the halves (a, b) of the R dimensions become
+    (a cos - b sin, b cos + a sin)."""
     R = cos.shape[-1]
     turned, rest = x.float().split([R, x.shape[-1] - R], dim=-1)
     turned = torch.addcmul(turned * cos, turned.roll(R // 2, dims=-1), sin)

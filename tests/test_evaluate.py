@@ -14,7 +14,7 @@ import torch
 
 import sample_bon
 from nanorlhf import evaluate, reviews
-from nanorlhf.data import Example, collate, encode_prompt, encode_response
+from nanorlhf.data import Example, collate, encode_prompt, encode_response, post_of
 from nanorlhf.errors import UserError
 from nanorlhf.evaluate import (Evaluation, Options, evaluate_policies, markdown_table, measure, possible_range, report,
                                sampled_kl)
@@ -632,6 +632,7 @@ def test_with_error_is_the_mean_s_standard_error_and_the_ratio_estimator_s():
     assert with_error("x", [2.0]) == {"x": 2.0}
     thrice = with_error("x", np.repeat(values, 3), posts=np.repeat(np.arange(30), 3))   # three equal answers to each prompt
     assert thrice == pytest.approx(found)
+    assert post_of({"group": [1, {"a": 0}], "prompt": "x"}) == "[1, {'a': 0}]" and post_of({"group": 0, "text": "x"}) == "0"
     # Sums of unequal numbers of tokens: the error agrees with the spread of the mean over many resamples of the examples.
     rng = np.random.default_rng(1)
     counts = rng.integers(1, 40, size=200)

@@ -1034,7 +1034,7 @@ def test_normalize_data_are_read_before_training_and_whole(here, tmp_path, monke
     rows = '{"prompt": "Review:", "completion": " good film"}\n' * 1500 + '{"prompt": "Review:", "completion": " bad film"}\n'
     (tmp_path / "many.jsonl").write_text(rows + '{"prompt": 3}\n')
     go(train_rm, tmp_path / "many", max_steps=1, lr=0.0, normalize_data=str(tmp_path / "many.jsonl"), skip_bad=True)
-    assert RewardModel.from_pretrained(tmp_path / "many").reward_std != 1.0            # 1.0: the last row was not read
+    assert 1e-4 < RewardModel.from_pretrained(tmp_path / "many").reward_std != 1.0     # about 0 or 1: the last row was not read
 
 
 @pytest.mark.parametrize("module", TRAINERS.values(), ids=lambda m: m.__name__)

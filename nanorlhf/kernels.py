@@ -156,7 +156,7 @@ def thin_linear(x, weight, bias=None):
     """Computes F.linear for few rows, as in decoding, on some processors faster: x [R, in], weight [out, in] -> [R, out].
 
     A batched product gives each thread as many slices of about 512 outputs as any other. On an AMD EPYC (Zen 3, AVX2, two cores,
-    float32) it takes 0.4 to 1.1 of F.linear's time, mostly below 0.9, for 1 to 64 rows and weights of 300 thousand numbers or more
+    float32) it takes 0.4 to 1.1 of F.linear's time, mostly below 0.9, for 1 to 64 rows and weights from 300 thousand numbers
     (the table is in results/bench). Smaller weights gain nothing, and on other processors it has not been measured. The choice
     depends on the processor and the shapes, never on a clock, so that a run's numbers do not vary.
     """

@@ -141,9 +141,10 @@ def sample(config):
     records = load_records(config.data, "prompt", config.split, limit, skip_bad, tokenizer=tokenizer)
     prompts = encode_prompts(tokenizer, records, config, policy.config.context)
     describe(run.name, tokenizer, [Example(p, len(p)) for p in prompts])
-    reward = load_reward(config.reward, tokenizer, run.device, records, config.data)
+    reward = load_reward(config.reward, tokenizer, run.device, records, config.data, dtype=config.dtype)
     measured = config.eval_reward or ("gold" if config.data == "reviews" else "")
-    eval_reward = load_reward(measured, tokenizer, run.device, records, config.data) if measured else None
+    eval_reward = measured and load_reward(measured, tokenizer, run.device, records, config.data,
+                                           dtype=config.dtype)
     columns = other_columns(records)
 
     # --resume starts again: the same seed draws the same samples.

@@ -17,14 +17,14 @@ Without options it trains out/sft on the comparisons that train_rm.py reads. Pre
 the same file.
 """
 
-from collections import Counter
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from nanorlhf.data import collate, describe, load_and_hold_out, make_group, micro_batches, post_of
+from nanorlhf.data import (collate, describe, load_and_hold_out, make_group, micro_batches, post_of,
+                           to_device)
 from nanorlhf.errors import UserError
 from nanorlhf.evaluate import eval_sampler
 from nanorlhf.files import require_file, require_folder
@@ -64,6 +64,8 @@ class Config:
     max_steps: int = 0               # number of steps; 0 = from --epochs
     batch_size: int = 64             # rows per step
     micro_batch_size: int = 0        # rows in memory at a time; 0 = batch_size
+    gradient_checkpointing: bool = False  # compute each layer again in the backward pass, to save memory
+    share_prompts: bool = False      # compute a prompt once for all its responses; the result is the same
     lr: float = 4e-4                 # peak learning rate
     warmup_steps: int = 10           # linear warm-up
     lr_schedule: Literal["cosine", "linear", "constant"] = "linear"  # after the warm-up
@@ -122,17 +124,19 @@ class Forward(NamedTuple):
 def forward(model, groups, tokenizer, run):
     """One forward pass over both responses of these groups."""
     examples = [g.examples[0] for g in groups] + [g.examples[1] for g in groups]
-    batch = collate(examples, tokenizer.pad_id, run.device)
+    B, share = len(groups), run.config.share_prompts
+    batch = collate(examples, tokenizer.pad_id, run.device, [(i, B + i) for i in range(B)] if share else None)
     with run.autocast():
-        logps = model.logprobs(batch.tokens, batch.mask).sum(1)                    # [2B]
+        logprobs = model.logprobs(batch.tokens, batch.mask, where=batch.where, packed=batch.packed)
+    logps = logprobs.sum(1)                                                  # [2B]
     chosen, rejected = logps.chunk(2)
     chosen_lengths, rejected_lengths = batch.mask.sum(1).chunk(2)
-    return Forward(chosen, rejected, chosen_lengths, rejected_lengths, int(batch.lengths.sum()))
+    return Forward(chosen, rejected, chosen_lengths, rejected_lengths, sum(e.length for e in examples))
 
 
 def losses_and_stats(out, groups, config):
     """Losses [B] of these groups after their forward pass, and what is logged of each, {name: [B]}."""
-    ref_chosen, ref_rejected = torch.tensor([g.numbers for g in groups], device=out.chosen.device).T
+    ref_chosen, ref_rejected = to_device([g.numbers for g in groups], out.chosen.device).T
     losses = dpo_loss(out.chosen, out.rejected, ref_chosen, ref_rejected, config.beta, config.label_smoothing,
                       config.loss, config.alpha, config.reference_free)
     with torch.no_grad():
@@ -189,19 +193,19 @@ def train(config):
     total = config.max_steps or steps_of(config.epochs, len(records), config.batch_size)
     for step in range(state["step"], total):
         rows = batch_indices(len(records), config.batch_size, step, config.seed)
-        loss_sum, tokens, sums = 0.0, 0, Counter()
-        for part in micro_batches([groups[i] for i in rows], run.micro_batch_size):
-            out = forward(model, part, tokenizer, run)
-            losses, stats = losses_and_stats(out, part, config)
-            loss = losses.sum() / len(rows)
-            loss.backward()
-            loss_sum, tokens = loss_sum + loss.item(), tokens + out.tokens
-            sums.update({k: v.sum().item() for k, v in stats.items()})
+        parts, tokens = [], 0
+        with run.autocast():
+            for part in micro_batches([groups[i] for i in rows], run.micro_batch_size):
+                out = forward(model, part, tokenizer, run)
+                losses, stats = losses_and_stats(out, part, config)
+                loss = losses.sum() / len(rows)
+                loss.backward()
+                parts.append({"loss": loss, **{k: v.sum() / len(rows) for k, v in stats.items()}})
+                tokens += out.tokens
         lr = learning_rate(step, total, config.lr, config.warmup_steps, config.lr_schedule)
-        [norm] = optimizer_step({optimizer: lr}, config.max_grad_norm, step + 1, rows, loss_sum)
+        [norm], sums = optimizer_step({optimizer: lr}, config.max_grad_norm, step + 1, rows, parts)
 
-        means = {k: v / len(rows) for k, v in sums.items()}
-        metrics = {"loss": loss_sum, "lr": lr, "grad_norm": norm, **means}
+        metrics = {**sums, "lr": lr, "grad_norm": norm}
         if run.due(config.eval_every, step + 1, total):
             metrics |= evaluate(model, eval_groups, tokenizer, run, config) | evaluate_samples(step + 1)
         run.log(step + 1, total, metrics, tokens)

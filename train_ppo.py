@@ -31,7 +31,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from nanorlhf.data import Example, collate, describe, encode_prompts, load_records, micro_batches
+from nanorlhf.data import Example, collate, describe, encode_prompts, load_records, micro_batches, to_device
 from nanorlhf.errors import UserError
 from nanorlhf.evaluate import eval_sampler
 from nanorlhf.files import require_folder
@@ -42,7 +42,7 @@ from nanorlhf.rewards import load_reward, reads_text
 from nanorlhf.run import Run
 from nanorlhf.tokenizer import check_same_ids, load_tokenizer, tokenizer_of
 from nanorlhf.training import (batch_indices, epoch_order, learning_rate, make_optimizer, optimizer_step,
-                               seed_for)
+                               seed_for, totals)
 
 
 @dataclass
@@ -82,6 +82,7 @@ class Config:
     max_steps: int = 60              # number of steps, one batch of rollouts each
     batch_size: int = 128            # prompts per step, one response each
     micro_batch_size: int = 0        # rows in memory at a time; 0 = a whole minibatch
+    gradient_checkpointing: bool = False  # compute each layer again in the backward pass, to save memory
     lr: float = 3e-4                 # of the policy, falling linearly to 0
     value_lr: float = 1e-3           # of the value model, falling linearly to 0
     warmup_steps: int = 0            # linear warm-up
@@ -155,7 +156,8 @@ def advantages(rewards, values, mask, gamma=Config.gamma, lam=Config.lam):
 def ppo_loss(logprobs, old_logprobs, advantages, values, old_values, returns, mask, count,
              cliprange=Config.cliprange, cliprange_value=Config.cliprange_value, vf_coef=Config.vf_coef):
     """Clipped surrogate and clipped value loss, summed over the mask and divided by `count`, the minibatch's
-    tokens. All tensors [B, T]. Returns (policy loss + vf_coef * value loss, dict of sums / count to log)."""
+    tokens. All tensors [B, T]. Returns (policy loss + vf_coef * value loss, dict of sums / count to log), all
+    of them scalar tensors."""
     logratio = (logprobs - old_logprobs) * mask
     ratio = logratio.exp()
     pg_loss1 = -advantages * ratio
@@ -170,7 +172,7 @@ def ppo_loss(logprobs, old_logprobs, advantages, values, old_values, returns, ma
                  "policy/clipfrac": ((pg_loss2 > pg_loss1) * mask).sum() / count,
                  "val/clipfrac": ((vf_loss2 > vf_loss1) * mask).sum() / count,
                  "val/ratio": (ratio * mask).sum() / count}
-    return pg_loss + vf_coef * vf_loss, {k: v.item() for k, v in stats.items()}
+    return pg_loss + vf_coef * vf_loss, {k: v.detach() for k, v in stats.items()}
 
 
 def adapt_kl_coef(kl_coef, kl, target, episodes, horizon):
@@ -206,14 +208,17 @@ def values_before(value_model, tokens):
 
 
 @torch.no_grad()
-def rollout_logprobs_and_values(policy, reference, value_model, tokens, mask, config, run):
+def rollout_logprobs_and_values(policy, reference, value_model, examples, tokenizer, config, run):
     """(log pi_old, log pi_ref, entropy of pi_old, V_old) of the rollouts, each [B, T]."""
-    parts = []
-    for rows in torch.arange(len(tokens)).split(run.micro_batch_size):
-        with run.autocast():
-            logprobs, entropy = policy.logprobs(tokens[rows], mask[rows], config.temperature, entropy=True)
-            ref_logprobs = reference.logprobs(tokens[rows], mask[rows], config.temperature)
-            parts.append((logprobs, ref_logprobs, entropy, values_before(value_model, tokens[rows])))
+    parts, T = [], max(e.length for e in examples)
+    with run.autocast():
+        for first in range(0, len(examples), run.micro_batch_size):
+            tokens, mask, _, where, _ = collate(examples[first:first + run.micro_batch_size],
+                                                tokenizer.pad_id, run.device)
+            logprobs, entropy = policy.logprobs(tokens, mask, config.temperature, entropy=True, where=where)
+            ref_logprobs = reference.logprobs(tokens, mask, config.temperature, where=where)
+            columns = logprobs, ref_logprobs, entropy, values_before(value_model, tokens)
+            parts.append([F.pad(column, (0, T - tokens.shape[1])) for column in columns])
     return [torch.cat(column) for column in zip(*parts)]
 
 
@@ -232,7 +237,7 @@ def train(config):
                            tokenizer=tokenizer)
     prompts = encode_prompts(tokenizer, records, config, policy.config.context)
     describe(run.name, tokenizer, [Example(p, len(p)) for p in prompts])
-    reward = load_reward(config.reward, tokenizer, run.device, records, config.data)
+    reward = load_reward(config.reward, tokenizer, run.device, records, config.data, dtype=config.dtype)
     value_init = config.value_init or init
     if not config.value_init and not reads_text(config.reward):
         if tokenizer_of(config.reward, tokenizer).same_ids(tokenizer):
@@ -258,19 +263,19 @@ def train(config):
         responses = samples.responses()
         examples = [Example(q + r, len(q)) for q, r in zip(queries, responses)]
         lengths = [e.length for e in examples]
-        batch = collate(examples, tokenizer.pad_id, run.device)
-        tokens, mask = batch.tokens, batch.mask                              # [B, T]
+        mask = collate(examples, tokenizer.pad_id, run.device).mask          # [B, T]
 
         # 2. Score: the reward of each whole response.
-        scores = reward(queries, responses, [records[i] for i in rows]).to(run.device)   # [B]
+        raw_scores = reward(queries, responses, [records[i] for i in rows])  # [B]
         if step == 0:
-            warn_if_ending_does_not_pay(scores, samples.finished, config)
-        raw_scores, scores = scores, scores_without_eos(scores, samples.finished, config)
+            warn_if_ending_does_not_pay(raw_scores, samples.finished.cpu(), config)
+        raw_scores = to_device(raw_scores, run.device)
+        scores = scores_without_eos(raw_scores, samples.finished, config)
 
         # 3. Rewards: the KL penalty at every token, the score at the last. The log-probabilities and values
         # at rollout time stay fixed during the inner epochs.
         old_logprobs, ref_logprobs, entropy, old_values = rollout_logprobs_and_values(
-            policy, reference, value_model, tokens, mask, config, run)
+            policy, reference, value_model, examples, tokenizer, config, run)
         kl = kl_penalty(old_logprobs, ref_logprobs, config.kl_estimator) * mask   # [B, T]
         rewards = token_rewards(scores, kl, mask, kl_coef)
         if config.whiten_rewards:
@@ -287,38 +292,40 @@ def train(config):
         for epoch in range(config.num_ppo_epochs):
             order = epoch_order(size, seed_for(config.seed, "minibatches", step), epoch)
             for minibatch in np.array_split(order, min(config.num_mini_batches, size)):
-                minibatch = minibatch.tolist()
-                count, loss_sum = mask[minibatch].sum(), 0.0
-                for part in micro_batches(minibatch, run.micro_batch_size, lengths.__getitem__):
-                    T = max(lengths[i] for i in part)                        # this part needs no more padding
-                    with run.autocast():
-                        logprobs = policy.logprobs(tokens[part, :T], mask[part, :T], config.temperature)
-                        values = values_before(value_model, tokens[part, :T])
-                    loss, part_stats = ppo_loss(
-                        logprobs, old_logprobs[part, :T], adv[part, :T], values, old_values[part, :T],
-                        returns[part, :T], mask[part, :T], count, config.cliprange, config.cliprange_value,
-                        config.vf_coef)
-                    loss.backward()
-                    loss_sum += loss.item()
-                    stats.update(part_stats)
+                count, parts = sum(len(responses[i]) for i in minibatch), []
+                with run.autocast():
+                    for part in micro_batches(minibatch.tolist(), run.micro_batch_size, lengths.__getitem__):
+                        batch = collate([examples[i] for i in part], tokenizer.pad_id, run.device)
+                        at, T = to_device(part, run.device), batch.tokens.shape[1]   # its rows and its width
+                        logprobs = policy.logprobs(batch.tokens, batch.mask, config.temperature,
+                                                   where=batch.where)
+                        values = values_before(value_model, batch.tokens)
+                        loss, part_stats = ppo_loss(
+                            logprobs, old_logprobs[at, :T], adv[at, :T], values, old_values[at, :T],
+                            returns[at, :T], batch.mask, count, config.cliprange, config.cliprange_value,
+                            config.vf_coef)
+                        loss.backward()
+                        parts.append({"loss": loss, **part_stats})
+                norms, sums = optimizer_step(rates, config.max_grad_norm, step + 1, rows, parts)
                 if config.dtype == "float32":                               # before the first update rho is 1
-                    assert updates > 0 or abs(stats["val/ratio"] - 1) < 1e-3, stats
-                norms = optimizer_step(rates, config.max_grad_norm, step + 1, rows, loss_sum)
-                stats.update({"grad_norm/policy": norms[0], "grad_norm/value": norms[1]})
+                    assert updates > 0 or abs(sums["val/ratio"] - 1) < 1e-3, sums
+                stats.update(sums | {"grad_norm/policy": norms[0], "grad_norm/value": norms[1]})
                 updates += 1
 
-        count = mask.sum()
-        sequence_kl = float(((old_logprobs - ref_logprobs) * mask).sum(1).mean())  # sum of k1 over a response
-        metrics = {"objective/scores": scores.mean(), "objective/raw_scores": raw_scores.mean(),
-                   "objective/kl": sequence_kl,
-                   "objective/rlhf_reward": scores.mean() - kl_coef * kl.sum(1).mean(),
-                   "objective/entropy": entropy.sum() / count,
-                   "objective/ended": samples.finished.float().mean(), "objective/length": count / len(rows),
-                   "objective/kl_coef": kl_coef, "lr": config.lr * decay,
-                   "val/mean": (old_values * mask).sum() / count}
-        metrics |= {k: v / updates for k, v in stats.items()}
+        count = sum(map(len, responses))
+        sequence_kl = ((old_logprobs - ref_logprobs) * mask).sum(1).mean()   # sum of k1 over a response
+        metrics = totals([{"objective/scores": scores.mean(), "objective/raw_scores": raw_scores.mean(),
+                           "objective/kl": sequence_kl,
+                           "objective/rlhf_reward": scores.mean() - kl_coef * kl.sum(1).mean(),
+                           "objective/entropy": entropy.sum() / count,
+                           "objective/ended": samples.finished.float().mean(),
+                           "val/mean": (old_values * mask).sum() / count}])
+        metrics |= {"objective/length": count / len(rows), "objective/kl_coef": kl_coef,
+                    "lr": config.lr * decay}
+        metrics |= {k: v / updates for k, v in stats.items() if k != "loss"}
         if config.kl_target > 0:
-            kl_coef = adapt_kl_coef(kl_coef, sequence_kl, config.kl_target, len(rows), config.kl_horizon)
+            kl_coef = adapt_kl_coef(kl_coef, metrics["objective/kl"], config.kl_target, len(rows),
+                                    config.kl_horizon)
         if run.due(config.eval_every, step + 1, config.max_steps):
             metrics |= evaluate_samples(step + 1)
         run.log(step + 1, config.max_steps, metrics, tokens=sum(lengths))

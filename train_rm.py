@@ -26,7 +26,8 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from nanorlhf.data import collate, describe, load_records, make_group, micro_batches, post_of, split_records
+from nanorlhf.data import (collate, describe, load_records, make_group, micro_batches, post_of, split_records,
+                           to_device)
 from nanorlhf.errors import UserError
 from nanorlhf.files import require_file, require_folder
 from nanorlhf.metrics import with_error
@@ -62,6 +63,7 @@ class Config:
     max_steps: int = 0               # number of steps; 0 = from --epochs
     batch_size: int = 32             # rows per step
     micro_batch_size: int = 0        # rows in memory at a time; 0 = batch_size
+    gradient_checkpointing: bool = False  # compute each layer again in the backward pass, to save memory
     lr: float = 3e-4                 # peak learning rate
     warmup_steps: int = 10           # linear warm-up
     lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"  # after the warm-up
@@ -106,15 +108,16 @@ def to_groups(records, tokenizer, config, context):
 
 class Forward(NamedTuple):
     rewards: torch.Tensor            # [sum of K] of all responses
-    better: list                     # index of the better response of each pair
-    worse: list                      # index of the other one
+    better: torch.Tensor             # [number of pairs] index of the better response
+    worse: torch.Tensor              # [number of pairs] index of the other one
     weight: torch.Tensor             # [number of pairs] 1 / C(K, 2)
     tokens: int                      # processed, prompts included
 
 
 def forward(model, groups, tokenizer, run):
     """One forward pass over all responses of these groups, with the pairs among them."""
-    batch = collate([e for g in groups for e in g.examples], tokenizer.pad_id, run.device)
+    examples = [e for g in groups for e in g.examples]
+    batch = collate(examples, tokenizer.pad_id, run.device)
     with run.autocast():
         rewards = model.score(batch.tokens, batch.lengths)                   # [sum of K]
     better, worse, weight, first = [], [], [], 0
@@ -124,7 +127,8 @@ def forward(model, groups, tokenizer, run):
         worse += [first + k for k in j]
         weight += [1 / math.comb(len(scores), 2) for _ in i]                 # Ouyang 2022, Eq. 1
         first += len(scores)
-    return Forward(rewards, better, worse, torch.tensor(weight, device=run.device), int(batch.lengths.sum()))
+    better, worse, weight = (to_device(x, run.device) for x in (better, worse, weight))
+    return Forward(rewards, better, worse, weight, sum(e.length for e in examples))
 
 
 @torch.no_grad()
@@ -196,22 +200,23 @@ def train(config):
     total = config.max_steps or steps_of(config.epochs, len(groups), config.batch_size)
     for step in range(state["step"], total):
         rows = batch_indices(len(groups), config.batch_size, step, config.seed)
-        loss_sum, tokens, correct, pairs = 0.0, 0, 0, 0
-        for part in micro_batches([groups[i] for i in rows], run.micro_batch_size):
-            out = forward(model, part, tokenizer, run)
-            chosen, rejected = out.rewards[out.better], out.rewards[out.worse]   # [number of pairs]
-            loss = (out.weight * preference_loss(chosen, rejected)).sum() / len(rows)
-            loss.backward()
-            loss_sum, tokens = loss_sum + loss.item(), tokens + out.tokens
-            correct, pairs = correct + int((chosen > rejected).sum()), pairs + len(chosen)
+        parts, tokens, pairs = [], 0, 0
+        with run.autocast():
+            for part in micro_batches([groups[i] for i in rows], run.micro_batch_size):
+                out = forward(model, part, tokenizer, run)
+                chosen, rejected = out.rewards[out.better], out.rewards[out.worse]   # [number of pairs]
+                loss = (out.weight * preference_loss(chosen, rejected)).sum() / len(rows)
+                loss.backward()
+                parts.append({"loss": loss, "correct": (chosen > rejected).sum()})
+                tokens, pairs = tokens + out.tokens, pairs + len(chosen)
         if config.prior_precision > 0:
             prior = negative_log_prior(model.parameters(), config.prior_precision) / len(groups)
             prior.backward()
-            loss_sum += prior.item()
+            parts.append({"loss": prior})
         lr = learning_rate(step, total, config.lr, config.warmup_steps, config.lr_schedule)
-        [norm] = optimizer_step({optimizer: lr}, config.max_grad_norm, step + 1, rows, loss_sum)
+        [norm], sums = optimizer_step({optimizer: lr}, config.max_grad_norm, step + 1, rows, parts)
 
-        metrics = {"loss": loss_sum, "accuracy": correct / pairs, "lr": lr, "grad_norm": norm}
+        metrics = {"loss": sums["loss"], "accuracy": sums["correct"] / pairs, "lr": lr, "grad_norm": norm}
         if run.due(config.eval_every, step + 1, total):
             for name, part in eval_groups.items():
                 metrics |= evaluate(model, part, tokenizer, run, name)

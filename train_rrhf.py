@@ -26,14 +26,13 @@ length. A result then depends on what else is in the batch. Its weight on L_rank
 Without options it trains out/sft on the built-in prompts: 4 samples and the demonstration, ranked by out/rm.
 """
 
-from collections import Counter
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
 
 from nanorlhf.data import (Example, Group, collate, describe, encode_prompts, encode_response,
-                           length_limits, load_records, micro_batches)
+                           length_limits, load_records, micro_batches, to_device)
 from nanorlhf.errors import UserError
 from nanorlhf.evaluate import eval_sampler
 from nanorlhf.files import read_jsonl, require_folder, write_records
@@ -76,6 +75,8 @@ class Config:
     max_steps: int = 0               # number of steps; 0 = from --epochs
     batch_size: int = 32             # rows per step
     micro_batch_size: int = 0        # rows in memory at a time; 0 = batch_size
+    gradient_checkpointing: bool = False  # compute each layer again in the backward pass, to save memory
+    share_prompts: bool = False      # compute a prompt once for all its responses; the result is the same
     lr: float = 2e-4                 # peak learning rate
     warmup_steps: int = 10           # linear warm-up
     lr_schedule: Literal["cosine", "linear", "constant"] = "linear"  # after the warm-up
@@ -139,18 +140,23 @@ class Forward(NamedTuple):
 
 def forward(model, groups, tokenizer, run):
     """One forward pass over all candidates of these groups."""
-    batch = collate([e for g in groups for e in g.examples], tokenizer.pad_id, run.device)
+    examples = [e for g in groups for e in g.examples]
+    numbers = iter(range(len(examples)))
+    shared = [[next(numbers) for _ in g.examples] for g in groups] if run.config.share_prompts else None
+    batch = collate(examples, tokenizer.pad_id, run.device, shared)
     with run.autocast():
-        logps = model.logprobs(batch.tokens, batch.mask).sum(1)              # [sum of K]
-    scores = torch.tensor([s for g in groups for s in g.numbers], device=run.device)
-    counts = [len(g.examples) for g in groups]
-    real = [[k < count for k in range(max(counts))] for count in counts]
-    real = torch.tensor(real, device=run.device)                             # [B, K]
+        logprobs = model.logprobs(batch.tokens, batch.mask, where=batch.where, packed=batch.packed)
+    logps = logprobs.sum(1)                                                  # [sum of K]
+    scores = to_device([s for g in groups for s in g.numbers], run.device)
+    B, K = len(groups), max(len(g.examples) for g in groups)
+    place = [b * K + k for b, g in enumerate(groups) for k in range(len(g.examples))]
+    place = to_device(place, run.device)                                     # [sum of K] in a flat [B, K]
 
     def by_group(flat):                                                      # [sum of K] -> [B, K]
-        return torch.zeros(real.shape, dtype=flat.dtype, device=run.device).masked_scatter(real, flat)
+        zeros = torch.zeros(B * K, dtype=flat.dtype, device=run.device)
+        return zeros.scatter(0, place, flat).view(B, K)
     return Forward(by_group(logps), by_group(batch.mask.sum(1)), by_group(scores), batch.tokens.shape[1],
-                   int(batch.lengths.sum()))
+                   sum(e.length for e in examples))
 
 
 def losses_and_stats(out, groups, config):
@@ -158,8 +164,8 @@ def losses_and_stats(out, groups, config):
     losses, rank, ft = rrhf_loss(out.logps, out.lengths, out.scores, config.rrhf_weight,
                                  config.length_penalty, out.width if config.released_code else None)
     best, mean = [max(g.numbers) for g in groups], [sum(g.numbers) / len(g.numbers) for g in groups]
-    return losses, {"loss/rank": rank, "loss/ft": ft, "scores/best": torch.tensor(best),
-                    "scores/mean": torch.tensor(mean)}
+    best, mean = to_device([best, mean], losses.device)
+    return losses, {"loss/rank": rank, "loss/ft": ft, "scores/best": best, "scores/mean": mean}
 
 
 def draw_candidates(model, records, prompts, tokenizer, reward, config, seed):
@@ -218,7 +224,8 @@ def train(config):
     describe(run.name, tokenizer, [Example(p, len(p)) for p in prompts])
     rewards = {}
     if config.reward != "given":
-        rewards["reward"] = load_reward(config.reward, tokenizer, run.device, records, config.data)
+        rewards["reward"] = load_reward(config.reward, tokenizer, run.device, records, config.data,
+                                        dtype=config.dtype)
     evaluate_samples = eval_sampler(config, records, tokenizer, model, reference, rewards, run)
 
     optimizer = make_optimizer(model.parameters(), config.optimizer, config.lr, config.weight_decay)
@@ -244,19 +251,19 @@ def train(config):
             groups = dict(zip(needed, to_groups(read_jsonl(file))))
 
         rows = batch_indices(len(records), config.batch_size, step, config.seed)
-        loss_sum, tokens, sums = 0.0, 0, Counter()
-        for part in micro_batches([groups[i] for i in rows], run.micro_batch_size):
-            out = forward(model, part, tokenizer, run)
-            losses, stats = losses_and_stats(out, part, config)
-            loss = losses.sum() / len(rows)
-            loss.backward()
-            loss_sum, tokens = loss_sum + loss.item(), tokens + out.tokens
-            sums.update({k: v.sum().item() for k, v in stats.items()})
+        parts, tokens = [], 0
+        with run.autocast():
+            for part in micro_batches([groups[i] for i in rows], run.micro_batch_size):
+                out = forward(model, part, tokenizer, run)
+                losses, stats = losses_and_stats(out, part, config)
+                loss = losses.sum() / len(rows)
+                loss.backward()
+                parts.append({"loss": loss, **{k: v.sum() / len(rows) for k, v in stats.items()}})
+                tokens += out.tokens
         lr = learning_rate(step, total, config.lr, config.warmup_steps, config.lr_schedule)
-        [norm] = optimizer_step({optimizer: lr}, config.max_grad_norm, step + 1, rows, loss_sum)
+        [norm], sums = optimizer_step({optimizer: lr}, config.max_grad_norm, step + 1, rows, parts)
 
-        means = {k: v / len(rows) for k, v in sums.items()}
-        metrics = {"loss": loss_sum, "lr": lr, "grad_norm": norm, **means}
+        metrics = {**sums, "lr": lr, "grad_norm": norm}
         if run.due(config.eval_every, step + 1, total):
             metrics |= evaluate_samples(step + 1)
         run.log(step + 1, total, metrics, tokens)

@@ -63,6 +63,7 @@ class Config:
     max_steps: int = 0               # number of steps; 0 = from --epochs
     batch_size: int = 32             # rows per step
     micro_batch_size: int = 0        # rows in memory at a time; 0 = batch_size
+    gradient_checkpointing: bool = False  # compute each layer again in the backward pass, to save memory
     lr: float = 1e-3                 # peak learning rate
     warmup_steps: int = 20           # linear warm-up
     lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"  # after the warm-up
@@ -114,10 +115,11 @@ class Forward(NamedTuple):
 
 def forward(model, groups, tokenizer, run):
     """One forward pass over all examples of these groups."""
-    batch = collate([e for g in groups for e in g.examples], tokenizer.pad_id, run.device)
+    examples = [e for g in groups for e in g.examples]
+    batch = collate(examples, tokenizer.pad_id, run.device)
     with run.autocast():
-        logprobs = model.logprobs(batch.tokens, batch.mask)                  # [B, T]
-    return Forward(logprobs, batch.mask, int(batch.lengths.sum()))
+        logprobs = model.logprobs(batch.tokens, batch.mask, where=batch.where)   # [B, T]
+    return Forward(logprobs, batch.mask, sum(e.length for e in examples))
 
 
 @torch.no_grad()
@@ -157,16 +159,18 @@ def train(config):
     for step in range(state["step"], total):
         rows = batch_indices(len(groups), config.batch_size, step, config.seed)
         count = sum(e.count for i in rows for e in groups[i].examples)       # response tokens of the batch
-        loss_sum, tokens = 0.0, 0
-        for part in micro_batches([groups[i] for i in rows], run.micro_batch_size):
-            out = forward(model, part, tokenizer, run)
-            loss = sft_loss(out.logprobs, out.mask, count)
-            loss.backward()
-            loss_sum, tokens = loss_sum + loss.item(), tokens + out.tokens
+        parts, tokens = [], 0
+        with run.autocast():
+            for part in micro_batches([groups[i] for i in rows], run.micro_batch_size):
+                out = forward(model, part, tokenizer, run)
+                loss = sft_loss(out.logprobs, out.mask, count)
+                loss.backward()
+                parts.append({"loss": loss})
+                tokens += out.tokens
         lr = learning_rate(step, total, config.lr, config.warmup_steps, config.lr_schedule)
-        [norm] = optimizer_step({optimizer: lr}, config.max_grad_norm, step + 1, rows, loss_sum)
+        [norm], sums = optimizer_step({optimizer: lr}, config.max_grad_norm, step + 1, rows, parts)
 
-        metrics = {"loss": loss_sum, "lr": lr, "grad_norm": norm}
+        metrics = {**sums, "lr": lr, "grad_norm": norm}
         if run.due(config.eval_every, step + 1, total):
             metrics |= evaluate(model, eval_groups, tokenizer, run)
         run.log(step + 1, total, metrics, tokens)

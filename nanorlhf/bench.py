@@ -1,8 +1,10 @@
-"""Speed and memory against a peer: `python -m nanorlhf.bench {logprob,generate,step,tokenize} [--out file.json]`.
+"""Speed and memory against a peer: `python -m nanorlhf.bench {logprob,generate,step,tokenize,gpu} [--out file.json]`.
 
-    logprob   token_logprobs against log_softmax + gather: forward + backward, and the memory each needs beyond its inputs
+    logprob   token_logprobs against torch's F.linear_cross_entropy in its best chunks, or, with an older torch, log_softmax +
+              gather: forward + backward, and the memory each needs beyond its inputs
     generate  tokens/s against transformers' generate with the same weights, on ragged prompts and on best-of-n of one prompt
     step      one SFT step against transformers + AdamW, and one DPO step against TRL's trainer, on the same tokens
+    gpu       the figures that need a GPU, in bfloat16 (bench_gpu.py)
     tokenize  tokens/s of --text against the `tokenizers` library on one thread, and how many texts get different ids
 
 Machines drift, so the two sides take turns within one process, and the ratio is that of their medians. Each figure but those
@@ -14,6 +16,7 @@ import os
 os.environ.setdefault("OMP_PROC_BIND", "true")     # unbound threads sometimes make a decode step 20 times slower
 
 import argparse
+import functools
 import gzip
 import json
 import platform
@@ -130,11 +133,16 @@ def logprob_call(side, N, D, V, device):
     generator = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randn(n, D, generator=generator).to(device).requires_grad_() for n in (N, V))
     targets = torch.randint(V, (N,), generator=generator).to(device)
-    function = token_logprobs if side == "ours" else plain_logprobs
+    gradient, function = torch.rand(N, generator=generator).to(device), token_logprobs     # another one for each token
+    if side == "plain":
+        function = plain_logprobs
+    elif side != "ours":                                                               # rows per chunk
+        function = functools.partial(F.linear_cross_entropy, reduction="none", options=torch.nn.LinearCrossEntropyOptions(
+            batch_chunk_size=int(side)))
 
     def run():
         hidden.grad = weight.grad = None
-        function(hidden, weight, targets).sum().backward()
+        function(hidden, weight, targets).backward(gradient)
     return run
 
 
@@ -165,10 +173,13 @@ def peak_of_this_process(side, N, D, V, threads):
 
 def bench_logprob(o, device, limits):
     N, D, V = o.tokens, o.width or 256, o.vocab or 50257
-    t = medians({side: logprob_call(side, N, D, V, device) for side in ("ours", "peer")}, o.repeats, device)
-    ours_mib, peer_mib = (extra_memory(side, N, D, V, device) for side in ("ours", "peer"))
-    return [report(f"logprob {N},{D},{V}", t["ours"], t["peer"], 8 * N * D * V / limits["flops"],  # 6NDV + 2NDV recomputed
-                   ours_mib=ours_mib, peer_mib=peer_mib, memory_share=ours_mib and ours_mib / peer_mib)]
+    chunks = ("256", "512", "1024") if hasattr(torch.nn, "LinearCrossEntropyOptions") else ()
+    t = medians({side: logprob_call(side, N, D, V, device) for side in ("ours", "plain", *chunks)}, o.repeats, device)
+    peer = min(chunks or ["plain"], key=t.get)
+    ours_mib, peer_mib = (extra_memory(side, N, D, V, device) for side in ("ours", peer))
+    return [report(f"logprob {N},{D},{V}", t["ours"], t[peer], 8 * N * D * V / limits["flops"],    # 6NDV + 2NDV recomputed
+                   plain_seconds=t["plain"], chunk_rows=int(peer) if chunks else None, ours_mib=ours_mib, peer_mib=peer_mib,
+                   memory_share=ours_mib and ours_mib / peer_mib)]
 
 
 # ---- generate -------------------------------------------------------------------------------------------------------
@@ -371,7 +382,7 @@ def bench_tokenize(o, device, limits):
 def main():
     parser = OneLineParser(prog="python -m nanorlhf.bench", description=__doc__,
                            formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("benchmark", choices=["logprob", "generate", "step", "tokenize"])
+    parser.add_argument("benchmark", choices=["logprob", "generate", "step", "tokenize", "gpu"])
     parser.add_argument("--layers", type=int, default=0, help="default 6")
     parser.add_argument("--width", type=int, default=0, help="default 384; logprob 256")
     parser.add_argument("--heads", type=int, default=0, help="default 6")
@@ -401,8 +412,14 @@ def main():
         print(f"{name}, torch {torch.__version__}: {limits['flops'] / 1e9:.0f} GFLOP/s, "
               f"{limits['bytes_per_second'] / 1e9:.1f} GB/s", flush=True)
         before, started = cpu_seconds(), time.monotonic()
-        rows = {"logprob": bench_logprob, "generate": bench_generate, "step": bench_step,
-                "tokenize": bench_tokenize}[o.benchmark](o, device, limits)
+        if o.benchmark == "gpu":
+            if device.type != "cuda":
+                raise UserError("gpu: torch sees no NVIDIA GPU here")
+            from nanorlhf.bench_gpu import bench_gpu
+            limits, rows = bench_gpu(device, o.repeats, seconds)
+        else:
+            rows = {"logprob": bench_logprob, "generate": bench_generate, "step": bench_step,
+                    "tokenize": bench_tokenize}[o.benchmark](o, device, limits)
         busy = warn_if_busy(before, time.monotonic() - started)
     except UserError as error:
         raise SystemExit(f"error: {error}")

@@ -227,6 +227,16 @@ class Batch(NamedTuple):
     tokens: torch.Tensor   # [B, T] int64, right-padded
     mask: torch.Tensor     # [B, T] bool, True on response tokens, EOS included; False on prompt and padding
     lengths: torch.Tensor  # [B] int64, prompt + response
+    where: torch.Tensor    # [N] int64, where mask.flatten() is True; finding out on a GPU would make its host wait
+    packed: object = None  # the same examples with each shared prompt once, a Packed, or None
+
+
+class Packed(NamedTuple):
+    """Examples of a Batch, [prompt, response 1, response 2, ...] per row: a response sees the prompt and itself."""
+    tokens: torch.Tensor     # [P, T] int64, right-padded
+    positions: torch.Tensor  # [P, T] int64, of the token in its example
+    segments: torch.Tensor   # [P, T] int64, 0 on the prompt, k on response k, -1 on padding
+    before: torch.Tensor     # [N] int64, where in tokens.flatten() the token before each of Batch.where is
 
 
 def truncate_tldr(tokenizer, prompt, max_tokens=512):
@@ -395,9 +405,10 @@ def pack_texts(tokenizer, texts, length):
     return [Example(block, 1) for block in blocks if len(block) > 1]
 
 
-def collate(examples, pad_id, device="cpu"):
+def collate(examples, pad_id, device="cpu", shared=None):
     """Examples -> Batch. The mask comes from lengths, never from comparing tokens with pad_id. Logits at position t - 1
-    predict token t: pair tokens[:, 1:] with mask[:, 1:]."""
+    predict token t: pair tokens[:, 1:] with mask[:, 1:]. shared: lists of the numbers of examples with the same prompt, which
+    are also packed (None: they are not)."""
     lengths = torch.tensor([len(e.tokens) for e in examples])                       # [B]
     starts = torch.tensor([e.prompt_length for e in examples])                      # [B]
     tokens = torch.full((len(examples), int(lengths.max())), pad_id)                # [B, T]
@@ -408,7 +419,37 @@ def collate(examples, pad_id, device="cpu"):
     for row, example in zip(mask, examples):
         for first, last in example.given:
             row[first:last] = False
-    return Batch(tokens.to(device), mask.to(device), lengths.to(device))
+    where = mask.flatten().nonzero()[:, 0]                                          # [N]
+    packed = pack_prompts(examples, shared, pad_id, device) if shared else None
+    return Batch(*(to_device(x, device) for x in (tokens, mask, lengths, where)), packed)
+
+
+def pack_prompts(examples, shared, pad_id, device):
+    """Examples -> Packed, one row per list of `shared`."""
+    rows, before = [], [None] * len(examples)
+    for group in shared:
+        prompt, start = examples[group[0]].tokens[:examples[group[0]].prompt_length], examples[group[0]].prompt_length
+        tokens, positions, segments = list(prompt), list(range(start)), [0] * start
+        for k, i in enumerate(group, 1):
+            response = examples[i].tokens[start:]
+            assert examples[i].tokens[:start] == prompt and examples[i].prompt_length == start and not examples[i].given
+            first = len(tokens)                   # the token before the response's first is the prompt's last
+            before[i] = [(len(rows), t) for t in [start - 1, *range(first, first + len(response) - 1)][:len(response)]]
+            tokens += response
+            positions += range(start, start + len(response))
+            segments += [k] * len(response)
+        rows.append((tokens, positions, segments))
+    T = max(len(tokens) for tokens, _, _ in rows)
+    columns = [torch.tensor([row + [fill] * (T - len(row)) for row in column])
+               for column, fill in zip(zip(*rows), (pad_id, 0, -1))]
+    before = torch.tensor([row * T + t for places in before for row, t in places])
+    return Packed(*(to_device(x, device) for x in (*columns, before)))
+
+
+def to_device(values, device):
+    """Numbers or a tensor of the host -> tensor on the device. The host does not wait for what a GPU still has to do, except on
+    Apple's (mps), which would read the host's memory too late."""
+    return torch.as_tensor(values).to(device, non_blocking=torch.device(device).type != "mps")
 
 
 def micro_batches(items, micro_batch_size, length=lambda item: item.length):

@@ -55,7 +55,7 @@ def eval_sampler(config, records, tokenizer, policy, reference, rewards, run):
     prompts = encode_prompts(tokenizer, asked, config, policy.config.context)
     if config.eval_reward or on_reviews(asked):
         name = "gold" if config.eval_reward in ("", "gold") else "eval_reward"
-        rewards = rewards | {name: load_reward(config.eval_reward or "gold", tokenizer, run.device)}
+        rewards = rewards | {name: load_reward(config.eval_reward or "gold", tokenizer, run.device, dtype=config.dtype)}
     for reward in rewards.values():
         reward.check_columns(asked, config.eval_prompts or "reviews")
 

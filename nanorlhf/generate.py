@@ -9,9 +9,9 @@ import math
 import numpy as np
 import torch
 
-from nanorlhf.data import encode_prompt
+from nanorlhf.data import encode_prompt, to_device
 from nanorlhf.errors import UserError
-from nanorlhf.kernels import filter_logits, sample
+from nanorlhf.kernels import filter_logits, sample, static_shapes
 from nanorlhf.model import Cache, Transformer
 
 
@@ -60,14 +60,43 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
                   torch.zeros(R, max_new_tokens, dtype=torch.bool, device=device),
                   torch.zeros(R, dtype=torch.bool, device=device))
     by_length = sorted(range(len(prompts)), key=lambda p: len(prompts[p]))             # so that a chunk has little padding
-    size = max(1, batch_size // num_samples)
+    size, n = batch_shape(model, max(map(len, prompts), default=1), num_samples, max_new_tokens, batch_size)
     options = dict(temperature=temperature, top_k=top_k, top_p=top_p)
     for first in range(0, len(prompts), size):
         chunk = by_length[first:first + size]
-        rows = torch.tensor([p * num_samples + i for p in chunk for i in range(num_samples)], device=device)
-        _decode(model, [prompts[p] for p in chunk], rows, uniform[rows], num_samples, out, options, stop, tokenizer)
+        for start in range(0, num_samples, n):
+            samples = range(start, min(start + n, num_samples))
+            rows = to_device([p * num_samples + i for p in chunk for i in samples], device)
+            _decode(model, [prompts[p] for p in chunk], rows, uniform[rows], len(samples), out, options, stop, tokenizer)
     longest = int(out.mask.sum(1).max()) if R else 0
     return Samples(out.tokens[:, :longest], out.logprobs[:, :longest], out.mask[:, :longest], out.finished)
+
+
+def free_memory(device):
+    """Returns the bytes that new tensors may take on the device; None if nobody says."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    try:
+        with open("/proc/meminfo", encoding="utf-8") as f:
+            return 1024 * next(int(line.split()[1]) for line in f if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return None
+
+
+def batch_shape(model, longest, num_samples, max_new_tokens, batch_size):
+    """Returns (prompts, samples of each) that are decoded at once: about batch_size rows, or fewer if their cache and logits
+    would take more than 0.8 of the free memory. longest: of the prompts, in tokens."""
+    c, device = model.config, model.embed.weight.device
+    prompts, free = max(1, batch_size // num_samples), free_memory(device)
+    if free is None:
+        return prompts, num_samples
+    number = 2 if torch.is_autocast_enabled(device.type) else 4
+    token = 2 * c.layers * c.kv_heads * c.head_dim * number                            # bytes of a token's keys and values
+    row = token * max_new_tokens + 4 * 4 * c.vocab_size                                # logits, and copies in `sample`
+    fit = int(0.8 * free) // (token * longest + num_samples * row)
+    if fit >= 1:
+        return min(prompts, fit), num_samples
+    return 1, max(1, min(num_samples, (int(0.8 * free) - token * longest) // row))
 
 
 def repeated(items, num_samples):
@@ -94,14 +123,14 @@ def prefill(model, prompts, num_samples, max_new_tokens):
     """
     device = model.embed.weight.device
     lengths = [len(p) for p in prompts]
-    cache = Cache(torch.tensor(lengths, device=device), num_samples, max_new_tokens)
+    cache = Cache(to_device(lengths, device), num_samples, max_new_tokens, static_shapes(device) or model.compiled)
     size, logits = max(1, (2**9 if device.type == "cpu" else 2**14) // max(lengths)), []
     for first in range(0, len(prompts), size):
         part = prompts[first:first + size]
-        last = torch.tensor([len(p) - 1 for p in part], device=device)
-        tokens = torch.tensor([p + [0] * (max(map(len, part)) - len(p)) for p in part], device=device)
-        hidden = model(tokens, cache)
-        logits.append(model.logits(hidden[torch.arange(len(part), device=device), last]).float())
+        T = max(map(len, part))
+        hidden = model(to_device([p + [0] * (T - len(p)) for p in part], device), cache)
+        last = to_device([i * T + len(p) - 1 for i, p in enumerate(part)], device)
+        logits.append(model.logits(hidden.flatten(0, 1)[last]).float())
     return cache, torch.cat(logits)
 
 
@@ -112,58 +141,98 @@ def _vocabulary(model, tokenizer):
     return list(model.config.end_ids) or [i for i in [model.config.eos_id] if i is not None], model.vocab
 
 
+class Decoding:
+    """A batch of R rows that is being decoded. All that a step reads and writes lies on the device, the step's number included,
+    and a step has the same shapes at any time, so that a GPU can replay it as a graph."""
+
+    def __init__(self, model, cache, rows, uniform, vocabulary, options):
+        """rows [R]: the rows' numbers in the result; uniform [R, T]; vocabulary: of `_vocabulary`; options: of `sample`."""
+        self.model, self.cache, self.rows, self.uniform, self.options = model, cache, rows, uniform, options
+        self.head, (ends, self.V) = model.output_head(), vocabulary
+        R, T, device = *uniform.shape, uniform.device
+        self.ends = to_device(torch.tensor(ends, dtype=torch.long), device)
+        self.t = torch.zeros(1, dtype=torch.long, device=device)                       # number of tokens drawn
+        self.token = torch.zeros(R, dtype=torch.long, device=device)                   # the last ones
+        self.alive = torch.ones(R, dtype=torch.bool, device=device)                    # not ended yet
+        self.tokens = torch.zeros(R, T, dtype=torch.long, device=device)
+        self.logprobs = torch.zeros(R, T, device=device)
+        self.mask = torch.zeros(R, T, dtype=torch.bool, device=device)
+        self.forget_graph()
+
+    def draw(self, logits):
+        """Draws each row's next token from logits [R, V]."""
+        uniform = self.uniform.index_select(1, self.t)[:, 0]
+        token, logprob = sample(logits[:, :self.V], uniform, **self.options)
+        for buffer, new in ((self.tokens, token), (self.logprobs, logprob), (self.mask, self.alive)):
+            buffer.index_copy_(1, self.t, new[:, None])
+        self.token.copy_(token)
+        self.alive &= (token[:, None] != self.ends).all(1)
+        self.t += 1
+
+    def step(self):
+        """Runs the model on the last tokens and draws the next."""
+        self.draw(self.model.logits(self.model(self.token[:, None], self.cache)[:, 0], self.head).float())
+
+    def forget_graph(self):
+        self.graph, self.eager_steps = None, 0
+
+    def advance(self):
+        """Does a step. With --compile, a GPU records the third as a graph and replays it from then on: one launch instead of
+        hundreds. The first two are done as they are, because libraries prepare themselves in them."""
+        if not (self.model.compiled and self.token.is_cuda) or self.eager_steps < 2:
+            self.eager_steps += 1
+            return self.step()
+        if self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):    # records the step, without doing it
+                self.step()
+        self.graph.replay()
+
+    def write(self, out):
+        """Writes what was drawn into the result; a row's draws after its end stay out of it."""
+        out.tokens[self.rows] = torch.where(self.mask, self.tokens, out.tokens[self.rows])
+        out.logprobs[self.rows] = torch.where(self.mask, self.logprobs, 0.0)
+        out.mask[self.rows], out.finished[self.rows] = self.mask, ~self.alive
+
+    def compact(self, out):
+        """Takes rows that have ended out of the batch and the cache, if that saves enough. Returns whether any row is left."""
+        grid = self.alive.view(-1, self.cache.n)
+        most, prompts = int(grid.sum(1).max()), grid.any(1).nonzero()[:, 0]
+        if 0 < len(prompts) * most <= 0.75 * len(self.rows):                           # worth copying the cache
+            self.write(out)
+            first = (~grid).to(torch.uint8).argsort(dim=1, stable=True)[prompts, :most]      # alive ones first
+            kept = (prompts[:, None] * self.cache.n + first).flatten()
+            self.cache.keep(prompts, kept, most)
+            for name in ("rows", "uniform", "token", "alive", "tokens", "logprobs", "mask"):
+                setattr(self, name, getattr(self, name)[kept])
+            self.forget_graph()
+        return most > 0
+
+
 def _decode(model, prompts, rows, uniform, n, out, options, stop, tokenizer):
-    """Decodes one batch into rows `rows` of `out`. When enough rows have finished, they leave the batch and the cache."""
-    ends, V = _vocabulary(model, tokenizer)
-    ends, T = torch.tensor(ends, dtype=torch.long, device=rows.device), uniform.shape[1]
+    """Decodes one batch into rows `rows` of `out`."""
+    T = uniform.shape[1]
     cache, logits = prefill(model, prompts, n, T)
-    logits = logits.repeat_interleave(n, 0)                                            # [R, V]
-    alive = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
-    check_every = 1 if rows.device.type == "cpu" else 16                               # each check makes a GPU wait
-    steps = []                                                                         # drawn, but not yet written to out
-    for t in range(T):
-        token, logprob = sample(logits[:, :V], uniform[:, t], **options)
-        steps.append((token, logprob, alive))
-        alive = alive & (token[:, None] != ends).all(1)
+    batch = Decoding(model, cache, rows, uniform, _vocabulary(model, tokenizer), options)
+    check_every = 16 if cache.static else 1                                            # each check makes a GPU wait
+    batch.draw(logits.repeat_interleave(n, 0))
+    for t in range(1, T):
         if stop:
-            steps = _write(out, rows, t + 1, steps)
-            alive = alive & ~_stopped(out, rows, t, stop, tokenizer)
-        if t + 1 == T:
+            batch.alive &= ~_stopped(batch.tokens[:, :t], stop, tokenizer)
+        if t % check_every == 0 and not bool(batch.alive.all()) and not batch.compact(out):
             break
-        if (t + 1) % check_every == 0 and not bool(alive.all()):
-            grid = alive.view(-1, n)
-            most, prompts_left = int(grid.sum(1).max()), grid.any(1).nonzero()[:, 0]
-            if most == 0:
-                break
-            if len(prompts_left) * most <= 0.75 * len(rows):                           # worth copying the cache
-                steps = _write(out, rows, t + 1, steps)
-                out.finished[rows[~alive]] = True
-                first = (~grid).to(torch.uint8).argsort(dim=1, stable=True)[prompts_left, :most]   # alive ones first
-                kept = (prompts_left[:, None] * n + first).flatten()
-                cache.keep(prompts_left, kept, most)
-                n, rows, alive, token, uniform = most, rows[kept], alive[kept], token[kept], uniform[kept]
-        logits = model.logits(model(token[:, None], cache)[:, 0]).float()
-    _write(out, rows, t + 1, steps)
-    out.finished[rows] |= ~alive
+        batch.advance()
+    if stop:
+        batch.alive &= ~_stopped(batch.tokens[:, :T], stop, tokenizer)
+    batch.write(out)
 
 
-def _write(out, rows, end, steps):
-    """Writes the last steps, up to position `end`, into `out`, except draws of finished rows; returns [], the new steps."""
-    if steps:
-        token, logprob, alive = (torch.stack(column, 1) for column in zip(*steps))
-        span = slice(end - len(steps), end)
-        out.tokens[rows, span] = torch.where(alive, token, out.tokens[rows, span])
-        out.logprobs[rows, span] = torch.where(alive, logprob, 0.0)
-        out.mask[rows, span] = alive
-    return []
-
-
-def _stopped(out, rows, t, stop, tokenizer):
-    """Returns [R] bool: the row's text has a stop string that ends in token t. Decodes only the tail that can matter."""
-    back = max(len(s.encode()) for s in stop) + 4                                      # a token is at least one byte
-    tails = out.tokens[rows, max(0, t - back):t + 1].tolist()
-    texts = [tokenizer.decode(tail, start=False, special=True) for tail in tails]
-    return torch.tensor([any(s in text for s in stop) for text in texts], device=rows.device)
+def _stopped(tokens, stop, tokenizer):
+    """Returns [R] bool: the row's text has a stop string that ends in the last of its tokens [R, t]. Decodes only the tail that
+    can matter."""
+    back = max(len(s.encode()) for s in stop) + 5                                      # a token is at least one byte
+    texts = [tokenizer.decode(tail, start=False, special=True) for tail in tokens[:, -back:].tolist()]
+    return torch.tensor([any(s in text for s in stop) for text in texts], device=tokens.device)
 
 
 @torch.no_grad()

@@ -1,7 +1,8 @@
 """The kernels: log-probabilities of given tokens, sampling, and the matrix products and attention of decoding.
 
-Each is written once, in plain torch, to be read, and runs on any device. token_logprobs never holds an [N, V] tensor, sample
-never waits for the device, and decode_attention never copies a prompt's keys for each of its samples.
+Each is written in plain torch, to be read, and runs on any device. On an NVIDIA GPU the same functions call their twins in
+kernels_triton.py. token_logprobs never holds an [N, V] tensor, sample never waits for the device, and decode_attention never
+copies a prompt's keys for each of its samples.
 
 Letters: N tokens, D width, V vocabulary, R rows, P prompts, n samples per prompt (R = P*n), H heads, K key-value heads,
 G = H/K query heads per key-value head, S prompt positions, T new positions, E head width.
@@ -15,47 +16,94 @@ import torch.nn.functional as F
 TILE = 2**22  # logits held at once: 16 MiB in float32, small enough to stay near the cache; 2% of a [4096, 50257] matrix
 
 
-def matmul32(a, b):
-    """Returns a @ b, accumulated in float32 (float64 stays float64), because bf16 logits would lose small differences."""
-    if a.dtype in (torch.float32, torch.float64):
-        return a @ b
-    if a.is_cuda:
+def matmul32(a, b, out=None):
+    """Returns a @ b, accumulated in float32 (float64 stays float64), because bf16 logits would lose small differences. out: where
+    to write it (a GPU's allocator has used memory at hand, a CPU's may not)."""
+    if a.is_cuda and a.dtype not in (torch.float32, torch.float64):
         return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()
+    if a.dtype != torch.float64:
+        a, b = a.float(), b.float()
+    return torch.mm(a, b, out=out)
+
+
+def triton_kernels(x):
+    """Returns the module of Triton kernels if x lies on an NVIDIA GPU and Triton is installed, else None."""
+    return _kernels_triton() if x.is_cuda else None
+
+
+@functools.cache
+def _kernels_triton():
+    if torch.version.hip:                                                              # an AMD GPU, where nobody has tried them
+        return None
+    try:
+        from nanorlhf import kernels_triton
+    except ImportError:
+        return None
+    return kernels_triton
+
+
+def absorb(z, bias, temperature, targets, state, with_entropy):
+    """Takes a tile of logits into each token's running numbers `state` [4, N]: the maximum, the sum of exp(logit - maximum), that
+    of exp(logit - maximum) logit, and the target's logit. z [N, W] is overwritten; bias [W] or None; targets [N] are columns of
+    this tile, or lie outside it."""
+    if fused := triton_kernels(z):
+        return fused.absorb(z, bias, temperature, targets, state, with_entropy)
+    if bias is not None:
+        z += bias
+    if temperature != 1.0:
+        z /= temperature
+    top, total, mean, picked = state
+    inside = (targets >= 0) & (targets < z.shape[1])
+    picked += torch.where(inside, z.gather(1, targets.clamp(0, z.shape[1] - 1)[:, None])[:, 0], 0.0)
+    new_top = torch.maximum(top, z.amax(1))
+    rescale = (top - new_top).exp()
+    e = (z - new_top[:, None]).exp_() if with_entropy else z.sub_(new_top[:, None]).exp_()
+    total.mul_(rescale).add_(e.sum(1))
+    if with_entropy:
+        mean.mul_(rescale).add_(e.mul_(z).sum(1))
+    top.copy_(new_top)
+
+
+def logits_gradient(z, bias, temperature, targets, lse, grad, dtype):
+    """Returns grad * d log p(target) / d logit of a tile, [N, W] in dtype: (1[column = target] - p) / temperature times grad [N].
+    z, bias, targets as in `absorb`; lse [N] is the log of the sum of all exp(logit). z is overwritten."""
+    if fused := triton_kernels(z):
+        return fused.logits_gradient(z, bias, temperature, targets, lse, grad, dtype)
+    if bias is not None:
+        z += bias
+    if temperature != 1.0:
+        z /= temperature
+    grad = (grad / temperature)[:, None]
+    inside = (targets >= 0) & (targets < z.shape[1])
+    dz = z.sub_(lse[:, None]).exp_().mul_(-grad)
+    dz.scatter_add_(1, targets.clamp(0, z.shape[1] - 1)[:, None], torch.where(inside[:, None], grad, 0.0))
+    return dz.to(dtype)
 
 
 class _TokenLogprobs(torch.autograd.Function):
     """Streams over tiles of the vocabulary: forward keeps each token's log-sum-exp, and backward recomputes the tiles."""
 
     @staticmethod
-    def tiles(hidden, weight, bias, temperature):
-        """Yields (first, last, weight tile, logits tile / temperature [N, last-first])."""
-        width = max(1024, TILE // max(1, len(hidden)))
-        for first in range(0, len(weight), width):
-            w = weight[first:first + width].to(hidden.dtype)
-            z = matmul32(hidden, w.T)
-            if bias is not None:
-                z += bias[first:first + width]
-            if temperature != 1.0:
-                z /= temperature
-            yield first, first + len(w), w, z
+    def tiles(hidden, weight, bias, targets):
+        """Yields (slice of the vocabulary, weight tile, product [N, W], bias [W] or None, the targets' columns in it [N])."""
+        N, V = len(hidden), len(weight)
+        width = 4096 if hidden.is_cuda else max(1024, TILE // max(1, N))                # on a GPU 24 KiB per token
+        f = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        memory = torch.empty(N * min(width, V), dtype=f) if hidden.is_cpu else None     # of all tiles: new memory costs time
+        for first in range(0, V, width):
+            tile = slice(first, first + width)
+            w = weight[tile].to(hidden.dtype)
+            z = matmul32(hidden, w.T, None if memory is None else memory[:N * len(w)].view(N, len(w)))
+            yield tile, w, z, None if bias is None else bias[tile], targets - first
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, temperature, with_entropy):
         f = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        top = torch.full((len(hidden),), -torch.inf, dtype=f, device=hidden.device)   # running maximum  [N]
-        total, mean, picked = torch.zeros_like(top), torch.zeros_like(top), torch.zeros_like(top)
-        for first, last, _, z in _TokenLogprobs.tiles(hidden, weight, bias, temperature):
-            local = targets - first
-            inside = (local >= 0) & (local < last - first)
-            picked = torch.where(inside, z.gather(1, local.clamp(0, last - first - 1)[:, None])[:, 0], picked)
-            new_top = torch.maximum(top, z.amax(1))
-            rescale = (top - new_top).exp()
-            e = (z - new_top[:, None]).exp_() if with_entropy else z.sub_(new_top[:, None]).exp_()
-            total = total * rescale + e.sum(1)
-            if with_entropy:
-                mean = mean * rescale + e.mul_(z).sum(1)                               # sum of exp(z - top) * z
-            top = new_top
+        state = torch.zeros(4, len(hidden), dtype=f, device=hidden.device)
+        state[0] = -torch.inf
+        for _, _, z, b, local in _TokenLogprobs.tiles(hidden, weight, bias, targets):
+            absorb(z, b, temperature, local, state, with_entropy)
+        top, total, mean, picked = state
         lse = top + total.log()
         ctx.save_for_backward(hidden, weight, bias, targets, lse)
         ctx.temperature = temperature
@@ -67,22 +115,23 @@ class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, _):
         # d log p(y) / dz = 1[z = y] - p, so each tile of the logits' gradient needs only the saved log-sum-exp.
+        with torch.autocast(grad.device.type, enabled=False):
+            return _TokenLogprobs.gradients(ctx, grad)
+
+    @staticmethod
+    def gradients(ctx, grad):
         hidden, weight, bias, targets, lse = ctx.saved_tensors
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-        grad = (grad.to(lse.dtype) / ctx.temperature)[:, None]
+        grad = grad.to(lse.dtype)
         d_hidden = torch.zeros(hidden.shape, dtype=lse.dtype, device=hidden.device) if need_hidden else None
         d_weight = torch.empty_like(weight) if need_weight else None
         d_bias = torch.empty_like(bias) if bias is not None and need_bias else None
-        for first, last, w, z in _TokenLogprobs.tiles(hidden, weight, bias, ctx.temperature):
-            local = targets - first
-            inside = (local >= 0) & (local < last - first)
-            dz = z.sub_(lse[:, None]).exp_().mul_(-grad)
-            dz.scatter_add_(1, local.clamp(0, last - first - 1)[:, None], torch.where(inside[:, None], grad, 0.0))
+        for tile, w, z, b, local in _TokenLogprobs.tiles(hidden, weight, bias, targets):
+            dz = logits_gradient(z, b, ctx.temperature, local, lse, grad, hidden.dtype)
             if d_bias is not None:
-                d_bias[first:last] = dz.sum(0)
-            dz = dz.to(hidden.dtype)
+                d_bias[tile] = dz.sum(0, dtype=lse.dtype)
             if need_weight:
-                d_weight[first:last] = matmul32(dz.T, hidden)
+                d_weight[tile] = matmul32(dz.T, hidden)
             if need_hidden:
                 d_hidden = d_hidden.addmm_(dz, w) if dz.dtype == d_hidden.dtype else d_hidden + matmul32(dz, w)
         return d_hidden.to(hidden.dtype) if need_hidden else None, d_weight, d_bias, None, None, None
@@ -132,6 +181,8 @@ def sample(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
     logits = logits.float()
     if temperature == 0:
         return logits.argmax(-1), torch.zeros(len(logits), device=logits.device)
+    if fused := triton_kernels(logits):
+        return fused.sample(logits, uniform, temperature, top_k, top_p)
     z = filter_logits(logits, temperature, top_k, top_p)
     top = z.amax(-1, keepdim=True)
     cdf = (z - top).exp_().cumsum_(-1)                                                 # not yet divided by its total
@@ -172,26 +223,39 @@ def thin_linear(x, weight, bias=None):
     return y if bias is None else y + bias
 
 
-def decode_attention(q, k, v, bias=None, prefix=None):
+def static_shapes(device):
+    """True where a decoding step has to be the same work at any time, with its number on the device: on a GPU, which waits when
+    the host looks at a number, and can replay such a step as a graph. On a CPU, looking costs nothing, and less work pays."""
+    return device.type != "cpu"
+
+
+def decode_attention(q, k, v, bias=None, last=None, prefix=None):
     """Computes attention of one new position per row over the row's cache: q [R, H, E]; k, v [R, K, T, E] -> [R, H*E].
 
-    bias [R or 1, 1, 1, T] is 0 at real positions and -inf at padding (None: all are real). prefix = (keys [P, K, S, E],
-    values, bias [P, 1, 1, 1, S]) holds prompts, each shared by n = R/P rows. One softmax spans both parts; only the products
-    are split, so that a prompt's keys are stored and read once for all its samples.
+    bias [R or 1, 1, 1, T] is 0 at real positions and -inf at padding (None: all are real). Instead, `last` [1] int64 may say on
+    the device which of the T positions is the last that holds a key, so that a step has the same shapes at any time.
+    prefix = (keys [P, K, S, E], values, lengths [P], bias [P, 1, 1, 1, S]) holds prompts, each shared by n = R/P rows. One
+    softmax spans both parts; only the products are split, so that a prompt's keys are stored and read once for all its samples.
     """
     R, H, E = q.shape
     K, T = k.shape[1:3]
     G = H // K
+    if last is not None:
+        if prefix is not None and (fused := triton_kernels(q)):
+            return fused.decode_attention(q, k, v, last, prefix)
+        bias = torch.zeros(1, 1, 1, T, device=q.device).masked_fill_(torch.arange(T, device=q.device) > last, -torch.inf)
     if prefix is None:                                                                 # a key head's G queries as G positions
         return F.scaled_dot_product_attention(q.view(R, K, G, E), k, v, attn_mask=bias).reshape(R, H * E)
-    prefix_k, prefix_v, prefix_bias = prefix
+    prefix_k, prefix_v, _, prefix_bias = prefix
     P, _, S, _ = prefix_k.shape
     n = R // P
     q = q.view(R, K, G, E) * E**-0.5
     scores = q @ k.mT                                                                  # [R, K, G, T]
+    if bias is not None:
+        scores = scores + bias
     q = q.view(P, n, K, G, E).transpose(1, 2).reshape(P, K, n * G, E)                  # all rows of a prompt at once
     on_prefix = (q @ prefix_k.mT).view(P, K, n, G, S) + prefix_bias
-    p = torch.cat([on_prefix.transpose(1, 2), scores.view(P, n, K, G, T)], -1).softmax(-1, dtype=torch.float32).to(q.dtype)
+    p = torch.cat([on_prefix.transpose(1, 2), scores.view(P, n, K, G, T)], -1).softmax(-1, dtype=torch.float32).to(v.dtype)
     out = p[..., :S].transpose(1, 2).reshape(P, K, n * G, S) @ prefix_v                # [P, K, n*G, E]
     out = out.view(P, K, n, G, E).transpose(1, 2).reshape(R, K, G, E) + p[..., S:].reshape(R, K, G, T) @ v
     return out.reshape(R, H * E)

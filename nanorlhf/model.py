@@ -13,10 +13,11 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from nanorlhf.errors import UserError
 from nanorlhf.formats.checkpoints import FAMILIES, load_weights, read_config, read_constants, save_weights, tensor_index
-from nanorlhf.kernels import decode_attention, matmul32, thin_linear, token_logprobs
+from nanorlhf.kernels import decode_attention, matmul32, static_shapes, thin_linear, token_logprobs
 from nanorlhf.training import seed_for
 
 
@@ -75,7 +76,7 @@ class Linear(nn.Linear):
         pass
 
     def forward(self, x):
-        if x.shape[1] == 1 and not torch.is_grad_enabled():                            # a decoding step
+        if x.shape[1] == 1 and not torch.is_grad_enabled() and not torch.compiler.is_compiling():    # a decoding step
             return thin_linear(x[:, 0], self.weight, self.bias)[:, None]
         return super().forward(x)
 
@@ -94,7 +95,7 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(c.head_dim, eps=c.norm_eps) if c.qk_norm else None
         self.k_norm = nn.RMSNorm(c.head_dim, eps=c.norm_eps) if c.qk_norm else None
 
-    def forward(self, x, rope, cache, layer):
+    def forward(self, x, rope, cache, layer, allowed=None):
         B, T, _ = x.shape
         heads = self.qkv(x).view(B, T, -1, self.head_dim).transpose(1, 2)              # [B, H+2K, T, E]
         qk, v = heads.split([self.heads + self.kv_heads, self.kv_heads], dim=1)
@@ -110,7 +111,8 @@ class Attention(nn.Module):
             if cache is not None:
                 cache.store_prompts(layer, k, v)
             # Padding is on the right, where no real position can see it, so the causal mask is the only one needed.
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.kv_heads != self.heads)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, is_causal=allowed is None,
+                                               enable_gqa=self.kv_heads != self.heads)
             y = y.transpose(1, 2).reshape(B, T, -1)
         return self.out(y)
 
@@ -137,11 +139,11 @@ class Block(nn.Module):
         self.norm1, self.attn, self.mlp = make_norm(c), Attention(c), MLP(c)
         self.norm2 = make_norm(c) if c.residual != "parallel, one norm" else None
 
-    def forward(self, x, rope, cache, layer):
+    def forward(self, x, *context):               # context: what Attention takes after x
         if self.parallel:
             h = self.norm1(x)
-            return x + self.attn(h, rope, cache, layer) + self.mlp(h if self.norm2 is None else self.norm2(x))
-        x = x + self.attn(self.norm1(x), rope, cache, layer)
+            return x + self.attn(h, *context) + self.mlp(h if self.norm2 is None else self.norm2(x))
+        x = x + self.attn(self.norm1(x), *context)
         return x + self.mlp(self.norm2(x))
 
 
@@ -172,18 +174,20 @@ def rotate(x, cos, sin):
 class Cache:
     """Keys and values of R = P*n rows: n samples for each of P prompts.
 
-    If n > 1, a prompt's are stored once for its n samples, and each row's own tokens apart; if n = 1, both share a buffer.
-    All rows of a batch have decoded the same number of tokens, so a new token goes into the same slot in every row, however
-    long its prompt is. Where a key is stored does not matter, because its position is already encoded in it.
+    A prompt's are stored once for its n samples, and each row's own tokens apart; on a CPU, if n = 1, both share a buffer, which
+    is faster. All rows of a batch have decoded the same number of tokens, so a new token goes into the same slot in every row,
+    however long its prompt is. Where a key is stored does not matter, because its position is already encoded in it.
     """
 
-    def __init__(self, lengths, num_samples, max_new_tokens):
-        self.lengths, self.n, self.capacity = lengths, num_samples, max_new_tokens     # prompt lengths [P]
-        self.shared = num_samples > 1                                                  # prompts are stored apart
+    def __init__(self, lengths, num_samples, max_new_tokens, static):
+        self.lengths, self.n, self.static = lengths, num_samples, static               # prompt lengths [P]
+        self.shared = num_samples > 1 or self.static                                   # prompts are stored apart
         self.longest, self.stored = int(lengths.max()), 0                              # prompts stored so far
-        self.start, self.t = 0 if self.shared else self.longest, 0                     # start + t is the next slot
+        self.start = 0 if self.shared else self.longest
+        self.capacity = self.start + max_new_tokens
+        self.slot = torch.full((1,), self.start, device=lengths.device)                # the next one, on the device
         self.prefix, self.own = [], []                                                 # per layer: keys, values
-        slots = torch.arange(self.longest + (0 if self.shared else self.capacity), device=lengths.device)
+        slots = torch.arange(self.longest if self.shared else self.capacity, device=lengths.device)
         padding = (slots >= lengths[:, None]) & (slots < self.longest)
         self.padding_bias = torch.zeros(padding.shape, device=slots.device).masked_fill_(padding, -torch.inf)[:, None, None]
 
@@ -196,7 +200,7 @@ class Cache:
         _, K, S, E = k.shape
         if self.stored == 0:
             P = len(self.lengths)
-            self.own.append([k.new_zeros(P * self.n, K, self.start + self.capacity, E) for _ in "kv"])
+            self.own.append([k.new_zeros(P * self.n, K, self.capacity, E) for _ in "kv"])
             if self.shared:
                 self.prefix.append([k.new_zeros(P, K, self.longest, E) for _ in "kv"])
         for buffer, new in zip((self.prefix if self.shared else self.own)[layer], (k, v)):
@@ -204,25 +208,29 @@ class Cache:
 
     def positions(self):
         """Returns the position of the token being decoded, [R, 1]."""
-        return (self.lengths + self.t).repeat_interleave(self.n)[:, None]
+        return (self.lengths - self.start + self.slot).repeat_interleave(self.n)[:, None]
 
     def attend(self, layer, q, k, v):
+        """Stores each row's new key and value, [R, K, E]. Returns the attention of the queries [R, H, E] over all keys so far,
+        [R, H*E]."""
         keys, values = self.own[layer]
-        end = self.start + self.t + 1
+        prefix = (*self.prefix[layer], self.lengths, self.padding_bias[:, :, None]) if self.shared else None
+        if self.static:
+            keys[:, :, self.slot], values[:, :, self.slot] = k[:, :, None], v[:, :, None]
+            return decode_attention(q, keys, values, last=self.slot, prefix=prefix)
+        end = int(self.slot) + 1
         keys[:, :, end - 1], values[:, :, end - 1] = k, v
-        if self.shared:
-            prefix = (*self.prefix[layer], self.padding_bias[:, :, None])
-            return decode_attention(q, keys[:, :, :end], values[:, :, :end], prefix=prefix)
-        return decode_attention(q, keys[:, :, :end], values[:, :, :end], self.padding_bias[..., :end])
+        bias = None if self.shared else self.padding_bias[..., :end]
+        return decode_attention(q, keys[:, :, :end], values[:, :, :end], bias, prefix=prefix)
 
     def keep(self, prompts, rows, n):
         """Keeps only these prompts [P'] and rows [P'*n], n per prompt, in this order. Both are indices of current ones."""
         if len(prompts) != len(self.lengths):
             self.prefix = [(k[prompts], v[prompts]) for k, v in self.prefix]
             self.lengths, self.padding_bias = self.lengths[prompts], self.padding_bias[prompts]
-        used = slice(0, self.start + self.t)
+        used = slice(0, int(self.slot))
         for layer, (k, v) in enumerate(self.own):
-            new = k.new_empty(len(rows), *k.shape[1:]), v.new_empty(len(rows), *v.shape[1:])
+            new = [(x.new_zeros if self.static else x.new_empty)(len(rows), *x.shape[1:]) for x in (k, v)]
             new[0][:, :, used], new[1][:, :, used] = k[rows, :, used], v[rows, :, used]
             self.own[layer] = new
         self.n = n
@@ -239,6 +247,8 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.layers))
         self.norm = make_norm(c)
         self.head = Linear(c.width, c.vocab_size, bias=c.head_bias) if head and not c.tied else None
+        self.compiled = False                     # by compile_layers
+        self.checkpointing = False                # keep a layer's input only, and compute the layer again in the backward pass
         self.vocab = c.vocab_size                 # ids that may be predicted: check_fit lowers it to the tokenizer's
         if self.embed.weight.is_meta:             # load_weights will fill the model
             return
@@ -255,12 +265,16 @@ class Transformer(nn.Module):
         if self.config.positions == "rotary":
             self.register_buffer("frequency", rope_frequencies(self.config), persistent=False)
 
-    def forward(self, tokens, cache=None):
+    def forward(self, tokens, cache=None, packed=None):
         T = tokens.shape[1]
         decoding = cache is not None and cache.filled
-        if not decoding and T > self.config.context:
+        if not decoding and not packed and T > self.config.context:
             raise UserError(f"{T} tokens do not fit this model's context of {self.config.context}")
-        at = cache.positions() if decoding else torch.arange(T, device=tokens.device)[None]  # [R, 1] or [1, T]
+        at, allowed = cache.positions() if decoding else torch.arange(T, device=tokens.device)[None], None   # [R, 1] or [1, T]
+        if packed:                                                             # [P, T] and [P, 1, T, T]
+            at, s = packed.positions, packed.segments
+            allowed = (torch.ones(T, T, dtype=torch.bool, device=s.device).tril()
+                       & ((s[:, None, :] == 0) | (s[:, None, :] == s[:, :, None])))[:, None]
         x = self.embed(tokens)
         if self.positions is not None:
             x, rope = x + self.positions(at + self.config.position_offset), None
@@ -268,22 +282,30 @@ class Transformer(nn.Module):
             angle = at[:, None, :, None].float() * self.frequency              # [R or 1, 1, T, half of a head's rotated dims]
             cos, sin = angle.cos(), angle.sin()
             rope = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
-        x = self.stack(x, rope) if cache is None else self.cached_stack(x, rope, cache)
+        stack = self.training_stack if cache is None else self.decoding_stack if decoding else self.stack
+        x = stack(x, rope, cache, allowed)
+        if decoding:
+            cache.slot += 1                       # each row has one token more
+        elif cache is not None:
+            cache.stored += len(x)
         return self.norm(x)
 
-    def stack(self, x, rope):                     # a separate method, so that --compile can replace it
-        for block in self.blocks:
-            x = block(x, rope, None, None)
+    def stack(self, x, rope, cache, allowed):
+        for layer, block in enumerate(self.blocks):
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, rope, cache, layer, allowed, use_reentrant=False)
+            else:
+                x = block(x, rope, cache, layer, allowed)
         return x
 
-    def cached_stack(self, x, rope, cache):
-        for layer, block in enumerate(self.blocks):
-            x = block(x, rope, cache, layer)
-        if cache.filled:
-            cache.t += 1                          # each row has one token more
-        else:
-            cache.stored += len(x)
-        return x
+    training_stack = decoding_stack = stack       # the same code; --compile compiles each for itself
+
+    def compile_layers(self):
+        """Compiles the layers for training and, on a CPU, for decoding steps; a GPU replays those as a graph instead."""
+        self.training_stack = torch.compile(self.training_stack, dynamic=True)
+        if not static_shapes(self.embed.weight.device):
+            self.decoding_stack = torch.compile(self.decoding_stack, dynamic=True)
+        self.compiled = True
 
     # Rows of an embedding beyond the tokenizer's ids are padding. They take no part in sampling, nor in log-probabilities.
     @property
@@ -294,29 +316,42 @@ class Transformer(nn.Module):
     def head_bias(self):                          # [V] or None
         return None if self.head is None or self.head.bias is None else self.head.bias[:self.vocab]
 
-    def logits(self, hidden):
+    def output_head(self):
+        """Returns (weight [V, D], bias [V] or None) for `logits`, rounded to the dtype that autocast asks for. A caller that
+        needs logits step by step gets them once."""
+        weight, device = self.head_weight, self.embed.weight.device.type
+        if torch.is_autocast_enabled(device):
+            weight = weight.to(torch.get_autocast_dtype(device))
+            weight = weight.float() if device == "cpu" else weight                     # where the product is in float32
+        return weight, self.head_bias
+
+    def logits(self, hidden, head=None):
         """hidden [..., D] -> [..., V], float32 also under autocast, as in `token_logprobs`: in bf16, logits far from 0 lose the
-        differences that a distribution is made of."""
+        differences that a distribution is made of. head: a result of `output_head`."""
+        weight, bias = head or self.output_head()
         device = hidden.device.type
         if not torch.is_autocast_enabled(device):
-            return (thin_linear if hidden.dim() == 2 else F.linear)(hidden, self.head_weight, self.head_bias)
-        dtype = torch.get_autocast_dtype(device)
+            return (thin_linear if hidden.dim() == 2 else F.linear)(hidden, weight, bias)
         with torch.autocast(device, enabled=False):
-            z = matmul32(hidden.flatten(0, -2).to(dtype), self.head_weight.to(dtype).T).view(*hidden.shape[:-1], -1)
-            return z if self.head_bias is None else z + self.head_bias
+            hidden = hidden.to(torch.get_autocast_dtype(device))
+            z = matmul32(hidden.flatten(0, -2), weight.T).view(*hidden.shape[:-1], -1)
+            return z if bias is None else z + bias
 
-    def logprobs(self, tokens, mask, temperature=1.0, entropy=False):
+    def logprobs(self, tokens, mask, temperature=1.0, entropy=False, where=None, packed=None):
         """Returns log p(token t | tokens before t) under softmax(logits / temperature) where the mask is True, 0 elsewhere.
 
         tokens [B, T]; mask [B, T] bool, False at t = 0. The result is float32 [B, T], aligned with tokens; with entropy=True
         the entropies come as a second tensor. Every token's log-probability in a loss or a KL penalty comes from here,
-        for the reference, old and new policy alike. Only masked positions reach the output head.
+        for the reference, old and new policy alike. Only masked positions reach the output head. where [N]: the positions of
+        True in mask.flatten(), as in Batch (None: found here, which makes a GPU wait). packed: the Packed of the same Batch;
+        then a prompt that several rows share is computed once, with the same result up to rounding.
         """
-        hidden = self(tokens)[:, :-1]
-        where = mask[:, 1:]
-        values = token_logprobs(hidden[where], self.head_weight, tokens[:, 1:][where], self.head_bias, temperature,
-                                entropy)
-        out = [torch.zeros(tokens.shape, dtype=v.dtype, device=v.device).masked_scatter(F.pad(where, (1, 0)), v)
+        if where is None:
+            where = F.pad(mask[:, 1:], (1, 0)).flatten().nonzero()[:, 0]               # nothing predicts the token at t = 0
+        hidden = self(tokens) if packed is None else self(packed.tokens, packed=packed)
+        hidden = hidden.flatten(0, 1).index_select(0, where - 1 if packed is None else packed.before)    # the token before each
+        values = token_logprobs(hidden, self.head_weight, tokens.flatten()[where], self.head_bias, temperature, entropy)
+        out = [torch.zeros(tokens.numel(), dtype=v.dtype, device=v.device).scatter(0, where, v).view(tokens.shape)
                for v in (values if entropy else (values,))]
         return tuple(out) if entropy else out[0]
 
@@ -414,6 +449,17 @@ class ValueModel(nn.Module):
             return cls(rm.trunk, rm.head.weight.detach() / rm.reward_std, -rm.reward_mean / rm.reward_std)
         rm = RewardModel.from_pretrained(folder, fresh_head=True)
         return cls(rm.trunk, torch.zeros(1, rm.config.width))
+
+
+def freeze(model, dtype="float32"):
+    """Turns a model's gradients off. With dtype "bfloat16" the layers' matrices, which autocast would round in every pass, are
+    held rounded: the same results in about half of the memory. Embeddings and norms stay float32. Returns the model."""
+    model.requires_grad_(False)
+    if dtype == "bfloat16":
+        for module in getattr(model, "trunk", model).blocks.modules():
+            if isinstance(module, Linear):
+                module.bfloat16()
+    return model
 
 
 # ---- Models, tokenizers and devices that fit together ---------------------------------------------------------------

@@ -21,7 +21,7 @@ from nanorlhf.data import Example, collate, decode_response, encode_prompt, enco
 from nanorlhf.errors import UserError, one_line
 from nanorlhf.files import local_folder
 from nanorlhf.formats.records import columns_of
-from nanorlhf.model import RewardModel, check_fit
+from nanorlhf.model import RewardModel, check_fit, freeze
 from nanorlhf.tokenizer import tokenizer_of
 
 
@@ -30,12 +30,12 @@ def reads_text(spec):
     return spec == "gold" or ".py:" in spec
 
 
-def load_reward(spec, tokenizer, device, records=(), data="", batch_size=128):
+def load_reward(spec, tokenizer, device, records=(), data="", batch_size=128, dtype="float32"):
     """Returns the reward that `spec` names: a callable (prompts, responses, records) -> float32 tensor [N].
 
     prompts, responses: N lists of token ids of the policy's `tokenizer`; records: the N records they belong to (None: the
     prompts are decoded, which is wrong for conversations). `records` here are those of `data`, a file's name, that it will
-    read: UserError if they lack a column that the function needs.
+    read: UserError if they lack a column that the function needs. dtype: of a model's passes, as --dtype.
     """
     if spec == "gold":
         return TextReward(lambda prompts, completions: list(map(reviews.gold_reward, prompts, completions)), spec, tokenizer)
@@ -43,7 +43,7 @@ def load_reward(spec, tokenizer, device, records=(), data="", batch_size=128):
         function, module = user_function(spec)
         reward = TextReward(function, spec, tokenizer, module)
     else:
-        reward = ModelReward(spec, tokenizer, device, batch_size)
+        reward = ModelReward(spec, tokenizer, device, batch_size, dtype)
     reward.check_columns(records, data)
     return reward
 
@@ -52,7 +52,7 @@ class ModelReward:
     """A reward model. With the policy's tokenizer and chat template it reads exactly what the policy wrote; otherwise it reads
     the texts in its own tokens."""
 
-    def __init__(self, spec, tokenizer, device, batch_size):
+    def __init__(self, spec, tokenizer, device, batch_size, dtype):
         try:
             folder = local_folder(spec)
         except UserError as error:
@@ -60,8 +60,9 @@ class ModelReward:
         if not (folder / "config.json").exists():
             raise UserError(f"--reward {spec}: not a reward-model folder (python train_rm.py makes one), `gold` or "
                             f"file.py:function")
-        self.model, self.own = RewardModel.from_pretrained(folder).to(device).eval(), tokenizer_of(folder, tokenizer)
+        self.model, self.own = freeze(RewardModel.from_pretrained(folder), dtype).to(device), tokenizer_of(folder, tokenizer)
         check_fit(self.model, self.own)
+        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
         self.spec, self.policy, self.device, self.batch_size = spec, tokenizer, device, batch_size
         self.same = self.own.same_ids(tokenizer) and self.own.chat_template == tokenizer.chat_template
 
@@ -76,7 +77,8 @@ class ModelReward:
         scores = torch.empty(len(examples))
         for rows in micro_batches(range(len(examples)), self.batch_size, length=lambda i: examples[i].length):
             batch = collate([examples[i] for i in rows], self.own.pad_id, self.device)
-            scores[list(rows)] = self.model.score(batch.tokens, batch.lengths).cpu()
+            with self.autocast:
+                scores[list(rows)] = self.model.score(batch.tokens, batch.lengths).cpu()
         if not torch.isfinite(scores).all():
             raise UserError(f"--reward {self.spec}: the reward model gives {scores[~torch.isfinite(scores)][0]}")
         return scores

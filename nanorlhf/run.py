@@ -24,12 +24,13 @@ from nanorlhf.errors import UserError
 from nanorlhf.files import (FolderLock, atomic_write, fingerprint, read_json, read_jsonl, remove, sha256_of, write_json,
                             write_records)
 from nanorlhf.formats.checkpoints import check_finite, write_tensors
-from nanorlhf.model import ModelConfig, Transformer, check_fit, pick_device
+from nanorlhf.model import ModelConfig, Transformer, check_fit, freeze, pick_device
 from nanorlhf.options import HOW_TO_BEGIN, check_options, named_files, read_options
 from nanorlhf.tokenizer import check_same_ids, load_tokenizer
 from nanorlhf.training import seed_for
 
-MAY_CHANGE_ON_RESUME = (*HOW_TO_BEGIN, "device", "compile", "micro_batch_size", "eval_every", "save_every")
+MAY_CHANGE_ON_RESUME = (*HOW_TO_BEGIN, "device", "compile", "gradient_checkpointing", "share_prompts", "micro_batch_size",
+                        "eval_every", "save_every")
 INPUTS = ("init", "reference", "value_init", "tokenizer", "reward", "eval_reward", "eval_data", "eval_prompts", "normalize_data")
 MAKE_COMPARISONS = ("python sample_bon.py --split train --limit 8000 --n 2 --reward gold --label_temperature 0.2 "
                     "--out out/comparisons")      # makes the default --data of train_rm.py and train_dpo.py
@@ -123,24 +124,26 @@ class Run:
             inputs=self.inputs, device=device, commit=git_commit(), python=platform.python_version(), **versions))
 
     def autocast(self):
-        """Autocast for --dtype bfloat16; the weights stay float32."""
+        """Autocast for --dtype bfloat16; the weights stay float32. Within the outermost context, each weight that is trained is
+        rounded once, however many passes there are."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16")
 
     def prepare(self, model, tokenizer):
-        """Checks that the model has an embedding for every token id, moves it to the device, and with --compile compiles its
-        stack of layers. Returns the model."""
+        """Checks that the model has an embedding for every token id and moves it to the device; --compile and
+        --gradient_checkpointing act here. Returns the model."""
         trunk = check_fit(model, tokenizer)
         # config.json must name the EOS and pad ids that were really used.
         trunk.config.eos_id, trunk.config.end_ids, trunk.config.pad_id = tokenizer.eos_id, tokenizer.end_ids, tokenizer.pad_id
         model.to(self.device)
+        trunk.checkpointing = getattr(self.config, "gradient_checkpointing", False)
         if self.config.compile:
-            trunk.stack = torch.compile(trunk.stack, dynamic=True)
+            trunk.compile_layers()
         return model
 
     def load_reference(self, folder, tokenizer):
         """Returns the reference policy of a folder, which takes no gradients; UserError if its ids are not the policy's."""
         check_same_ids("--reference", folder, tokenizer)
-        return self.prepare(Transformer.from_pretrained(folder), tokenizer).requires_grad_(False)
+        return self.prepare(freeze(Transformer.from_pretrained(folder), self.config.dtype), tokenizer)
 
     @staticmethod
     def due(every, step, total):

@@ -68,15 +68,29 @@ def make_optimizer(parameters, name, lr, weight_decay=0.0, eps=1e-8):
     return (torch.optim.AdamW if name == "adamw" else torch.optim.Adam)(groups, lr=lr, eps=eps, fused=fused)
 
 
-def optimizer_step(rates, max_grad_norm, step, rows, loss):
+def totals(parts):
+    """Dicts of scalar tensors -> {name: float, the sum over the dicts}. All numbers come from the device at once, because each
+    transfer makes a GPU wait."""
+    names = [name for part in parts for name in part]
+    numbers = torch.stack([value.detach() for part in parts for value in part.values()]).tolist()
+    sums = dict.fromkeys(names, 0.0)
+    for name, number in zip(names, numbers):
+        sums[name] += number
+    return sums
+
+
+def optimizer_step(rates, max_grad_norm, step, rows, parts):
     """Takes one guarded step of each optimizer. rates: {optimizer: learning rate}. Clips each optimizer's gradient to the norm
-    max_grad_norm (0: no clipping). Returns the list of their gradient norms before clipping, in the order of rates.
+    max_grad_norm (0: no clipping). parts: of each micro-batch, a dict of scalar tensors to log, its part of the "loss" among
+    them. Returns the list of gradient norms before clipping, in the order of rates, and the `totals` of parts.
 
     A loss or gradient that is not finite raises UserError here, before any weight changes. The message names `step` and
     `rows`, the indices of the batch's examples.
     """
-    norms = [float(torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]],
-                                                  max_grad_norm or math.inf)) for optimizer in rates]
+    norms = [torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], max_grad_norm or math.inf)
+             for optimizer in rates]
+    sums = totals([dict(enumerate(norms)), *parts])
+    norms, loss = [sums.pop(i) for i in range(len(norms))], sums["loss"]
     if not all(map(math.isfinite, [loss, *norms])):
         raise UserError(f"step {step}: loss {loss}, gradient norm {', '.join(map(str, norms))}, on the examples "
                         f"{list(rows)[:8]} (of {len(rows)}); the weights were not changed by this update (lower --lr?)")
@@ -85,4 +99,4 @@ def optimizer_step(rates, max_grad_norm, step, rows, loss):
             group["lr"] = lr
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return norms
+    return norms, sums

@@ -557,6 +557,7 @@ def test_traps_1_and_10_the_mask_includes_eos_and_excludes_padding():
         assert batch.tokens.tolist() == [[5, 6, 7, 1] + [pad_id] * 2, [5, 9, 9, 9, 9, 1], [9, 1] + [pad_id] * 4]
         assert batch.mask.int().tolist() == [[0, 0, 1, 1, 0, 0], [0, 1, 1, 1, 1, 1], [0, 1, 0, 0, 0, 0]]
         assert batch.lengths.tolist() == [4, 6, 2] and not batch.mask[:, 0].any()
+        assert batch.where.tolist() == [i for i, counts in enumerate(batch.mask.flatten().tolist()) if counts]
         assert batch.tokens.dtype == batch.lengths.dtype == torch.long and batch.mask.dtype == torch.bool
     assert batch.mask.sum() == sum(len(e.tokens) - e.prompt_length for e in examples)
 

@@ -7,7 +7,7 @@ import torch
 
 from nanorlhf.errors import UserError
 from nanorlhf.formats.checkpoints import FAMILIES
-from nanorlhf.generate import beam_search, generate, prefill
+from nanorlhf.generate import Decoding, beam_search, generate, prefill
 from nanorlhf.kernels import sample
 from nanorlhf.model import ModelConfig, Transformer
 
@@ -35,12 +35,18 @@ def rows_of(samples):
     return list(zip(samples.responses(), samples.finished.tolist()))
 
 
+@pytest.fixture(params=["looks", "static"])
+def shapes(request, monkeypatch):
+    """A decoding step as on a CPU, which looks at its number, and as on a GPU, where its shapes are the same at any time."""
+    monkeypatch.setattr("nanorlhf.generate.static_shapes", lambda device: request.param == "static")
+
+
 # ---- Cache and log-probabilities ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("n", [1, 3])
-def test_cached_logits_equal_a_full_forward_pass_on_ragged_prompts(family, n):
+def test_cached_logits_equal_a_full_forward_pass_on_ragged_prompts(family, n, shapes):
     model = tiny(family)
     new = torch.randint(48, (len(PROMPTS) * n, 10), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -55,7 +61,7 @@ def test_cached_logits_equal_a_full_forward_pass_on_ragged_prompts(family, n):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_bfloat16_sampling_is_close_to_the_full_forward_pass(family):
+def test_bfloat16_sampling_is_close_to_the_full_forward_pass(family, shapes):
     """Under autocast the cache holds bfloat16, and the dtypes fit together in every family."""
     model = tiny(family)
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
@@ -67,7 +73,7 @@ def test_bfloat16_sampling_is_close_to_the_full_forward_pass(family):
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_cached_logits_stay_right_after_rows_are_removed(family):
+def test_cached_logits_stay_right_after_rows_are_removed(family, shapes):
     model = tiny(family)
     with torch.no_grad():
         cache, _ = prefill(model, PROMPTS, 2, 6)
@@ -83,7 +89,7 @@ def test_cached_logits_stay_right_after_rows_are_removed(family):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_logprobs_equal_those_of_a_fresh_forward_pass_at_the_same_temperature(family, temperature):
+def test_logprobs_equal_those_of_a_fresh_forward_pass_at_the_same_temperature(family, temperature, shapes):
     """Traps 6 and 7: PPO's first ratio compares these two."""
     model = tiny(family)
     out = generate(model, PROMPTS, 12, temperature=temperature, num_samples=3, seed=5)
@@ -114,7 +120,7 @@ def test_logprobs_are_those_of_the_filtered_distribution():
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_a_row_depends_on_its_prompt_the_seed_and_its_index_only(family):
+def test_a_row_depends_on_its_prompt_the_seed_and_its_index_only(family, shapes):
     model = tiny(family)
     prompts = PROMPTS * 3
     whole = rows_of(generate(model, prompts, 12, seed=7))
@@ -127,7 +133,81 @@ def test_a_row_depends_on_its_prompt_the_seed_and_its_index_only(family):
     assert len({tuple(r) for r, _ in whole[::4]}) > 1                        # one prompt in three rows: different draws
 
 
-def test_num_samples_equals_repeating_the_prompt():
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_static_step_could_be_captured_as_a_graph(family, n, dtype, monkeypatch):
+    """At two step numbers it does the same operations on tensors of the same shapes, strides, offsets and numbers, in the same
+    places if they outlive the step, and never asks for a value. The control is the step that looks at its number."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_flatten
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            leaves = tree_flatten((args, kwargs or {}))[0]
+            self.calls.append((str(function), *((tuple(x.shape), x.stride(), x.storage_offset(), x.dtype)
+                                                if isinstance(x, torch.Tensor) else x for x in leaves)))
+            return function(*args, **(kwargs or {}))
+
+    def records(static):
+        monkeypatch.setattr("nanorlhf.generate.static_shapes", lambda device: static)
+        model, calls, R = tiny(family, init_std=0.02), [], len(PROMPTS) * n
+        with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
+            cache, logits = prefill(model, PROMPTS, n, 12)
+            uniform = torch.rand(R, 12, generator=torch.Generator().manual_seed(0))
+            batch = Decoding(model, cache, torch.arange(R), uniform, ([1], 48), dict(temperature=0.7, top_k=9, top_p=0.9))
+            batch.draw(logits.repeat_interleave(n, 0))
+
+            def places():
+                tensors, _ = tree_flatten([cache.own, cache.prefix, list(vars(cache).values()), list(vars(batch).values())])
+                return [x.data_ptr() for x in tensors if isinstance(x, torch.Tensor)]
+            first_places = places()
+            for _ in range(4):
+                with Recorder() as recorder:
+                    recorder.calls = []
+                    batch.step()
+                calls.append(recorder.calls)
+            assert places() == first_places
+        return calls[1], calls[3]
+    first, second = records(static=True)
+    assert len(first) > 50 and first == second
+    waits = ("_local_scalar_dense", "nonzero", "equal.default", "masked_select", "is_nonzero", "item")
+    assert not [call[0] for call in first if any(wait in call[0] for wait in waits)]
+    first, second = records(static=False)
+    assert first != second and any("_local_scalar_dense" in call[0] for call in first)
+
+
+@pytest.mark.slow
+def test_a_compiled_decoding_step_draws_the_same_tokens():
+    """--compile on a CPU; skipped where there is no compiler."""
+    import shutil
+    if not (shutil.which("g++") or shutil.which("clang++")):
+        pytest.skip("no C++ compiler")
+    model = tiny("llama")
+    options = dict(max_new_tokens=12, num_samples=2, seed=3, tokenizer=Letters(48))
+    wanted = generate(model, PROMPTS, **options)
+    model.compile_layers()
+    ours = generate(model, PROMPTS, **options)
+    assert ours.tokens.tolist() == wanted.tokens.tolist()
+    torch.testing.assert_close(ours.logprobs, wanted.logprobs, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("free, shapes", [(10**9, [(4, 3)]), (20_000, [(1, 3)] * 4), (12_000, [(1, 2), (1, 1)] * 4), (0, [(1, 1)] * 12)])
+def test_rows_that_do_not_fit_in_memory_are_decoded_in_turns(free, shapes, monkeypatch):
+    from nanorlhf import generate as file
+    model, decoded, decode = tiny(), [], file._decode
+    wanted = generate(model, PROMPTS, 6, num_samples=3)
+
+    def spy(model, prompts, rows, uniform, n, *rest):
+        decoded.append((len(prompts), n))
+        return decode(model, prompts, rows, uniform, n, *rest)
+    monkeypatch.setattr(file, "_decode", spy)
+    monkeypatch.setattr(file, "free_memory", lambda device: free)
+    assert rows_of(generate(model, PROMPTS, 6, num_samples=3)) == rows_of(wanted)
+    assert decoded == shapes
+
+
+def test_num_samples_equals_repeating_the_prompt(shapes):
     model = tiny()
     together = rows_of(generate(model, PROMPTS, 12, num_samples=4, seed=3))
     repeated = rows_of(generate(model, [p for p in PROMPTS for _ in range(4)], 12, seed=3))
@@ -136,7 +216,7 @@ def test_num_samples_equals_repeating_the_prompt():
         assert rows_of(generate(model, PROMPTS, 12, num_samples=4, seed=3, batch_size=batch_size)) == together
 
 
-def test_removing_finished_rows_does_not_change_the_others():
+def test_removing_finished_rows_does_not_change_the_others(shapes):
     """Compares with and without compaction: without an EOS id no row is removed, and each must be the same up to its EOS."""
     model, open_ended = tiny(vocab_size=16), tiny(vocab_size=16)
     open_ended.config.eos_id = None
@@ -272,7 +352,7 @@ def test_a_wide_enough_beam_returns_every_hypothesis_in_order(length_penalty, eo
         assert scores == pytest.approx(sorted(scores, reverse=True), abs=1e-5)
 
 
-def test_one_beam_is_greedy_and_prompts_do_not_affect_each_other():
+def test_one_beam_is_greedy_and_prompts_do_not_affect_each_other(shapes):
     model = tiny(seed=1)
     assert beam_search(model, PROMPTS, 12, num_beams=1) == [[r] for r in generate(model, PROMPTS, 12, temperature=0).responses()]
     model = tiny("llama", seed=2, vocab_size=12)

@@ -277,7 +277,7 @@ def test_decode_attention_equals_plain_attention_on_ragged_prompts(H, K, n):
         own_bias = torch.cat([bias[:, 0], torch.zeros(P, 1, 1, T, dtype=torch.float64)], -1)
         got = decode_attention(q, torch.cat([prefix_k, suffix_k], 2), torch.cat([prefix_v, suffix_v], 2), own_bias)
     else:
-        got = decode_attention(q, suffix_k, suffix_v, prefix=(prefix_k, prefix_v, bias))
+        got = decode_attention(q, suffix_k, suffix_v, prefix=(prefix_k, prefix_v, None, bias))
     for r in range(P * n):
         for h in range(H):
             k = h // (H // K)

@@ -58,7 +58,8 @@ def model():
 
 @pytest.fixture
 def run():
-    return SimpleNamespace(device=torch.device("cpu"), autocast=lambda: torch.autocast("cpu", enabled=False))
+    return SimpleNamespace(device=torch.device("cpu"), autocast=lambda: torch.autocast("cpu", enabled=False),
+                           config=SimpleNamespace(share_prompts=False))
 
 
 TOKENIZER = SimpleNamespace(pad_id=12, eos_id=11)
@@ -700,7 +701,7 @@ def test_ppo_loss_ignores_padding_row_order_and_micro_batches():
     assert ppo_loss(*[x[order] for x in tensors], MASK[order], MASK.sum())[0].item() == pytest.approx(loss.item(), abs=1e-12)
     parts = [ppo_loss(*[x[b : b + 1] for x in tensors], MASK[b : b + 1], MASK.sum()) for b in range(4)]
     assert sum(p.item() for p, _ in parts) == pytest.approx(loss.item(), abs=1e-12)
-    assert {k: sum(s[k] for _, s in parts) for k in stats} == pytest.approx(stats, abs=1e-12)
+    assert {k: sum(s[k].item() for _, s in parts) for k in stats} == pytest.approx({k: v.item() for k, v in stats.items()}, abs=1e-12)
 
 
 @pytest.mark.parametrize("kl, factor", [(6.0, 1.0), (6.6, 1.1), (60.0, 1.2), (5.4, 0.9), (0.0, 0.8), (-3.0, 0.8)])

@@ -1,5 +1,6 @@
 """Tests of model.py against goldens, a float64 loop, transformers and a trained checkpoint; saved and damaged files."""
 
+import contextlib
 import json
 import math
 import re
@@ -12,10 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from golden.make_goldens import CASES, TOKENS, weights_of
+from nanorlhf.data import Example, collate
 from nanorlhf.errors import UserError
 from nanorlhf.formats.checkpoints import FAMILIES, tensor_layout
 from nanorlhf.generate import generate
-from nanorlhf.model import ModelConfig, RewardModel, Transformer, ValueModel, rope_frequencies, rotate
+from nanorlhf.model import ModelConfig, RewardModel, Transformer, ValueModel, freeze, rope_frequencies, rotate
 
 GOLDENS = json.loads((Path(__file__).parent / "golden" / "model.json").read_text())
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -152,6 +154,10 @@ def test_logprobs_are_at_their_tokens_and_zero_elsewhere():
             h = float(-(everything[b, t - 1].exp() * everything[b, t - 1]).sum()) if mask[b, t] else 0.0
             assert float(entropy[b, t]) == pytest.approx(h, abs=1e-12)
     assert (model.logprobs(tokens, torch.zeros_like(mask)) == 0).all()                 # an empty mask is allowed
+    where = mask.flatten().nonzero()[:, 0]                                             # as collate gives it
+    assert torch.equal(model.logprobs(tokens, mask, where=where), model.logprobs(tokens, mask))
+    mask[:, 0] = True                                                                  # nothing predicts the first token
+    assert torch.equal(model.logprobs(tokens, mask, where=where), model.logprobs(tokens, mask))
 
 
 def test_initial_weights_are_a_function_of_the_seed():
@@ -636,3 +642,101 @@ def test_logits_under_autocast_do_not_depend_on_a_common_offset():
         after = model.logits(model(tokens))
     assert after.dtype == torch.float32
     torch.testing.assert_close(after.log_softmax(-1), before, atol=1e-4, rtol=0)
+
+
+# ---- What saves time or memory and changes no result ----------------------------------------------------------------
+
+
+def shared_prompt_examples():
+    """Groups of 1 to 4 responses to one prompt each, as examples in a mixed order, and the lists of their numbers."""
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(3, 48, n).tolist() for n in (5, 1, 9)]
+    order = [0, 1, 0, 2, 2, 0, 2, 2]              # the prompt of each example
+    examples = [Example(prompts[p] + rng.integers(3, 48, rng.integers(1, 8)).tolist() + [1], len(prompts[p])) for p in order]
+    return examples, [[i for i, p in enumerate(order) if p == group] for group in (1, 0, 2)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_shared_prompt_computed_once_gives_the_same_logprobs_and_gradients(family):
+    """In float64: what differs is the order of sums only; but rotary embedding, and qwen3's norms of queries and keys, calculate
+    in float32. Grouped heads in the families that have them."""
+    model = Transformer(small(family, kv_heads=2 if "kv_heads" in FAMILIES[family].keys else 4)).double()
+    examples, shared = shared_prompt_examples()
+    results = []
+    for groups in (None, shared):
+        batch = collate(examples, pad_id=2, shared=groups)
+        model.zero_grad()
+        logp, entropy = model.logprobs(batch.tokens, batch.mask, 0.7, entropy=True, where=batch.where, packed=batch.packed)
+        (logp * torch.arange(logp.numel()).view_as(logp)).sum().backward()
+        results.append([logp, entropy, *(p.grad for p in model.parameters())])
+    assert batch.packed.tokens.numel() < batch.tokens.numel()
+    for apart, packed in zip(*results):
+        torch.testing.assert_close(packed, apart, **(dict(atol=1e-9, rtol=1e-9) if model.positions else dict(atol=1e-4, rtol=1e-4)))
+
+
+def test_the_packed_rows_of_shared_prompts_are_what_they_should_be():
+    batch = collate([Example([5, 6, 7, 1], 2), Example([5, 6, 8, 1], 2), Example([9, 1], 1)], pad_id=2, shared=[[0, 1], [2]])
+    assert batch.packed.tokens.tolist() == [[5, 6, 7, 1, 8, 1], [9, 1, 2, 2, 2, 2]]
+    assert batch.packed.positions.tolist() == [[0, 1, 2, 3, 2, 3], [0, 1, 0, 0, 0, 0]]
+    assert batch.packed.segments.tolist() == [[0, 0, 1, 1, 2, 2], [0, 1, -1, -1, -1, -1]]
+    assert batch.packed.before.tolist() == [1, 2, 1, 4, 6]                             # a first token follows the prompt's last
+    with pytest.raises(AssertionError):
+        collate([Example([5, 6, 1], 2), Example([5, 7, 1], 2)], pad_id=2, shared=[[0, 1]])
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_checkpointing_changes_no_gradient_and_keeps_less(family):
+    examples, _ = shared_prompt_examples()
+    batch, gradients, kept = collate(examples, pad_id=2), [], []
+    for checkpointing in (False, True):
+        model, saved = Transformer(small(family)), []
+        model.checkpointing = checkpointing
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x):   # noqa: B023
+            loss = model.logprobs(batch.tokens, batch.mask).sum()
+        loss.backward()
+        kept.append(sum(saved))
+        gradients.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+    assert kept[1] < 0.3 * kept[0]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_frozen_model_in_bfloat16_gives_what_autocast_gives(family):
+    """To the bit: autocast rounds the same weights, in every pass."""
+    tokens = torch.randint(3, 48, (3, 9), generator=torch.Generator().manual_seed(0))
+    mask, model = torch.arange(9).expand(3, -1) > 2, Transformer(small(family, init_std=0.3))
+    reward, outputs = RewardModel(small(family)), []
+    for dtype in ("float32", "bfloat16"):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            outputs.append([freeze(model, dtype).logprobs(tokens, mask), freeze(reward, dtype).score(tokens, mask.sum(1)),
+                            generate(model, [[5, 6, 7], [9]], 6, seed=1).logprobs])
+    assert model.blocks[0].mlp.up.weight.dtype == torch.bfloat16 and not any(p.requires_grad for p in model.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(*outputs))
+
+
+def test_autocast_rounds_each_weight_once_per_update():
+    """However many micro-batches an update has, with the gradients of contexts of their own."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+    model = Transformer(small(tied=False))
+    weight = model.blocks[0].mlp.up.weight
+    examples, _ = shared_prompt_examples()
+
+    class Casts(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if "_to_copy" in str(function) and args[0].data_ptr() == weight.data_ptr():
+                casts.append(function)
+            return function(*args, **(kwargs or {}))
+    gradients, counts = [], []
+    for outer in (False, True):
+        casts = []
+        model.zero_grad()
+        with Casts(), torch.autocast("cpu", torch.bfloat16) if outer else contextlib.nullcontext():
+            for example in examples:
+                batch = collate([example], pad_id=2)
+                with torch.autocast("cpu", torch.bfloat16):
+                    loss = model.logprobs(batch.tokens, batch.mask).sum()
+                loss.backward()
+        counts.append(len(casts))
+        gradients.append([p.grad for p in model.parameters()])
+    assert counts == [len(examples), 1]
+    assert all(torch.equal(a, b) for a, b in zip(*gradients))

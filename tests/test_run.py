@@ -824,7 +824,7 @@ def test_a_non_finite_loss_or_gradient_stops_before_the_step_and_names_step_and_
     for p in model.parameters():
         p.grad = torch.full_like(p, gradient)
     with pytest.raises(UserError) as error:
-        optimizer_step({optimizer: 0.1}, clip, 17, [5, 3, 8], loss)
+        optimizer_step({optimizer: 0.1}, clip, 17, [5, 3, 8], [{"loss": torch.tensor(loss)}])
     assert "step 17" in str(error.value) and "[5, 3, 8]" in str(error.value) and "\n" not in str(error.value)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters())) and not optimizer.state
 
@@ -835,8 +835,9 @@ def test_optimizer_step_clips_the_norm_and_returns_the_one_before_clipping(tmp_p
         p.grad = torch.tensor([3.0, 4.0])
         q = torch.nn.Parameter(torch.ones(1))
         q.grad = torch.tensor([7.0])
-        norms = optimizer_step({torch.optim.SGD([p], 0.5): 1.0, torch.optim.SGD([q], 0.5): 1.0}, clip, 1, [0], 0.0)
-        assert norms == pytest.approx([5.0, 7.0]) and p.tolist() == pytest.approx(expected, abs=1e-5) and p.grad is None
+        parts = [{"loss": torch.tensor(1.5), "n": torch.tensor(3)}, {"loss": torch.tensor(2.0)}]
+        norms, sums = optimizer_step({torch.optim.SGD([p], 0.5): 1.0, torch.optim.SGD([q], 0.5): 1.0}, clip, 1, [0], parts)
+        assert norms == pytest.approx([5.0, 7.0]) and sums == {"loss": 3.5, "n": 3.0} and p.tolist() == pytest.approx(expected, abs=1e-5) and p.grad is None
 
 
 def test_due_is_true_every_n_steps_and_after_the_last():

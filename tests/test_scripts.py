@@ -520,7 +520,7 @@ def first_gradient(module, out, monkeypatch, double=False, **options):
 
     found = []
 
-    def step(rates, max_grad_norm, step, rows, loss):  # PPO has two networks, policy and value
+    def step(rates, max_grad_norm, step, rows, parts):  # PPO has two networks, policy and value
         found.extend(torch.cat([p.grad.flatten().double() for g in o.param_groups for p in g["params"]]) for o in rates)
         raise Stop
 
@@ -550,12 +550,15 @@ def first_gradient(module, out, monkeypatch, double=False, **options):
     ],
     ids=lambda x: getattr(x, "__name__", "float64" if x else "float32"),
 )
-def test_the_gradient_does_not_depend_on_micro_batches(here, tmp_path, monkeypatch, module, double):
-    """Trap 16: the gradient of a step does not depend on how the batch was divided, nor on the padding that this adds."""
+def test_the_gradient_does_not_depend_on_micro_batches_checkpoints_and_shared_prompts(here, tmp_path, monkeypatch, module, double):
+    """Trap 16: the gradient of a step does not depend on how the batch was divided, nor on the padding that this adds; nor on
+    options that save time or memory."""
     options = dict(num_mini_batches=1) if module is train_ppo else {}
+    ways = [dict(micro_batch_size=size) for size in (0, 1, 3)] + [dict(gradient_checkpointing=True)]
+    ways += [dict(share_prompts=True, micro_batch_size=size) for size in (0, 3) if known_options(module, {"share_prompts": True})]
     results = [
-        first_gradient(module, tmp_path / str(size), monkeypatch, double, batch_size=8, micro_batch_size=size, **options)
-        for size in (0, 1, 3)
+        first_gradient(module, tmp_path / str(i), monkeypatch, double, batch_size=8, **way, **options)
+        for i, way in enumerate(ways)
     ]
     for other in results[1:]:
         for i, (a, b) in enumerate(zip(results[0], other)):
@@ -1054,10 +1057,10 @@ def test_a_non_finite_loss_stops_before_the_step_and_changes_no_saved_file(here,
 
     guard = module.optimizer_step
 
-    def counted(rates, max_grad_norm, step, rows, loss):
-        norm = guard(rates, max_grad_norm, step, rows, loss)
+    def counted(rates, max_grad_norm, step, rows, parts):
+        found = guard(rates, max_grad_norm, step, rows, parts)
         steps.append(step)
-        return norm
+        return found
 
     options = dict(num_ppo_epochs=1, num_mini_batches=1, max_steps=3) if module is train_ppo else dict(max_steps=4)
     bad = 3

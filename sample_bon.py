@@ -143,8 +143,9 @@ def sample(config):
     describe(run.name, tokenizer, [Example(p, len(p)) for p in prompts])
     reward = load_reward(config.reward, tokenizer, run.device, records, config.data, dtype=config.dtype)
     measured = config.eval_reward or ("gold" if config.data == "reviews" else "")
-    eval_reward = measured and load_reward(measured, tokenizer, run.device, records, config.data,
-                                           dtype=config.dtype)
+    eval_reward = None
+    if measured:
+        eval_reward = load_reward(measured, tokenizer, run.device, records, config.data, dtype=config.dtype)
     columns = other_columns(records)
 
     # --resume starts again: the same seed draws the same samples.

@@ -65,7 +65,7 @@ class Config:
     batch_size: int = 64             # rows per step
     micro_batch_size: int = 0        # rows in memory at a time; 0 = batch_size
     gradient_checkpointing: bool = False  # compute each layer again in the backward pass, to save memory
-    share_prompts: bool = False      # compute a prompt once for all its responses; the result is the same
+    share_prompts: bool = False      # compute a prompt once for all its responses; same result up to rounding
     lr: float = 4e-4                 # peak learning rate
     warmup_steps: int = 10           # linear warm-up
     lr_schedule: Literal["cosine", "linear", "constant"] = "linear"  # after the warm-up
@@ -124,8 +124,8 @@ class Forward(NamedTuple):
 def forward(model, groups, tokenizer, run):
     """One forward pass over both responses of these groups."""
     examples = [g.examples[0] for g in groups] + [g.examples[1] for g in groups]
-    B, share = len(groups), run.config.share_prompts
-    batch = collate(examples, tokenizer.pad_id, run.device, [(i, B + i) for i in range(B)] if share else None)
+    shared = [(i, len(groups) + i) for i in range(len(groups))]              # examples of one prompt
+    batch = collate(examples, tokenizer.pad_id, run.device, shared if run.config.share_prompts else None)
     with run.autocast():
         logprobs = model.logprobs(batch.tokens, batch.mask, where=batch.where, packed=batch.packed)
     logps = logprobs.sum(1)                                                  # [2B]

@@ -26,6 +26,7 @@ length. A result then depends on what else is in the batch. Its weight on L_rank
 Without options it trains out/sft on the built-in prompts: 4 samples and the demonstration, ranked by out/rm.
 """
 
+import itertools
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -76,7 +77,7 @@ class Config:
     batch_size: int = 32             # rows per step
     micro_batch_size: int = 0        # rows in memory at a time; 0 = batch_size
     gradient_checkpointing: bool = False  # compute each layer again in the backward pass, to save memory
-    share_prompts: bool = False      # compute a prompt once for all its responses; the result is the same
+    share_prompts: bool = False      # compute a prompt once for all its responses; same result up to rounding
     lr: float = 2e-4                 # peak learning rate
     warmup_steps: int = 10           # linear warm-up
     lr_schedule: Literal["cosine", "linear", "constant"] = "linear"  # after the warm-up
@@ -141,9 +142,9 @@ class Forward(NamedTuple):
 def forward(model, groups, tokenizer, run):
     """One forward pass over all candidates of these groups."""
     examples = [e for g in groups for e in g.examples]
-    numbers = iter(range(len(examples)))
-    shared = [[next(numbers) for _ in g.examples] for g in groups] if run.config.share_prompts else None
-    batch = collate(examples, tokenizer.pad_id, run.device, shared)
+    ends = itertools.accumulate(len(g.examples) for g in groups)
+    shared = [range(end - len(g.examples), end) for g, end in zip(groups, ends)]   # examples of one prompt
+    batch = collate(examples, tokenizer.pad_id, run.device, shared if run.config.share_prompts else None)
     with run.autocast():
         logprobs = model.logprobs(batch.tokens, batch.mask, where=batch.where, packed=batch.packed)
     logps = logprobs.sum(1)                                                  # [sum of K]

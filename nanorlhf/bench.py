@@ -416,7 +416,7 @@ def main():
             if device.type != "cuda":
                 raise UserError("gpu: torch sees no NVIDIA GPU here")
             from nanorlhf.bench_gpu import bench_gpu
-            limits, rows = bench_gpu(device, o.repeats, seconds)
+            limits, rows = bench_gpu(device, o.repeats, medians)
         else:
             rows = {"logprob": bench_logprob, "generate": bench_generate, "step": bench_step,
                     "tokenize": bench_tokenize}[o.benchmark](o, device, limits)

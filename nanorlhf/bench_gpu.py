@@ -29,10 +29,11 @@ STEPS = dict(rows=8, length=1024, prompt=512)
 
 
 class Bench:
-    """Measures functions on one device. rate: FLOP/s of a bfloat16 product; bandwidth: bytes/s read."""
+    """Measures functions on one device by `medians`, the function of bench.py. rate: FLOP/s of a bfloat16 product; bandwidth:
+    bytes/s read."""
 
-    def __init__(self, device, repeats, seconds):
-        self.device, self.repeats, self.seconds = device, repeats, seconds
+    def __init__(self, device, repeats, medians):
+        self.device, self.repeats, self.medians = device, repeats, medians
         n = 8192 if device.type == "cuda" else 256
         a = torch.randn(n, n, device=device, dtype=torch.bfloat16)
         long = torch.ones(2**28 if device.type == "cuda" else 2**16, device=device)
@@ -41,14 +42,13 @@ class Bench:
         self.rows = []
 
     def time(self, run):
-        """Returns (median seconds, peak GiB beyond what is there) of `run` after one call that does not count."""
+        """Returns (median seconds, peak GiB beyond what is there) of `run`."""
         cuda = self.device.type == "cuda"
         before = torch.cuda.memory_allocated() if cuda else 0
         if cuda:
             torch.cuda.reset_peak_memory_stats()
-        times = sorted(self.seconds(run, self.device) for _ in range(self.repeats + 1))[:-1]   # the first is the slowest
-        peak = (torch.cuda.max_memory_allocated() - before) / 2**30 if cuda else 0.0
-        return times[len(times) // 2], peak
+        median = self.medians({"run": run}, self.repeats, self.device)["run"]
+        return median, (torch.cuda.max_memory_allocated() - before) / 2**30 if cuda else 0.0
 
     def report(self, name, run, work=None, flops=None, bytes_read=None):
         """Measures `run` and prints one line of the table. work: (unit, amount per call); flops and bytes_read: the least that a
@@ -217,9 +217,9 @@ def bench_steps(bench, name, shape, rows=STEPS["rows"], length=STEPS["length"], 
                      flops=of_body * rows * length * body + of_head * count * head)
 
 
-def bench_gpu(device, repeats, seconds):
+def bench_gpu(device, repeats, medians):
     """Runs all of it. Returns (limits, rows)."""
-    bench = Bench(device, repeats, seconds)
+    bench = Bench(device, repeats, medians)
     print(f"bfloat16 products {bench.rate / 1e12:.0f} TFLOP/s, memory {bench.bandwidth / 1e12:.2f} TB/s", flush=True)
     for size in LOGPROBS:
         bench_logprobs(bench, *size)

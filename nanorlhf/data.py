@@ -223,20 +223,20 @@ class Group(NamedTuple):
         return max(len(e.tokens) for e in self.examples)
 
 
-class Batch(NamedTuple):
-    tokens: torch.Tensor   # [B, T] int64, right-padded
-    mask: torch.Tensor     # [B, T] bool, True on response tokens, EOS included; False on prompt and padding
-    lengths: torch.Tensor  # [B] int64, prompt + response
-    where: torch.Tensor    # [N] int64, where mask.flatten() is True; finding out on a GPU would make its host wait
-    packed: object = None  # the same examples with each shared prompt once, a Packed, or None
-
-
 class Packed(NamedTuple):
     """Examples of a Batch, [prompt, response 1, response 2, ...] per row: a response sees the prompt and itself."""
     tokens: torch.Tensor     # [P, T] int64, right-padded
     positions: torch.Tensor  # [P, T] int64, of the token in its example
     segments: torch.Tensor   # [P, T] int64, 0 on the prompt, k on response k, -1 on padding
     before: torch.Tensor     # [N] int64, where in tokens.flatten() the token before each of Batch.where is
+
+
+class Batch(NamedTuple):
+    tokens: torch.Tensor   # [B, T] int64, right-padded
+    mask: torch.Tensor     # [B, T] bool, True on response tokens, EOS included; False on prompt and padding
+    lengths: torch.Tensor  # [B] int64, prompt + response
+    where: torch.Tensor    # [N] int64, where mask.flatten() is True; finding out on a GPU would make its host wait
+    packed: Packed | None = None  # the same examples with each shared prompt once
 
 
 def truncate_tldr(tokenizer, prompt, max_tokens=512):

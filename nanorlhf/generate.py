@@ -93,10 +93,11 @@ def batch_shape(model, longest, num_samples, max_new_tokens, batch_size):
     number = 2 if torch.is_autocast_enabled(device.type) else 4
     token = 2 * c.layers * c.kv_heads * c.head_dim * number                            # bytes of a token's keys and values
     row = token * max_new_tokens + 4 * 4 * c.vocab_size                                # logits, and copies in `sample`
-    fit = int(0.8 * free) // (token * longest + num_samples * row)
+    budget = int(0.8 * free)
+    fit = budget // (token * longest + num_samples * row)
     if fit >= 1:
         return min(prompts, fit), num_samples
-    return 1, max(1, min(num_samples, (int(0.8 * free) - token * longest) // row))
+    return 1, max(1, (budget - token * longest) // row)
 
 
 def repeated(items, num_samples):
@@ -216,14 +217,12 @@ def _decode(model, prompts, rows, uniform, n, out, options, stop, tokenizer):
     batch = Decoding(model, cache, rows, uniform, _vocabulary(model, tokenizer), options)
     check_every = 16 if cache.static else 1                                            # each check makes a GPU wait
     batch.draw(logits.repeat_interleave(n, 0))
-    for t in range(1, T):
+    for t in range(1, T + 1):
         if stop:
             batch.alive &= ~_stopped(batch.tokens[:, :t], stop, tokenizer)
-        if t % check_every == 0 and not bool(batch.alive.all()) and not batch.compact(out):
+        if t == T or t % check_every == 0 and not bool(batch.alive.all()) and not batch.compact(out):
             break
         batch.advance()
-    if stop:
-        batch.alive &= ~_stopped(batch.tokens[:, :T], stop, tokenizer)
     batch.write(out)
 
 

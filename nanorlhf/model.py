@@ -270,11 +270,13 @@ class Transformer(nn.Module):
         decoding = cache is not None and cache.filled
         if not decoding and not packed and T > self.config.context:
             raise UserError(f"{T} tokens do not fit this model's context of {self.config.context}")
-        at, allowed = cache.positions() if decoding else torch.arange(T, device=tokens.device)[None], None   # [R, 1] or [1, T]
-        if packed:                                                             # [P, T] and [P, 1, T, T]
-            at, s = packed.positions, packed.segments
-            allowed = (torch.ones(T, T, dtype=torch.bool, device=s.device).tril()
-                       & ((s[:, None, :] == 0) | (s[:, None, :] == s[:, :, None])))[:, None]
+        allowed = None                                                         # causal
+        if packed:
+            at, s = packed.positions, packed.segments                          # [P, T]
+            visible = (s[:, None, :] == 0) | (s[:, None, :] == s[:, :, None])  # the prompt, and what is of the same response
+            allowed = (visible & torch.ones(T, T, dtype=torch.bool, device=s.device).tril())[:, None]   # [P, 1, T, T]
+        else:
+            at = cache.positions() if decoding else torch.arange(T, device=tokens.device)[None]   # [R, 1] or [1, T]
         x = self.embed(tokens)
         if self.positions is not None:
             x, rope = x + self.positions(at + self.config.position_offset), None

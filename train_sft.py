@@ -33,6 +33,7 @@ from nanorlhf.training import batch_indices, learning_rate, make_optimizer, opti
 class Config:
     # SFT
     kind: Literal["completion", "text"] = "completion"  # completion: prompt and response; text: pretraining
+    packing: bool = True             # text: fill each row with texts; False = every text begins a row of its own
     train_on_prompt: bool = False    # count the prompt's tokens too
     all_turns: bool = False          # train on all turns of the assistant, not only the last
 
@@ -96,7 +97,8 @@ def to_groups(records, tokenizer, config, context):
     cut = *length_limits(config, context), config.keep
     if config.kind == "text":
         texts = [r["text"] for r in records]
-        return [Group([e]) for e in pack_texts(tokenizer, texts, length=cut[0])] if texts else []
+        streams = [texts] if config.packing else [[text] for text in texts]
+        return [Group([e]) for stream in streams if stream for e in pack_texts(tokenizer, stream, length=cut[0])]
     if config.all_turns:
         examples = [make_all_turns_example(tokenizer, r["prompt"], r["completion"], *cut, r.get("given", ()))
                     for r in records]

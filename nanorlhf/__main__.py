@@ -45,26 +45,27 @@ def stages(out, seed, scale):
 
     sft, rm, pairs = f"{out}/sft", f"{out}/rm", f"{out}/comparisons/comparisons.jsonl"
     splits = ("test", "ood_near", "ood_far")
-    labels = dict(init=sft, n=2, reward="gold", label_temperature=LABEL_TEMPERATURE, seed=seed, batch_size=128,
+    labels = dict(init=sft, n=2, reward="gold", label_temperature=LABEL_TEMPERATURE, seed=seed, batch_size=256,
                   keep_unfinished=scale < 0.1)                                         # a barely trained model never ends
-    yield "base", train_sft, dict(init="scratch", kind="text", limit=40000, max_steps=steps(1000), batch_size=16, lr=5e-3,
-                                  eval_every=steps(250), seed=seed)
-    yield "sft", train_sft, dict(init=f"{out}/base", limit=8000, max_steps=steps(300), batch_size=32, lr=1e-3, seed=seed)
+    yield "base", train_sft, dict(init="scratch", kind="text", packing=False, family="llama", max_steps=steps(800),
+                                  batch_size=32, lr=2.5e-3, eval_every=steps(200), seed=seed)
+    yield "sft", train_sft, dict(init=f"{out}/base", max_steps=steps(200), batch_size=32, lr=1e-3, seed=seed)
     yield "comparisons", sample_bon, labels | dict(split="train", limit=steps(8000))
     for split in splits:
         yield f"comparisons_{split}", sample_bon, labels | dict(split=split, limit=steps(300))
-    yield "rm", train_rm, dict(init=sft, data=pairs, seed=seed, max_steps=steps(220), eval_every=steps(110),
+    yield "rm", train_rm, dict(init=sft, data=pairs, seed=seed, lr=1e-3, max_steps=steps(240), eval_every=steps(120),
                                eval_data=",".join(f"{s}={out}/comparisons_{s}/comparisons.jsonl" for s in splits))
-    yield "ppo", train_ppo, dict(init=sft, reward=rm, seed=seed, max_steps=steps(60))
-    yield "ppo_gold", train_ppo, dict(init=sft, reward="gold", value_init=rm, seed=seed, max_steps=steps(60))
-    yield "dpo", train_dpo, dict(init=sft, data=pairs, seed=seed, max_steps=steps(120))
-    yield "unlikelihood", train_dpo, dict(init=sft, data=pairs, seed=seed, loss="unlikelihood", alpha=0.5, lr=2e-4,
-                                          max_steps=steps(120))
-    yield "unlikelihood_1", train_dpo, dict(init=sft, data=pairs, seed=seed, loss="unlikelihood", alpha=1.0, lr=2e-4,
-                                            max_steps=steps(120))
-    yield "preferred_ft", train_sft, dict(init=sft, data=pairs, seed=seed, batch_size=64, lr=2e-4, max_steps=steps(120))
-    yield "rrhf", train_rrhf, dict(init=sft, reward=rm, seed=seed, num_samples=8, lr=3e-4, max_steps=steps(120))
-    yield "bon", sample_bon, dict(init=sft, reward=rm, n=N, limit=steps(250), seed=seed, batch_size=16)
+    ppo = dict(init=sft, seed=seed, kl_target=5.0, kl_horizon=400.0, max_steps=steps(30))
+    yield "ppo", train_ppo, ppo | dict(reward=rm)
+    yield "ppo_gold", train_ppo, ppo | dict(reward="gold", value_init=rm)
+    pairwise = dict(init=sft, data=pairs, seed=seed, share_prompts=True)
+    yield "dpo", train_dpo, pairwise | dict(max_steps=steps(100))
+    for name, alpha in (("unlikelihood", 0.5), ("unlikelihood_1", 1.0)):
+        yield name, train_dpo, pairwise | dict(loss="unlikelihood", alpha=alpha, lr=2e-4, max_steps=steps(60))
+    yield "preferred_ft", train_sft, dict(init=sft, data=pairs, seed=seed, batch_size=64, lr=2e-4, max_steps=steps(60))
+    yield "rrhf", train_rrhf, dict(init=sft, reward=rm, seed=seed, share_prompts=True, num_samples=8, lr=3e-4,
+                                   max_steps=steps(50))
+    yield "bon", sample_bon, dict(init=sft, reward=rm, n=N, limit=steps(250), seed=seed, batch_size=32)
 
 
 POLICIES = {"SFT": "sft", "Preferred-FT": "preferred_ft", "Unlikelihood 0.5": "unlikelihood",
@@ -126,7 +127,7 @@ def run_seed(out, seed, scale, first_words):
     print(f"\nevaluation of seed {seed}", flush=True)
     rows, samples = evaluate_policies({name: f"{out}/{folder}" for name, folder in POLICIES.items()}, EvaluateOptions(
         reference=f"{out}/sft", reward=f"{out}/rm", bon=N, seed=seed, num_prompts=max(8, round(250 * scale)),
-        diversity_prompts=max(4, round(50 * scale)), first_words=first_words))
+        diversity_prompts=max(4, round(30 * scale)), first_words=first_words))
     for row in rows:
         row["seconds"] = (seconds.get(POLICIES.get(row["method"], "bon"), 0.0), None, None)
     return rows, samples

@@ -91,15 +91,26 @@ def measure(policy, reference, tokenizer, prompts, rewards, max_new_tokens, temp
     return metrics, texts
 
 
-def sampled_kl(policy, reference, tokenizer, prompts, responses, temperature, batch_size=64):
+def sampled_kl(policy, reference, tokenizer, prompts, responses, temperature, batch_size=64, other=None):
     """Returns sequence_kl of each of these responses of the policy, a list of numbers. At temperature 0 a policy is one text
-    without a distribution: then the KL is that of temperature 1 along the text."""
-    examples = [Example(p + r, len(p)) for p, r in zip(prompts, responses)]
+    without a distribution: then the KL is that of temperature 1 along the text. other: prompts that the reference reads in
+    place of `prompts`."""
+    examples, others = ([Example(p + r, len(p)) for p, r in zip(ps, responses)] for ps in (prompts, other or prompts))
     kl = np.empty(len(examples))
     for rows in micro_batches(range(len(examples)), batch_size, length=lambda i: examples[i].length):
-        batch = collate([examples[i] for i in rows], tokenizer.pad_id, policy.embed.weight.device)
-        kl[rows] = sequence_kl(policy, reference, batch.tokens, batch.mask, temperature or 1.0).cpu()
+        batch, batch_ref = (collate([es[i] for i in rows], tokenizer.pad_id, policy.embed.weight.device)
+                            for es in (examples, others))
+        kl[rows] = sequence_kl(policy, reference, batch.tokens, batch.mask, temperature or 1.0,
+                               other=(batch_ref.tokens, batch_ref.mask)).cpu()
     return kl.tolist()
+
+
+def swapped(prompts, records):
+    """Returns for each prompt another one of the same list: on the built-in task the next of the same domain, if there is one,
+    and on other data the next."""
+    domains = [reviews.domain_of(r["prompt"]) for r in records]
+    later = [itertools.chain(range(i + 1, len(prompts)), range(i)) for i in range(len(prompts))]
+    return [prompts[next((j for j in later[i] if domains[j] == domains[i]), i - 1)] for i in range(len(prompts))]
 
 
 # ---- A table over finished checkpoints ------------------------------------------------------------------------------
@@ -133,8 +144,8 @@ class Options:
 
 
 ANY, GOLD_RANGE = (-math.inf, math.inf), (reviews.REWARD_MIN, reviews.REWARD_MAX)
-RANGES = {"win": (0, 1), "ended": (0, 1), "accuracy": (0, 1), "ceiling": (0, 1), "ead": (0, math.inf), "nli": (-2, 2),
-          "sbert": (0, 2), "kl": (0, math.inf), "length": (0, math.inf)}                 # of the columns whose names begin so
+RANGES = {"win": (0, 1), "ended": (0, 1), "accuracy": (0, 1), "ceiling": (0, 1), "ead": (0, math.inf), "nli": (-2, 2), "sbert": (0, 2),
+          "kl": (0, math.inf), "heed": (0, math.inf), "length": (0, math.inf)}           # of the columns whose names begin so
 MINUS_SFT = " - SFT"                                                    # ends the names of columns of paired differences
 
 
@@ -218,7 +229,9 @@ def table_row(evaluation, name, model, n=1):
         if split == e.first:
             values["length"] = [len(y) for y in responses]
             if n == 1:
-                values["kl"] = sampled_kl(model, e.reference, e.tokenizer, prompts, responses, e.options.temperature)
+                kl = functools.partial(sampled_kl, model, tokenizer=e.tokenizer, prompts=prompts, responses=responses,
+                                       temperature=e.options.temperature)
+                values["kl"], values["heed"] = kl(e.reference), kl(model, other=swapped(prompts, records))
             row |= first_split_columns(e, n, responses, scores[e.judge])
         else:                                                           # OOD gap: ID - OOD
             gap = difference_and_interval(values[f"{e.judge}/{e.first}"], values[f"{e.judge}/{split}"])
@@ -327,6 +340,8 @@ def table_columns(rows):
     columns |= {
         "kl": ("KL to SFT", ".2f", "KL(policy || SFT) in nats per response, exact at every token of the policy's samples; of "
                                    "best-of-N the formula, an upper bound"),
+        "heed": ("heed", ".2f", "how far the policy heeds the prompt: KL to the same policy under another prompt of the split, on "
+                                "reviews of the domain, in nats per response; 0 = the prompt does not matter"),
         "win_sft": ("win vs SFT", ".0%", "share of prompts where the judge prefers the policy's text to one that SFT drew with "
                                          "random numbers of its own; a tie is half a win"),
         "win_reference": ("win vs reference", ".0%", "likewise, against the answer in the data"),

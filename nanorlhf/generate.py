@@ -30,7 +30,7 @@ class Samples:
 
 @torch.no_grad()
 def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, num_samples=1, seed=0, stop=(),
-             tokenizer=None, batch_size=256, first_row=0):
+             tokenizer=None, batch_size=512, first_row=0):
     """Samples num_samples responses of at most max_new_tokens tokens to each prompt. prompts: lists of ids, none empty.
 
     temperature 0 is greedy; top_k 0 and top_p 1 are off. stop: strings that end a response when its text, special tokens

@@ -17,14 +17,16 @@ from nanorlhf.errors import UserError
 
 
 @torch.no_grad()
-def sequence_kl(policy, reference, tokens, mask, temperature=1.0, chunk=1024):
+def sequence_kl(policy, reference, tokens, mask, temperature=1.0, chunk=1024, other=None):
     """Returns the exact KL(policy || reference) of the next-token distributions, summed over response tokens, [B] nats.
 
     On the policy's own samples, its mean estimates the sequence KL (DPO section 6.1). Summing over the whole vocabulary has
-    a lower variance than summing log-ratios of the sampled tokens. tokens, mask [B, T] as in Transformer.logprobs.
+    a lower variance than summing log-ratios of the sampled tokens. tokens, mask [B, T] as in Transformer.logprobs; other:
+    tokens and mask of the same responses after other prompts, which the reference reads in their place.
     """
     where = mask[:, 1:]
-    h, h_ref = policy(tokens)[:, :-1][where], reference(tokens)[:, :-1][where]         # [N, D]
+    tokens_ref, mask_ref = other or (tokens, mask)
+    h, h_ref = policy(tokens)[:, :-1][where], reference(tokens_ref)[:, :-1][mask_ref[:, 1:]]        # [N, D]
     per_token = []
     for a, b in zip(h.split(chunk), h_ref.split(chunk)):                               # an [N, V] tensor may not fit
         logp = (policy.logits(a).float() / temperature).log_softmax(-1)

@@ -5,27 +5,30 @@ parse(render(rng, clauses)).clauses == clauses. `gold_reward` is therefore arith
 model can be compared with it. (This is the controlled-sentiment setting of Rafailov et al. 2023, section 6.1, with a
 parser in place of the classifier.)
 
-    prompt      Review of the film Silent River:
-    completion   The plot is gripping and the acting was very good. Sadly, the script was not great.
+    prompt      Review of the film Silent River: script and acting.
+    completion   The acting was very good. Sadly, the script was not great. I would recommend it.
 
-A review consists of clauses. Each says something about one aspect ("script") in a phrase ("not great"), whose sentiment
-in [-1, 1] is known. In the grammar, A is an aspect and P a phrase; sentences start with a capital and end with a full stop:
+The prompt asks for aspects of a thing. A good answer speaks about all of them, and about nothing else but the thing as a
+whole. A review consists of clauses. Each says something about one aspect ("script") in a phrase ("not great"), whose
+sentiment in [-1, 1] is known. In the grammar, A is an aspect and P a phrase; sentences start with a capital and end with a
+full stop:
 
     sentence    clause | opener, clause | clause and clause | clause, but clause | clause, yet clause
                 | although clause, clause | a closing sentence from CLOSERS
     clause      the A is P | the A was P | I found the A P | I VERB the A
     phrase      adjective | modifier adjective
 
-Three more rules make sure that what parses makes sense: an opener or connective must agree with the signs of its clauses
-(no "Sadly, the plot was superb"), an adjective must suit its aspect (no "tasty engine"), and a modifier must suit its
-adjective (no "very superb").
+Two more rules make sure that what parses makes sense: an adjective must suit its aspect (no "tasty engine"), and a modifier
+must suit its adjective (no "very superb"). A third costs a little where it is broken: an opener or connective must agree with
+the signs of its clauses (no "Sadly, the plot was superb").
 """
 
 import re
 import zlib
 from bisect import bisect
 from dataclasses import dataclass
-from itertools import product
+from functools import cache
+from itertools import permutations, product
 from math import prod
 from typing import NamedTuple
 
@@ -33,7 +36,8 @@ import numpy as np
 
 # ---- Domains and words ----------------------------------------------------------------------------------------------
 
-# A domain's own noun ("the film") is an aspect of it too. So is "it", but only the closing sentences speak about that.
+# The aspects that a prompt can ask for. A domain's own noun ("the film") is an aspect of it too, and so is "it", about which
+# only the closing sentences speak. These two stand for the whole thing, and nobody has to ask for them.
 DOMAINS = {
     "film": ("plot", "acting", "music", "ending", "script", "camera work"),
     "book": ("plot", "ending", "style", "dialogue", "hero", "cover"),
@@ -105,15 +109,19 @@ HELD_OUT_FIRST = ("Scarlet", "Wandering", "Midnight", "Copper", "Quiet", "Savage
 HELD_OUT_SECOND = ("Lantern", "Desert", "Voyage", "Castle", "Ocean", "Puzzle")
 
 SPLITS = ("train", "test", "ood_near", "ood_far")
+ASKED = (1, 2)  # how many aspects a prompt asks for
+ASKED_NEAR = 3  # in the split ood_near: more at once than the corpus, a demonstration or a training prompt ever asks for
 
 # ---- The gold reward's constants ------------------------------------------------------------------------------------
 
 MIN_CLAUSES = 3  # the sum of fewer clauses is still divided by this, so that one "superb" is not the optimum
-# One more clause raises the mean by at most 1/2 (a +1 after three clauses of -1). The two penalties per clause are larger
-# than that, so adding a foreign or repeated clause never pays.
-FOREIGN_PENALTY = 0.6  # a clause about an aspect that the prompt's domain does not have
+# One clause more or less changes the mean by at most 1/2 (a +1 after three clauses of -1). The three penalties per aspect are
+# larger than that, so it never pays to be silent about what was asked, nor to add a clause that was not.
+MISSING_PENALTY = 0.6  # an aspect that the prompt asks for and no clause is about
+UNASKED_PENALTY = 0.6  # a clause about an aspect that the prompt does not ask for, or that its domain does not have
 REPEAT_PENALTY = 0.6  # a clause about an aspect that an earlier clause was about
 UNPARSED_PENALTY = 0.4  # a sentence that does not parse
+SLIP_PENALTY = 0.2  # a sentence whose opener or connective contradicts its clauses
 UNFINISHED_PENALTY = 0.4  # the text does not end with a full stop
 REWARD_MIN, REWARD_MAX = -2.0, 1.0  # REWARD_MIN: for text without a clause, and the lowest value that penalties reach
 
@@ -159,6 +167,7 @@ def aspects(domain):
 
 SENTIMENT, MENU = _aspect_tables()
 KINDS = ("plain",) * 9 + ("scaled",) * 5 + ("negated",) * 3 + ("verb",) * 3  # drawn uniformly: shares of 20
+STRAY = 0.2  # the share of reviews that speak about something else instead of one aspect that was asked for
 
 # ---- Writing --------------------------------------------------------------------------------------------------------
 
@@ -179,24 +188,31 @@ def _pick(rng, options):
     return options[int(rng.random() * len(options))]  # rng.choice takes ten times as long
 
 
-def plan(rng, domain, mood=None):
-    """Returns what to say: 2 to 5 Clauses about different aspects of `domain`, with sentiments scattered around `mood`.
+def plan(rng, domain, mood=None, asked=()):
+    """Returns what to say: 1 to 5 Clauses about different aspects of `domain`, with sentiments scattered around `mood`.
 
     rng: a numpy Generator; mood: about -1 (all bad) to 1 (all good), drawn if None. The whole text has one mood, because
     independent clauses would average out: all reviews would earn about 0, and no preference could be learned from them.
+    asked: aspects that were asked for, drawn if there are none. They come in this order, and a verdict on the whole last. One
+    review in five speaks about something else instead of one of them. People do that, and without such answers a reward model
+    could not learn that it matters.
     """
     if mood is None:
         mood = 2.5 * rng.random() - 1.15
-    topics = list(aspects(domain))
-    rng.shuffle(topics)
-    topics = topics[: _pick(rng, (2, 3, 3, 4, 4, 5))]
+    others = [a for a in DOMAINS[domain] if a not in asked]
+    rng.shuffle(others)
+    topics = list(asked) or [others.pop() for _ in range(_pick(rng, (*ASKED, ASKED_NEAR)))]
+    if rng.random() < STRAY:
+        topics[_pick(rng, range(len(topics)))] = others[0]
+    if rng.random() < 0.4:
+        topics.append(domain)
     if rng.random() < 0.3:
-        topics = topics[:4] + [IT]
+        topics.append(IT)
     clauses = []
     for topic in topics:
         kind = "closer" if topic == IT else _pick(rng, KINDS)
         entries = MENU[topic][kind]
-        nearest = bisect(entries, (mood + 0.35 * rng.standard_normal(),))
+        nearest = bisect(entries, (mood + 0.25 * rng.standard_normal(),))
         window = len(entries) // 5 + 1  # any entry of the nearest fifth: the nearest one alone would repeat few words
         start = min(max(nearest - window // 2, 0), len(entries) - window)
         sentiment, phrase = _pick(rng, entries[start : start + window])
@@ -221,13 +237,13 @@ def render(rng, clauses):
         following = clauses[i + 1] if i + 1 < len(clauses) else None
         if clause.aspect == IT:
             pass
-        elif following is not None and following.aspect != IT and rng.random() < 0.5:
+        elif following is not None and following.aspect != IT and rng.random() < 0.4:
             if clause.sign == following.sign:
                 text = f"{text} and {texts[i + 1]}"
             else:
                 text = _pick(rng, ("{}, but {}", "{}, yet {}", "although {}, {}")).format(text, texts[i + 1])
             i += 1
-        elif rng.random() < 0.25:
+        elif rng.random() < 0.2:
             # "Overall" suits a verdict on the whole thing, not on one of its parts.
             fitting = ["overall"] if clause.aspect in DOMAINS else [o for o, s in OPENERS.items() if s == clause.sign]
             text = f"{_pick(rng, fitting)}, {text}"
@@ -236,9 +252,9 @@ def render(rng, clauses):
     return "".join(sentences)
 
 
-def generate_review(rng, domain, mood=None):
-    """Writes a completion that reviews something of `domain`, a key of DOMAINS; `mood` as in `plan`."""
-    return render(rng, plan(rng, domain, mood))
+def generate_review(rng, domain, mood=None, asked=()):
+    """Writes a completion that reviews something of `domain`, a key of DOMAINS; `mood` and `asked` as in `plan`."""
+    return render(rng, plan(rng, domain, mood, asked))
 
 
 # ---- Reading --------------------------------------------------------------------------------------------------------
@@ -250,15 +266,17 @@ _CLAUSES = (
     re.compile(rf"(?P<phrase>{'|'.join(VERBS)}) the {_ASPECT}"),
 )
 _JOINT = re.compile(f"({'|'.join(CONTRAST)}|, )")
-_PROMPT = re.compile(rf"Review of the ({'|'.join(DOMAINS)}) ")
+_PROMPT = re.compile(rf"Review of the ({'|'.join(DOMAINS)}) [^:]*(?:: ([^.]*))?")
 
 
 @dataclass
 class Parsed:
-    """What a completion says: its clauses in order, how many sentences do not parse, and if it ends with a full stop."""
+    """What a completion says: its clauses in order, how many sentences do not parse, how many contradict themselves, and if it
+    ends with a full stop."""
 
     clauses: list[Clause]
     unparsed: int
+    slips: int
     finished: bool
 
 
@@ -273,13 +291,14 @@ def _parse_clause(text):
 
 
 def _parse_sentence(text):
-    """Returns the Clauses of one sentence (given without its full stop), or None if the grammar has no such sentence."""
+    """Returns (Clauses, whether they agree with opener and connective) of one sentence, given without its full stop. The Clauses
+    are None if the grammar has no such sentence."""
     if not text[:1].isupper():
-        return None
+        return None, True
     if not text.startswith("I "):
         text = text[0].lower() + text[1:]
     if text in CLOSERS:
-        return [Clause(IT, CLOSERS[text], text)]
+        return [Clause(IT, CLOSERS[text], text)], True
     match _JOINT.split(text, maxsplit=2):
         case [head]:
             texts, wanted = [head], 0
@@ -290,11 +309,11 @@ def _parse_sentence(text):
         case [head, joint, tail] if joint in CONTRAST:
             texts, wanted = [head, tail], CONTRAST[joint]
         case _:
-            return None
+            return None, True
     clauses = [_parse_clause(text) for text in texts]
-    if None in clauses or wanted not in (0, prod(clause.sign for clause in clauses)):
-        return None
-    return clauses
+    if None in clauses:
+        return None, True
+    return clauses, wanted in (0, prod(clause.sign for clause in clauses))
 
 
 def parse(completion):
@@ -304,15 +323,14 @@ def parse(completion):
     A full stop with nothing before it counts as a sentence that does not parse.
     """
     *sentences, unended = [piece.strip() for piece in completion.split(".")]
-    parsed = Parsed([], 0, finished=bool(sentences) and not unended)
+    parsed = Parsed([], 0, 0, finished=bool(sentences) and not unended)
     if unended:
         sentences.append(unended)
     for sentence in sentences:
-        clauses = _parse_sentence(sentence)
-        if clauses is None:
-            parsed.unparsed += 1
-        else:
-            parsed.clauses += clauses
+        clauses, agree = _parse_sentence(sentence)
+        parsed.unparsed += clauses is None
+        parsed.slips += not agree
+        parsed.clauses += clauses or []
     return parsed
 
 
@@ -325,23 +343,32 @@ def domain_of(prompt):
     return match[1] if match else None
 
 
+def asked_of(prompt):
+    """Returns the aspects, a tuple, that a prompt asks for: () if it asks for nothing in particular, or names no domain."""
+    match = _PROMPT.search(prompt)
+    wishes = re.split(", | and ", match[2]) if match and match[2] else ()
+    return tuple(wish for wish in wishes if wish in DOMAINS[match[1]])
+
+
 def gold_reward(prompt, completion):
     """Returns the true reward of any completion, a number in [REWARD_MIN, REWARD_MAX]:
 
         sum of the clauses' sentiments / max(number of clauses, MIN_CLAUSES) - penalties, but at least REWARD_MIN.
 
-    Text without a clause, whether empty or long, is not a review and gets REWARD_MIN. A foreign or repeated clause counts
-    like any other and also costs its penalty. If the prompt names no known domain, no aspect is foreign.
+    Text without a clause, whether empty or long, is not a review and gets REWARD_MIN. An unasked or repeated clause counts
+    like any other and also costs its penalty. If the prompt asks for nothing in particular, all aspects of its domain are
+    welcome; if it names no known domain, all aspects are.
     """
-    parsed, domain = parse(completion), domain_of(prompt)
+    parsed, domain, asked = parse(completion), domain_of(prompt), asked_of(prompt)
     if not parsed.clauses:
         return REWARD_MIN
     spoken_of = [clause.aspect for clause in parsed.clauses]
-    allowed = SENTIMENT if domain is None else (*aspects(domain), IT)
+    allowed = SENTIMENT if domain is None else (*(asked or DOMAINS[domain]), domain, IT)
     reward = sum(clause.sentiment for clause in parsed.clauses) / max(len(parsed.clauses), MIN_CLAUSES)
-    reward -= FOREIGN_PENALTY * sum(aspect not in allowed for aspect in spoken_of)
+    reward -= MISSING_PENALTY * sum(aspect not in spoken_of for aspect in asked)
+    reward -= UNASKED_PENALTY * sum(aspect not in allowed for aspect in spoken_of)
     reward -= REPEAT_PENALTY * (len(spoken_of) - len(set(spoken_of)))
-    reward -= UNPARSED_PENALTY * parsed.unparsed + UNFINISHED_PENALTY * (not parsed.finished)
+    reward -= UNPARSED_PENALTY * parsed.unparsed + SLIP_PENALTY * parsed.slips + UNFINISHED_PENALTY * (not parsed.finished)
     return max(reward, REWARD_MIN)
 
 
@@ -361,15 +388,19 @@ def relation(premise, hypothesis):
 # ---- Data -----------------------------------------------------------------------------------------------------------
 
 
-def make_prompt(domain, title):
-    """Returns the prompt for a title of two words. It has no quotation marks, so each word is one token with its space."""
-    return f"Review of the {domain} {title}:"
+def make_prompt(domain, title, asked=()):
+    """Returns the prompt for a title of two words and the aspects asked for, if any. It has no quotation marks, so each word
+    is one token with its space."""
+    *some, last = asked or [""]
+    wish = f" {', '.join(some)} and {last}." if some else f" {last}." if last else ""
+    return f"Review of the {domain} {title}:{wish}"
 
 
 def _is_test(title):
     return zlib.crc32(title.encode()) % 5 == 0  # not hash(), which differs from one Python process to the next
 
 
+@cache
 def _prompts(split):
     """Returns all prompts of a split. A title is in train or in test for all domains, so the two share no prompt."""
     titles = [f"{a} {b}" for a, b in product(FIRST_WORDS, SECOND_WORDS)]
@@ -381,23 +412,30 @@ def _prompts(split):
         titles = [f"{a} {b}" for a, b in product(HELD_OUT_FIRST, HELD_OUT_SECOND)]
     elif split != "ood_far":
         raise ValueError(f"unknown split {split!r}: expected one of {', '.join(SPLITS)}")
-    return [make_prompt(d, title) for d in (FAR_DOMAINS if split == "ood_far" else ID_DOMAINS) for title in titles]
+    counts = (ASKED_NEAR,) if split == "ood_near" else ASKED
+    return [make_prompt(domain, title, asked) for domain in (FAR_DOMAINS if split == "ood_far" else ID_DOMAINS)
+            for title in titles for count in counts for asked in permutations(DOMAINS[domain], count)]
 
 
 def _rng(name, seed):
     return np.random.Generator(np.random.PCG64([zlib.crc32(name.encode()), seed]))
 
 
+def _review_for(rng, prompt):
+    return generate_review(rng, domain_of(prompt), asked=asked_of(prompt))
+
+
 def records(split, n, seed=0):
     """Returns `n` records {"prompt", "completion"}: demonstrations, or prompts to evaluate on, with a reference review each.
 
-    split: "train" (the demonstrations); "test" (same domains, other titles); "ood_near" (title words never demonstrated);
-    "ood_far" (domains never demonstrated). No prompt repeats before the split is used up; a smaller n gives a prefix.
+    split: "train" (the demonstrations); "test" (the same domains, other titles); "ood_near" (title words never demonstrated,
+    and more aspects at once); "ood_far" (domains never demonstrated). No prompt repeats before the split is used up; a
+    smaller n gives a prefix.
     """
     rng, prompts = _rng(split, seed), _prompts(split)
-    rng.shuffle(prompts)
-    chosen = (prompts[i % len(prompts)] for i in range(n))
-    return [{"prompt": p, "completion": generate_review(rng, domain_of(p))} for p in chosen]
+    order = rng.permutation(len(prompts))
+    chosen = (prompts[order[i % len(prompts)]] for i in range(n))
+    return [{"prompt": p, "completion": _review_for(rng, p)} for p in chosen]
 
 
 def corpus(n, seed=0):
@@ -406,5 +444,6 @@ def corpus(n, seed=0):
     for _ in range(n):
         domain = _pick(rng, domains)
         title = f"{_pick(rng, FIRST_WORDS + HELD_OUT_FIRST)} {_pick(rng, SECOND_WORDS + HELD_OUT_SECOND)}"
-        texts.append(make_prompt(domain, title) + generate_review(rng, domain))
+        prompt = make_prompt(domain, title, rng.permutation(DOMAINS[domain])[: _pick(rng, ASKED)].tolist())
+        texts.append(prompt + _review_for(rng, prompt))
     return texts

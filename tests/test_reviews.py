@@ -14,15 +14,18 @@ from nanorlhf import reviews
 from nanorlhf.reviews import (
     DOMAINS,
     FAR_DOMAINS,
-    FOREIGN_PENALTY,
     ID_DOMAINS,
     IT,
+    MISSING_PENALTY,
     REPEAT_PENALTY,
     REWARD_MAX,
     REWARD_MIN,
+    SLIP_PENALTY,
     SPLITS,
+    UNASKED_PENALTY,
     UNFINISHED_PENALTY,
     UNPARSED_PENALTY,
+    asked_of,
     aspects,
     corpus,
     domain_of,
@@ -48,7 +51,11 @@ def words(texts):
 
 
 def title_words(rows):
-    return {word for row in rows for word in row["prompt"].rstrip(":").split()[-2:]}
+    return {word for row in rows for word in title(row["prompt"]).split()}
+
+
+def title(prompt):
+    return " ".join(prompt.split(":")[0].split()[-2:])
 
 
 @pytest.fixture(scope="module")
@@ -66,18 +73,25 @@ def rewards(demonstrations):
 
 @pytest.mark.parametrize("domain", DOMAINS)
 def test_parse_inverts_render(domain):
-    rng = np.random.default_rng(0)
-    prompt = reviews.make_prompt(domain, "Silent River")
-    assert domain_of(prompt) == domain
-    for _ in range(1000):
-        clauses = plan(rng, domain)
+    rng, strayed = np.random.default_rng(0), 0
+    for i in range(1000):
+        asked = tuple(rng.permutation(DOMAINS[domain])[: i % 4].tolist())
+        prompt = reviews.make_prompt(domain, "Silent River", asked)
+        assert domain_of(prompt) == domain and asked_of(prompt) == asked
+        clauses = plan(rng, domain, asked=asked)
         text = render(rng, clauses)
         parsed = parse(text)
-        assert parsed.clauses == clauses and parsed.unparsed == 0 and parsed.finished, text
-        assert text.startswith(" ") and text.endswith(".") and 2 <= len(clauses) <= 5
-        assert len({clause.aspect for clause in clauses}) == len(clauses)
+        assert parsed.clauses == clauses and parsed.unparsed == parsed.slips == 0 and parsed.finished, text
+        assert text.startswith(" ") and text.endswith(".") and 1 <= len(clauses) <= 5
+        spoken_of = {clause.aspect for clause in clauses}
+        assert len(spoken_of) == len(clauses) and spoken_of <= {*aspects(domain), IT}
+        missing, unasked = set(asked) - spoken_of, spoken_of - {*asked, domain, IT} if asked else set()
+        assert len(missing) == len(unasked) <= 1
+        strayed += len(missing) * 4 / 3 / 1000  # of the three quarters of the prompts that ask for something
         mean = sum(clause.sentiment for clause in clauses) / max(len(clauses), 3)
-        assert gold_reward(prompt, text) == pytest.approx(mean)  # no penalty on the generator's own text
+        penalty = (MISSING_PENALTY + UNASKED_PENALTY) * len(missing)
+        assert gold_reward(prompt, text) == pytest.approx(max(mean - penalty, REWARD_MIN))
+    assert strayed == pytest.approx(reviews.STRAY, abs=0.05)
 
 
 def test_every_phrase_of_the_world_parses():
@@ -99,7 +113,7 @@ def test_mood_sets_the_reward_of_the_whole_text():
             np.mean([gold_reward(prompt, generate_review(rng, domain, mood)) for _ in range(100)])
             for mood in (-1, 0, 1)
         )
-        assert low < -0.45 and -0.25 < middle < 0.25 and high > 0.45
+        assert low < -0.4 and -0.25 < middle < 0.25 and high > 0.4
 
 
 @pytest.mark.parametrize(
@@ -122,10 +136,6 @@ def test_sentences_parse_to_the_expected_clauses(text, expected):
 @pytest.mark.parametrize(
     "sentence",
     [
-        "Sadly, the plot was superb",  # the opener contradicts the sentiment
-        "The plot is bad, but the acting is awful",  # "but" without a contrast
-        "The plot is good and the acting is awful",
-        "Although the plot is good, the acting is superb",
         "The plot is good, the acting is superb",
         "The plot is good and the acting is superb and the music is fine",
         "The plot is tasty",  # an adjective for other aspects
@@ -146,6 +156,25 @@ def test_ungrammatical_sentences_do_not_parse(sentence):
     assert parsed.unparsed == 1 and parsed.finished and [clause.aspect for clause in parsed.clauses] == ["music"]
 
 
+@pytest.mark.parametrize(
+    "sentence, slip",
+    [
+        ("Sadly, the plot was superb", True),  # the opener contradicts the sentiment
+        ("Sadly, the plot was dull", False),
+        ("Overall, the film was superb", False),
+        ("The plot is bad, but the acting is awful", True),  # "but" without a contrast
+        ("The plot is bad, but the acting is superb", False),
+        ("The plot is good and the acting is awful", True),
+        ("Although the plot is good, the acting is superb", True),
+    ],
+)
+def test_an_opener_or_connective_that_contradicts_its_clauses_costs_a_little(sentence, slip):
+    parsed = parse(f" {sentence}.")
+    clauses = parsed.clauses
+    assert parsed.slips == slip and parsed.unparsed == 0 and parsed.finished
+    assert film_reward(f" {sentence}.") == pytest.approx(sum(c.sentiment for c in clauses) / 3 - SLIP_PENALTY * slip)
+
+
 # ---- Gold reward ----------------------------------------------------------------------------------------------------
 
 
@@ -156,7 +185,7 @@ def test_ungrammatical_sentences_do_not_parse(sentence):
         (" The plot is superb and the acting is superb. I loved the music.", 2.9 / 3),
         (" The plot is superb. The acting is bad. I liked the music. The script is fine.", (1 - 0.7 + 0.5 + 0.35) / 4),
         (" The plot is superb. The plot is superb. The plot is superb.", 1 - 2 * REPEAT_PENALTY),
-        (" The plot is superb. The battery is superb. The music is superb.", 1 - FOREIGN_PENALTY),
+        (" The plot is superb. The battery is superb. The music is superb.", 1 - UNASKED_PENALTY),
         (" The plot is superb. What a film.", 1 / 3 - UNPARSED_PENALTY),
         (" The plot is superb", 1 / 3 - UNFINISHED_PENALTY),
         (" The plot is superb. The acting is ver", 1 / 3 - UNPARSED_PENALTY - UNFINISHED_PENALTY),
@@ -170,6 +199,48 @@ def test_the_gold_reward_has_the_expected_value(text, expected):
     assert film_reward(text) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(
+    "asked, penalties",
+    [
+        ("plot", UNASKED_PENALTY),
+        ("acting", UNASKED_PENALTY),
+        ("acting and plot", 0),
+        ("music", 2 * UNASKED_PENALTY + MISSING_PENALTY),
+        ("music, plot and acting", MISSING_PENALTY),
+        ("music, ending and script", 2 * UNASKED_PENALTY + 3 * MISSING_PENALTY),
+    ],
+)
+def test_what_was_asked_must_be_delivered_and_nothing_else(asked, penalties):
+    prompt = f"Review of the film Silent River: {asked}."
+    assert asked_of(prompt) == tuple(asked.replace(" and ", ", ").split(", "))
+    text = " The plot is superb and the acting is superb. I loved the film. It is a real gem."
+    assert gold_reward(prompt, text) == pytest.approx(max(3.8 / 4 - penalties, REWARD_MIN))
+
+
+@pytest.mark.parametrize("prompt", [FILM, "Review of the film Silent River: weather.", "Is the plot good?", "", "the plot and music."])
+def test_a_prompt_can_ask_for_nothing(prompt):
+    assert asked_of(prompt) == ()
+
+
+def test_answering_another_prompt_of_the_domain_costs_most_of_a_unit(demonstrations):
+    """What a policy that ignores the wish loses: the reward of each demonstration after another prompt of its domain."""
+    loss = []
+    for domain in ID_DOMAINS:
+        rows = [row for row in demonstrations if domain_of(row["prompt"]) == domain]
+        loss += [gold_reward(**row) - gold_reward(other["prompt"], row["completion"]) for row, other in zip(rows, rows[1:])]
+    assert 1.0 < np.mean(loss) < 1.3
+
+
+def test_neither_silence_nor_an_unasked_clause_pays(demonstrations):
+    for row in demonstrations[:500]:
+        prompt, clauses = row["prompt"], parse(row["completion"]).clauses
+        if set(asked_of(prompt)) <= {clause.aspect for clause in clauses}:
+            rng, reward = np.random.default_rng(0), gold_reward(prompt, row["completion"])
+            for i, clause in enumerate(clauses):
+                if clause.aspect in asked_of(prompt):
+                    assert gold_reward(prompt, render(rng, clauses[:i] + clauses[i + 1:])) < reward
+
+
 def test_each_penalty_lowers_the_reward(demonstrations):
     for row in demonstrations[:500]:
         prompt, text = row["prompt"], row["completion"]
@@ -177,11 +248,13 @@ def test_each_penalty_lowers_the_reward(demonstrations):
         named = parse(text).clauses[0].aspect
         foreign = next(a for d in DOMAINS for a in aspects(d) if a not in aspects(domain))
         repeated = " It is a real gem." if named == IT else f" The {named} is superb."
+        if reward < REWARD_MIN + 0.6:
+            continue  # no room for another penalty
         assert gold_reward(prompt, text[:-1]) == pytest.approx(reward - UNFINISHED_PENALTY)
         assert gold_reward(prompt, text + " Blah blah.") == pytest.approx(reward - UNPARSED_PENALTY)
         assert gold_reward(prompt, text + repeated) < reward
         assert gold_reward(prompt, text + f" The {foreign} is superb.") < reward
-        assert gold_reward("No prompt known", text + f" The {foreign} is superb.") > reward - FOREIGN_PENALTY
+        assert gold_reward("No prompt known", text + f" The {foreign} is superb.") > reward - UNASKED_PENALTY
 
 
 def test_adding_to_the_worst_review_never_pays():
@@ -269,10 +342,11 @@ def test_label_ceiling_is_the_accuracy_of_a_perfect_judge(rewards):
 
 
 def test_rewards_of_demonstrations_are_widely_spread(demonstrations, rewards):
-    assert 0.45 < rewards.std() < 0.6 and 0 <= rewards.mean() < 0.15
-    spreads = [np.std([c.sentiment for c in parse(row["completion"]).clauses]) for row in demonstrations]
-    assert np.mean(np.array(spreads) < 0.05) < 0.1  # few reviews have a single strength
-    assert 15 < np.mean([len(row["completion"].split()) for row in demonstrations]) < 30
+    assert 0.6 < rewards.std() < 0.75 and -0.25 < rewards.mean() < -0.1
+    clauses = [parse(row["completion"]).clauses for row in demonstrations]
+    spreads = np.array([np.std([c.sentiment for c in cs]) for cs in clauses if len(cs) > 1])
+    assert np.mean(spreads < 0.05) < 0.25  # few reviews have a single strength
+    assert 10 < np.mean([len(row["completion"].split()) for row in demonstrations]) < 20
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -303,12 +377,14 @@ def test_an_unknown_split_is_rejected():
 def test_splits_are_disjoint():
     rows = {split: records(split, 5000, seed=0) for split in SPLITS}
     prompts = {split: {row["prompt"] for row in rows[split]} for split in SPLITS}
-    titles = {split: {" ".join(prompt.split()[-2:]) for prompt in prompts[split]} for split in SPLITS}
+    titles = {split: {title(prompt) for prompt in prompts[split]} for split in SPLITS}
     assert titles["train"].isdisjoint(titles["test"])  # hence no (domain, title) in both
-    assert 0.1 < len(prompts["test"]) / len(prompts["train"] | prompts["test"]) < 0.3
+    assert 0.1 < len(titles["test"]) / len(titles["train"] | titles["test"]) < 0.3
     assert title_words(rows["test"]) <= title_words(rows["train"])
     assert title_words(rows["ood_near"]).isdisjoint(title_words(rows["train"]))
     assert title_words(rows["ood_far"]) <= title_words(rows["train"])
+    asked = {split: {len(asked_of(prompt)) for prompt in prompts[split]} for split in SPLITS}
+    assert asked == {"train": {1, 2}, "test": {1, 2}, "ood_near": {3}, "ood_far": {1, 2}}
 
 
 def test_far_words_occur_only_in_far_domains_and_the_vocabulary_is_small(demonstrations):

@@ -10,7 +10,7 @@ a mean over the tokens of the whole batch, so a long response weighs more than a
 does not depend on the micro-batches.
 
 Without options it fine-tunes out/base on the built-in reviews. To pretrain that base model first:
-    python train_sft.py --init scratch --kind text --lr 5e-3 --batch_size 16 --out out/base
+    python train_sft.py --init scratch --family llama --kind text --packing false --lr 2.5e-3 --out out/base
 """
 
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ from nanorlhf.training import batch_indices, learning_rate, make_optimizer, opti
 class Config:
     # SFT
     kind: Literal["completion", "text"] = "completion"  # completion: prompt and response; text: pretraining
-    packing: bool = True             # text: fill each row with texts; False = every text begins a row of its own
+    packing: bool = True             # text: fill rows with several texts; False = each begins its own row
     train_on_prompt: bool = False    # count the prompt's tokens too
     all_turns: bool = False          # train on all turns of the assistant, not only the last
 
@@ -98,7 +98,7 @@ def to_groups(records, tokenizer, config, context):
     if config.kind == "text":
         texts = [r["text"] for r in records]
         streams = [texts] if config.packing else [[text] for text in texts]
-        return [Group([e]) for stream in streams if stream for e in pack_texts(tokenizer, stream, length=cut[0])]
+        return [Group([e]) for s in streams if s for e in pack_texts(tokenizer, s, length=cut[0])]
     if config.all_turns:
         examples = [make_all_turns_example(tokenizer, r["prompt"], r["completion"], *cut, r.get("given", ()))
                     for r in records]

@@ -144,8 +144,8 @@ class Options:
 
 
 ANY, GOLD_RANGE = (-math.inf, math.inf), (reviews.REWARD_MIN, reviews.REWARD_MAX)
-RANGES = {"win": (0, 1), "ended": (0, 1), "accuracy": (0, 1), "ceiling": (0, 1), "ead": (0, math.inf), "nli": (-2, 2), "sbert": (0, 2),
-          "kl": (0, math.inf), "heed": (0, math.inf), "length": (0, math.inf)}           # of the columns whose names begin so
+RANGES = {"win": (0, 1), "ended": (0, 1), "accuracy": (0, 1), "ceiling": (0, 1), "ead": (0, math.inf), "nli": (-2, 2),
+          "sbert": (0, 2), "kl": (0, math.inf), "heed": (0, math.inf), "length": (0, math.inf)}  # by how a column begins
 MINUS_SFT = " - SFT"                                                    # ends the names of columns of paired differences
 
 
@@ -340,8 +340,8 @@ def table_columns(rows):
     columns |= {
         "kl": ("KL to SFT", ".2f", "KL(policy || SFT) in nats per response, exact at every token of the policy's samples; of "
                                    "best-of-N the formula, an upper bound"),
-        "heed": ("heed", ".2f", "how far the policy heeds the prompt: KL to the same policy under another prompt of the split, on "
-                                "reviews of the domain, in nats per response; 0 = the prompt does not matter"),
+        "heed": ("heed", ".2f", "how far the policy heeds the prompt: KL to the same policy under another prompt of the split "
+                                "(on reviews: of the domain) in nats per response; 0 = the prompt does not matter"),
         "win_sft": ("win vs SFT", ".0%", "share of prompts where the judge prefers the policy's text to one that SFT drew with "
                                          "random numbers of its own; a tie is half a win"),
         "win_reference": ("win vs reference", ".0%", "likewise, against the answer in the data"),

@@ -34,7 +34,7 @@ MAY_CHANGE_ON_RESUME = (*HOW_TO_BEGIN, "device", "compile", "gradient_checkpoint
 INPUTS = ("init", "reference", "value_init", "tokenizer", "reward", "eval_reward", "eval_data", "eval_prompts", "normalize_data")
 MAKE_COMPARISONS = ("python sample_bon.py --split train --limit 8000 --n 2 --reward gold --label_temperature 0.2 "
                     "--out out/comparisons")      # makes the default --data of train_rm.py and train_dpo.py
-MAKE_BASE = "python train_sft.py --init scratch --kind text --lr 5e-3 --batch_size 16 --out out/base"
+MAKE_BASE = "python train_sft.py --init scratch --family llama --kind text --packing false --lr 2.5e-3 --out out/base"
 
 
 class Run:

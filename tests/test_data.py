@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+import train_sft
 from nanorlhf import data, training
 from nanorlhf.data import Example, load_records
 from nanorlhf.errors import DataError
@@ -547,6 +548,13 @@ def test_pack_texts_joins_documents_and_cuts_blocks():
     lone = data.pack_texts(Letters(), ["abc", "d"], 3)  # a last block of one token is dropped: nothing to predict
     assert lone[-1] == Example([*ids("c"), 1, *ids("d")], 1)
     assert data.pack_texts(LettersWithBos(), ["a", "b"], 9) == [Example([2, *ids("a"), 1, 2, *ids("b"), 1], 1)]
+
+
+def test_without_packing_every_text_begins_a_row_and_a_long_one_takes_several():
+    config = train_sft.Config(kind="text", packing=False, max_length=3)
+    groups = train_sft.to_groups([{"text": "ab"}, {"text": "cdef"}], Letters(), config, 9)
+    blocks = [[1, *ids("ab")], [1, *ids("cd")], [*ids("ef"), 1]]
+    assert [[e.tokens for e in g.examples] for g in groups] == [[block] for block in blocks]
 
 
 def test_traps_1_and_10_the_mask_includes_eos_and_excludes_padding():

@@ -17,7 +17,7 @@ from nanorlhf import evaluate, reviews
 from nanorlhf.data import Example, collate, encode_prompt, encode_response, post_of
 from nanorlhf.errors import UserError
 from nanorlhf.evaluate import (Evaluation, Options, evaluate_policies, markdown_table, measure, possible_range, report,
-                               sampled_kl)
+                               sampled_kl, swapped)
 from nanorlhf.generate import generate
 from nanorlhf.metrics import (across_input_diversity, best_of_n_estimate, bon_kl, difference_and_interval,
                               expectation_adjusted_distinct, mean_and_interval, nli_diversity, per_input_diversity,
@@ -275,6 +275,32 @@ def test_sequence_kl_is_0_at_the_reference_and_ignores_padding():
     )
     nothing = torch.zeros_like(batch.mask)
     assert torch.equal(sequence_kl(policy, reference, batch.tokens, nothing), torch.zeros(2))
+
+
+def test_sequence_kl_between_two_prompts_sees_the_same_response_after_both():
+    """How far a policy heeds the prompt. The prompts differ in length, so the responses stand at other positions."""
+    policy = tiny(0)
+    pairs = [([1, 2], [5, 6, 3], [3, 4, 10]), ([5], [2, 1], [7, 8, 9, 10])]            # prompt, other prompt, response
+    batch, other = (collate([Example(p[which] + p[2], len(p[which])) for p in pairs], 11) for which in (0, 1))
+    found = sequence_kl(policy, policy, batch.tokens, batch.mask, other=(other.tokens, other.mask))
+    for b, (prompt, swap, response) in enumerate(pairs):
+        total = 0.0
+        for t in range(len(response)):
+            p, q = (policy.logits(policy(torch.tensor([start + response[:t]])))[0, -1].double().softmax(-1).tolist()
+                    for start in (prompt, swap))
+            total += sum(a * math.log(a / c) for a, c in zip(p, q))
+        assert found[b].item() == pytest.approx(total, rel=1e-4) and total > 0
+    prompts, responses = [p[0] for p in pairs], [p[2] for p in pairs]
+    tokenizer = SimpleNamespace(pad_id=11)
+    alike = sampled_kl(policy, policy, tokenizer, prompts, responses, 1.0, other=[p[1] for p in pairs])
+    assert alike == pytest.approx(found.tolist(), rel=1e-5)
+    assert sampled_kl(policy, policy, tokenizer, prompts, responses, 1.0) == [0.0, 0.0]
+
+
+def test_a_swapped_prompt_is_another_one_of_the_same_domain():
+    texts = ["Review of the film A B: plot.", "Review of the book A B: hero.", "Review of the film C D: music.", "?"]
+    assert swapped([[0], [1], [2], [3]], [{"prompt": t} for t in texts]) == [[2], [0], [0], [2]]   # alone in it: the one before
+    assert swapped([[0], [1]], [{"prompt": "a"}, {"prompt": "b"}]) == [[1], [0]]
 
 
 @torch.no_grad()

@@ -48,7 +48,7 @@ def chain(request, tmp_path_factory):
     at = tmp_path_factory.mktemp(request.param)
     write_base(at / "base", request.param)
     sft, rm = str(at / "sft"), str(at / "rm")
-    go(train_sft, at / "sft", init=str(at / "base"), limit=12)
+    go(train_sft, at / "sft", init=str(at / "base"), limit=24, eval_fraction=0.2)
     go(sample_bon, at / "bon", init=sft, reward="gold", label_temperature=0.2, split="train", limit=8, n=2, keep_unfinished=True)
     data = str(at / "bon" / "comparisons.jsonl")
     go(train_rm, at / "rm", init=sft, data=data, eval_fraction=0.2)
@@ -179,7 +179,7 @@ def test_a_hub_name_is_downloaded_once_and_used_like_a_folder(tmp_path, monkeypa
     asked = []
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(hub, "snapshot_download", lambda name, **options: asked.append(name) or str(tmp_path / "cache"))
-    go(train_sft, tmp_path / "out", init="somebody/tiny-qwen", limit=8)
+    go(train_sft, tmp_path / "out", init="somebody/tiny-qwen", limit=24, eval_fraction=0.2)
     assert load_tokenizer("somebody/tiny-qwen").same_ids(load_tokenizer("reviews"))
     assert asked == ["somebody/tiny-qwen"] and Transformer.from_pretrained(tmp_path / "out").config.family == "qwen2"
 

@@ -308,7 +308,7 @@ def stops(monkeypatch, module, *argv):
                                          (["--lr", "1e10", "--eval_every", 0, "--save_every", 0], "step 1: the model's output"),
                                          ([], "step 1: eval/loss, eval/loss_se not finite")])
 def test_a_run_that_diverges_in_its_last_step_is_not_done(base, tmp_path, monkeypatch, words, says):
-    shared = ["--init", base, "--limit", 40, "--max_steps", 1, "--lr", "1e38", "--device", "cpu", "--out", tmp_path / "x"]
+    shared = ["--init", base, "--limit", 80, "--max_steps", 1, "--lr", "1e38", "--device", "cpu", "--out", tmp_path / "x"]
     assert says in stops(monkeypatch, train_sft, *shared, *words)
     assert json.loads((tmp_path / "x" / "run.json").read_text())["finished"] is False
     assert not list((tmp_path / "x").rglob("*.safetensors"))

@@ -438,10 +438,10 @@ def test_rrhf_scores_the_right_number_of_candidates(here, tmp_path, options, cou
 
 
 def test_rrhf_responses_respect_max_length(here, tmp_path):
-    go(train_rrhf, tmp_path / "x", max_steps=1, max_length=30, eval_every=0)
+    go(train_rrhf, tmp_path / "x", max_steps=1, max_length=24, eval_every=0)
     assert (
         max(len(c["prompt"]) + len(y) for c in read_jsonl(tmp_path / "x" / "candidates-000000.jsonl") for y in c["responses"])
-        == 30
+        == 24
     )
 
 
@@ -774,7 +774,7 @@ def test_a_script_stops_with_a_one_line_error_and_exit_code_1(root, tmp_path):
         (train_ppo, ["--reference", "./nowhere"], "nowhere: no such folder"),
         (train_ppo, ["--value_init", "./nowhere"], "nowhere: no such folder"),
         (train_ppo, ["--eval_prompts", "nowhere.jsonl"], "nowhere.jsonl"),
-        (train_dpo, ["--eval_reward", "nowhere.py:f"], "nowhere.py"),
+        (train_dpo, ["--eval_reward", "nowhere.py:f", "--eval_fraction", "0.2"], "nowhere.py"),
         (sample_bon, ["--reward", "out/sft"], "no reward model"),
         (train_sft, ["--init", "scratch", "--tokenizer", "./nowhere"], "./nowhere"),
         (train_sft, ["--init", "./nowhere"], "nowhere holds no checkpoint (no config.json in it)"),

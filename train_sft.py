@@ -98,7 +98,7 @@ def to_groups(records, tokenizer, config, context):
     if config.kind == "text":
         texts = [r["text"] for r in records]
         streams = [texts] if config.packing else [[text] for text in texts]
-        return [Group([e]) for s in streams if s for e in pack_texts(tokenizer, s, length=cut[0])]
+        return [Group([e]) for stream in streams for e in pack_texts(tokenizer, stream, cut[0])]
     if config.all_turns:
         examples = [make_all_turns_example(tokenizer, r["prompt"], r["completion"], *cut, r.get("given", ()))
                     for r in records]

@@ -95,13 +95,14 @@ def sampled_kl(policy, reference, tokenizer, prompts, responses, temperature, ba
     """Returns sequence_kl of each of these responses of the policy, a list of numbers. At temperature 0 a policy is one text
     without a distribution: then the KL is that of temperature 1 along the text. other: prompts that the reference reads in
     place of `prompts`."""
-    examples, others = ([Example(p + r, len(p)) for p, r in zip(ps, responses)] for ps in (prompts, other or prompts))
-    kl = np.empty(len(examples))
-    for rows in micro_batches(range(len(examples)), batch_size, length=lambda i: examples[i].length):
-        batch, batch_ref = (collate([es[i] for i in rows], tokenizer.pad_id, policy.embed.weight.device)
-                            for es in (examples, others))
-        kl[rows] = sequence_kl(policy, reference, batch.tokens, batch.mask, temperature or 1.0,
-                               other=(batch_ref.tokens, batch_ref.mask)).cpu()
+    def batch_of(prompts, rows):
+        examples = [Example(prompts[i] + responses[i], len(prompts[i])) for i in rows]
+        batch = collate(examples, tokenizer.pad_id, policy.embed.weight.device)
+        return batch.tokens, batch.mask
+    kl = np.empty(len(prompts))
+    for rows in micro_batches(range(len(prompts)), batch_size, length=lambda i: len(prompts[i]) + len(responses[i])):
+        kl[rows] = sequence_kl(policy, reference, *batch_of(prompts, rows), temperature or 1.0,
+                               other=batch_of(other, rows) if other else None).cpu()
     return kl.tolist()
 
 

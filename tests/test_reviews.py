@@ -222,7 +222,7 @@ def test_a_prompt_can_ask_for_nothing(prompt):
     assert asked_of(prompt) == ()
 
 
-def test_answering_another_prompt_of_the_domain_costs_most_of_a_unit(demonstrations):
+def test_answering_another_prompt_of_the_domain_costs_more_than_a_unit(demonstrations):
     """What a policy that ignores the wish loses: the reward of each demonstration after another prompt of its domain."""
     loss = []
     for domain in ID_DOMAINS:
@@ -231,7 +231,7 @@ def test_answering_another_prompt_of_the_domain_costs_most_of_a_unit(demonstrati
     assert 1.0 < np.mean(loss) < 1.3
 
 
-def test_neither_silence_nor_an_unasked_clause_pays(demonstrations):
+def test_silence_about_what_was_asked_never_pays(demonstrations):
     for row in demonstrations[:500]:
         prompt, clauses = row["prompt"], parse(row["completion"]).clauses
         if set(asked_of(prompt)) <= {clause.aspect for clause in clauses}:

@@ -8,6 +8,8 @@ stopped at any moment, running it again resumes.
 """
 
 import dataclasses
+import importlib
+import re
 import time
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from nanorlhf.errors import UserError
 from nanorlhf.evaluate import Options as EvaluateOptions
 from nanorlhf.evaluate import GOLD_RANGE, OVER_PROMPTS, evaluate_policies, markdown_table, possible_range, report
 from nanorlhf.files import read_json, read_jsonl, write_json, write_records, write_text
+from nanorlhf.jobs import Job, run_jobs
 from nanorlhf.metrics import mean_and_interval, share_interval, within
 from nanorlhf.options import check_options, one_line_errors, parse_options
 from nanorlhf.run import git_commit
@@ -32,6 +35,7 @@ class Options:
     seed: int = 0                    # of everything random; with --seeds, of the first run
     seeds: int = 1                   # run the whole pipeline this many times, in out/seed-N, and average the table
     scale: float = 1.0               # multiplies the steps of every stage and the sizes of evaluation; 0.02 is a quick look
+    processes: int = 0               # runs at a time; 0 = one per core, and one on a GPU
 
 
 LABEL_TEMPERATURE = 0.2
@@ -73,25 +77,45 @@ POLICIES = {"SFT": "sft", "Preferred-FT": "preferred_ft", "Unlikelihood 0.5": "u
             "PPO-GT": "ppo_gold"}                                                      # Unlikelihood's number is its alpha
 
 
-def train_all(out, seed, scale):
-    """Runs every stage below `out`, except those already finished. Returns {stage: seconds of training}."""
-    recipe, seconds, todo = out / "recipe.json", {}, list(stages(out, seed, scale))
-    if recipe.exists() and read_json(recipe) != dict(seed=seed, scale=scale):
-        raise UserError(f"{out} was made with another --seed or --scale ({recipe}): name another --out")
-    for _, script, options in todo:
-        check_options(script.Config(**options))
-    write_json(recipe, dict(seed=seed, scale=scale))
-    for i, (name, script, options) in enumerate(todo, 1):
-        folder, started = out / name, time.monotonic()
-        resume = (folder / "run.json").exists()
-        if not resume or not read_json(folder / "run.json").get("finished"):
-            print(f"\n[{i}/{len(todo) + 1}] {name}", flush=True)
-            start = script.sample if script is sample_bon else script.train
-            start(script.Config(**options, out=str(folder), resume=resume))
-            write_json(folder / "seconds.json", {"seconds": round(time.monotonic() - started, 1), "resumed": resume})
-        if (folder / "seconds.json").exists():
-            seconds[name] = read_json(folder / "seconds.json")["seconds"]
-    return seconds
+def jobs_of(stages, prefix=""):
+    """Returns the stages as Jobs. A stage needs those whose folders its options name. Its job is called `prefix` and its folder,
+    and what it prints goes to FOLDER.log if several run at a time."""
+    jobs, name_of = [], {}
+    for folder, script, options in stages:
+        named = set(re.findall(r"[^=,]+", ",".join(v for v in options.values() if isinstance(v, str))))
+        needs = tuple(name for path, name in name_of.items() if any(f"{n}/".startswith(f"{path}/") for n in named))
+        name_of[str(folder)] = prefix + Path(folder).name
+        jobs.append(Job(name_of[str(folder)], needs, f"{folder}.log", run_stage, (script.__name__, options, str(folder))))
+    return jobs
+
+
+def run_stage(script, options, out):
+    """Runs or resumes one stage, and notes its seconds."""
+    script, started = importlib.import_module(script), time.monotonic()
+    resume = (Path(out) / "run.json").exists()
+    start = script.sample if script is sample_bon else script.train
+    start(script.Config(**options, out=out, resume=resume))
+    write_json(Path(out) / "seconds.json", {"seconds": round(time.monotonic() - started, 1), "resumed": resume})
+
+
+def is_finished(folder):
+    file = Path(folder) / "run.json"
+    return file.exists() and bool(read_json(file).get("finished"))
+
+
+def train_all(folders, seed, scale, processes):
+    """Runs every stage below the folder of each seed, except those already finished."""
+    todo = {folder: list(stages(folder, seed + k, scale)) for k, folder in enumerate(folders)}
+    for k, folder in enumerate(folders):
+        recipe, own = folder / "recipe.json", dict(seed=seed + k, scale=scale)
+        if recipe.exists() and read_json(recipe) != own:
+            raise UserError(f"{folder} was made with another --seed or --scale ({recipe}): name another --out")
+        for _, script, options in todo[folder]:
+            check_options(script.Config(**options))
+        write_json(recipe, own)
+    jobs = [job for folder in folders for job in jobs_of(((f"{folder}/{name}", script, options)
+            for name, script, options in todo[folder]), f"{folder.name}/" if len(folders) > 1 else "")]
+    run_jobs([job for job in jobs if not is_finished(job.arguments[-1])], processes)
 
 
 def reward_model_rows(out):
@@ -120,10 +144,9 @@ REWARD_MODEL_LEGEND = """- accuracy: share of held-out comparisons that the rewa
 """
 
 
-def run_seed(out, seed, scale, first_words):
-    """Trains and evaluates every method below `out`. Returns the table's rows and the sampled texts. first_words: as in
-    evaluate."""
-    seconds = train_all(out, seed, scale)
+def evaluate_seed(out, seed, scale, first_words):
+    """Evaluates every method below `out`. Returns the table's rows and the sampled texts. first_words: as in evaluate."""
+    seconds = {file.parent.name: read_json(file)["seconds"] for file in out.glob("*/seconds.json")}
     print(f"\nevaluation of seed {seed}", flush=True)
     rows, samples = evaluate_policies({name: f"{out}/{folder}" for name, folder in POLICIES.items()}, EvaluateOptions(
         reference=f"{out}/sft", reward=f"{out}/rm", bon=N, seed=seed, num_prompts=max(8, round(250 * scale)),
@@ -201,9 +224,10 @@ def main():
     with one_line_errors(options, lambda: "the same command resumes from here"):
         check_options(options)
         folders = [root / f"seed-{options.seed + k}" for k in range(options.seeds)] if options.seeds > 1 else [root]
+        train_all(folders, options.seed, options.scale, options.processes)
         results, first_words = [], 0
         for k, folder in enumerate(folders):
-            results.append(run_seed(folder, options.seed + k, options.scale, first_words))
+            results.append(evaluate_seed(folder, options.seed + k, options.scale, first_words))
             first_words = results[0][0][0]["first_words"][0]            # the first seed's, in every seed's table
         tables, samples = zip(*results)
         rows, lines = over_seeds(tables), frontier(folders)

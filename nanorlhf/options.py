@@ -98,8 +98,8 @@ RANGES = {                        # {interval: the numeric options that lie in i
                 "num_eval_prompts resample_every first_words",
     "[1, 1e9]": "batch_size response_length num_ppo_epochs num_mini_batches num_prompts diversity_prompts",
     "0 or [2, 1e9]": "max_length",                # a token is predicted from another one
-    "[1, 1e5]": "width num_samples n", "[0, 1e5]": "bon",
-    "[1, 1e6]": "context seeds", "[1, 1e3]": "layers heads", "[0, 1e3]": "kv_heads",
+    "[1, 1e5]": "width num_samples n", "[0, 1e5]": "bon", "[0, 1e3]": "kv_heads processes",
+    "[1, 1e6]": "context seeds", "[1, 1e3]": "layers heads",
     "[0, 9e18]": "seed",
     "[0, inf)": "lr value_lr",
     "[0, 1e6]": "weight_decay prior_precision max_grad_norm kl_coef kl_target vf_coef rrhf_weight length_penalty "

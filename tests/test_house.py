@@ -24,6 +24,7 @@ rewards metrics
 evaluate
 run
 train_sft train_rm train_ppo train_dpo train_rrhf sample_bon
+jobs
 bench_gpu
 bench __main__
 """

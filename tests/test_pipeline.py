@@ -26,7 +26,7 @@ from nanorlhf.tokenizer import load_tokenizer
 
 def pipeline(out, monkeypatch):
     """Runs the command here; returns what it printed."""
-    monkeypatch.setattr(sys, "argv", ["nanorlhf", "--out", str(out), "--scale", "0.01"])
+    monkeypatch.setattr(sys, "argv", ["nanorlhf", "--out", str(out), "--scale", "0.01", "--processes", "1"])
     with contextlib.redirect_stdout(io.StringIO()) as said:
         main()
     return said.getvalue()

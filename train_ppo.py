@@ -61,6 +61,7 @@ class Config:
     cliprange_value: float = 0.2     # of the value's change
     vf_coef: float = 0.1             # weight of the value loss
     whiten_rewards: bool = False     # scale the per-token rewards to variance 1, keeping their mean
+    reward_at: Literal["end", "sentences"] = "end"  # pay the score at the end, or sentence by sentence
     missing_eos: Literal["replace", "subtract", "none"] = "replace"  # no EOS: score = -penalty, or -= penalty
     missing_eos_penalty: float = 1.0  # penalty of a response without EOS
 
@@ -135,6 +136,30 @@ def token_rewards(scores, kl, mask, kl_coef):
     """r_t = -beta kl_t, plus the score at the last response token. scores [B]; kl, mask [B, T] -> [B, T]."""
     last = mask * (mask.flip(1).cumsum(1) == 1).flip(1)                      # mask 0110 -> last 0010
     return -kl_coef * kl * mask + scores[:, None] * last
+
+
+@torch.no_grad()
+def potentials(reward, queries, responses, records, mask, tokenizer):
+    """Phi of the state before each token, [B, T]: the score of the sentences written so far, as if the
+    response ended there, and 0 before the end of the first."""
+    phi, rows, first, prefixes = torch.zeros(mask.shape, device=mask.device), [], [], []
+    for i, (query, response) in enumerate(zip(queries, responses)):
+        for t, token in enumerate(response[:-1], 1):
+            if tokenizer.decode([token], start=False).rstrip().endswith((".", "!", "?")):
+                rows.append(i)
+                first.append(len(query) + t)
+                prefixes.append(response[:t] + [tokenizer.eos_id])
+    if rows:
+        scores = reward([queries[i] for i in rows], prefixes, [records[i] for i in rows]).tolist()
+        for i, t, score in zip(rows, first, scores):                         # a later sentence overwrites
+            phi[i, t:] = score
+    return phi * mask
+
+
+def shaping_rewards(phi, mask, gamma=Config.gamma):
+    """F_t = gamma Phi(s_{t+1}) - Phi(s_t), which changes no policy's order (Ng 1999, Theorem 1). Phi is 0 in
+    the state after the last token, so with gamma = 1 a response's F sum to 0. phi, mask [B, T] -> [B, T]."""
+    return (gamma * F.pad(phi[:, 1:], (0, 1)) - phi) * mask
 
 
 def advantages(rewards, values, mask, gamma=Config.gamma, lam=Config.lam):
@@ -278,6 +303,9 @@ def train(config):
             policy, reference, value_model, examples, tokenizer, config, run)
         kl = kl_penalty(old_logprobs, ref_logprobs, config.kl_estimator) * mask   # [B, T]
         rewards = token_rewards(scores, kl, mask, kl_coef)
+        if config.reward_at == "sentences":
+            phi = potentials(reward, queries, responses, [records[i] for i in rows], mask, tokenizer)
+            rewards = rewards + shaping_rewards(phi, mask, config.gamma)
         if config.whiten_rewards:
             rewards = whiten(rewards, mask, shift_mean=False)
 

@@ -58,6 +58,7 @@ class Config:
     diversity_penalty: float = 1.0   # of diverse beams
     from_data: bool = True           # the data's own responses are candidates too
     resample_every: int = 0          # draw candidates again every so many steps (OP-k); 0 = once
+    kl_coef: float = 0.0             # OP-k: a candidate's score falls by this times log pi / pi_init
 
     # Data
     init: str = "out/sft"            # starting checkpoint: folder or hub name
@@ -203,6 +204,16 @@ def draw_candidates(model, records, prompts, tokenizer, reward, config, seed):
     return candidates
 
 
+@torch.no_grad()
+def subtract_kl(candidates, policy, reference, tokenizer, config, run):
+    """Lowers each candidate's score by kl_coef * (log pi(y|x) - log pi_ref(y|x)), where pi drew it. Then
+    sampling again and again does not run after the reward alone (OP-k with KL in Yuan 2023)."""
+    for part in micro_batches(to_groups(candidates), run.micro_batch_size):
+        logps, ref_logps = (forward(m, part, tokenizer, run).logps for m in (policy, reference))
+        for group, ratios in zip(part, (logps - ref_logps).tolist()):        # [K]
+            group.numbers[:] = [s - config.kl_coef * ratio for s, ratio in zip(group.numbers, ratios)]
+
+
 def train(config):
     run = Run(config, "rrhf")
     if run.finished:
@@ -216,7 +227,7 @@ def train(config):
         raise UserError(f"--temperature 0: --sampling {config.sampling} needs one above 0")
     tokenizer = load_tokenizer(init)
     model = run.prepare(Transformer.from_pretrained(init), tokenizer)
-    reference = run.load_reference(init, tokenizer)                          # only to measure KL
+    reference = run.load_reference(init, tokenizer)                          # of KL: measured, and --kl_coef
 
     records = load_records(config.data, config.kind, limit=config.limit or None, skip_bad=config.skip_bad,
                            tokenizer=tokenizer)
@@ -248,6 +259,9 @@ def train(config):
                 with run.autocast():
                     candidates = draw_candidates(model, asked, queries, tokenizer, rewards.get("reward"),
                                                  config, seed)
+                if config.kl_coef > 0:
+                    with run.autocast():
+                        subtract_kl(candidates, model, reference, tokenizer, config, run)
                 write_records(file, candidates)
             groups = dict(zip(needed, to_groups(read_jsonl(file))))
 

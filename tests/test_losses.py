@@ -17,7 +17,8 @@ from nanorlhf.data import Example, Group, collate, encode_prompt, encode_respons
 from nanorlhf.model import ModelConfig, RewardModel, Transformer, ValueModel
 from nanorlhf.tokenizer import load_tokenizer
 from train_dpo import dpo_loss
-from train_ppo import adapt_kl_coef, advantages, kl_penalty, ppo_loss, token_rewards, values_before, whiten
+from train_ppo import (adapt_kl_coef, advantages, kl_penalty, potentials, ppo_loss, shaping_rewards, token_rewards,
+                       values_before, whiten)
 from train_rm import preference_loss, ranked_pairs
 from train_rrhf import rrhf_loss
 from train_sft import sft_loss
@@ -567,6 +568,43 @@ def test_token_rewards_of_a_batch_put_the_score_on_eos():
     rewards = token_rewards(torch.ones(3), torch.zeros(batch.tokens.shape), batch.mask, 0.1)
     assert rewards.nonzero().tolist() == [[0, 4], [1, 2], [2, 3]]
     assert batch.tokens[rewards.bool()].tolist() == [11, 6, 11]
+
+
+def test_rewards_by_sentence_are_what_each_sentence_adds_and_sum_to_the_score():
+    """" It is fine. It is bad." + EOS scores 3 after the first sentence and 1 after both; the second response has one sentence and
+    no EOS. With KL 0 the rewards are 3, then 1 - 3, and nothing is left for EOS."""
+    tokenizer = load_tokenizer("reviews")
+    texts = [tokenizer.encode(" The plot was fine. The plot was bad.") + [tokenizer.eos_id], tokenizer.encode(" The plot was fine. The")]
+    queries = [tokenizer.encode("Review of"), tokenizer.encode("Review")]
+    stops = [[t for t, i in enumerate(y) if tokenizer.decode([i], start=False) == "."] for y in texts]
+    asked = []
+
+    def reward(prompts, responses, records):
+        asked.extend((r, tokenizer.decode(y, start=False)) for r, y in zip(records, responses))
+        assert all(y[-1] == tokenizer.eos_id for y in responses)
+        return torch.tensor([{1: 3.0, 2: 1.0}[tokenizer.decode(y).count(".")] for y in responses])
+
+    mask = collate([Example(q + y, len(q)) for q, y in zip(queries, texts)], tokenizer.pad_id).mask
+    phi = potentials(reward, queries, texts, ["a", "b"], mask, tokenizer)
+    assert [r for r, _ in asked] == ["a", "a", "b"] and asked[0][1].startswith(" The plot was fine.")
+    rewards = token_rewards(torch.tensor([1.0, 7.0]), torch.zeros(mask.shape), mask, 0.1) + shaping_rewards(phi, mask)
+    expected = torch.zeros(mask.shape)
+    for b, sums in enumerate(([3.0, -2.0], [3.0])):
+        for stop, value in zip(stops[b], sums):
+            expected[b, len(queries[b]) + stop] = value
+    expected[1, len(queries[1]) + len(texts[1]) - 1] = 7.0 - 3.0              # the truncated one: what is left, at its last token
+    assert torch.equal(rewards, expected) and rewards.sum(1).tolist() == [1.0, 7.0]
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.9])
+def test_shaping_rewards_change_no_difference_between_two_actions_values(gamma):
+    """Ng 1999: with shaping, the discounted return from every state is lower by Phi of that state, whatever follows."""
+    phi = randn(4, T, seed=5) * MASK
+    plain = randn(4, T, seed=1) * MASK
+    zeros = torch.zeros(4, T, dtype=plain.dtype)
+    to_go = advantages(plain, zeros, MASK, gamma, 1.0)[1]
+    shaped = advantages(plain + shaping_rewards(phi, MASK, gamma), zeros, MASK, gamma, 1.0)[1]
+    assert torch.allclose(shaped, (to_go - phi) * MASK, atol=1e-12)
 
 
 def gae_by_hand(rewards, values, gamma, lam):

@@ -17,6 +17,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import sample_bon
 import train_dpo
@@ -418,6 +419,7 @@ def test_a_resumed_sample_bon_draws_the_same_samples(here, tmp_path):
         (dict(sampling="diverse_beam"), 5),
         (dict(sampling="diverse_beam", from_data=False), 4),
         (dict(sampling="sample", resample_every=1), 5),
+        (dict(sampling="sample", resample_every=1, kl_coef=0.5), 5),
         (dict(released_code=True, rrhf_weight=100.0), 5),
         (dict(micro_batch_size=2, dtype="bfloat16"), 5),
         (dict(reward="gold", length_penalty=0.5), 5),
@@ -435,6 +437,24 @@ def test_rrhf_scores_the_right_number_of_candidates(here, tmp_path, options, cou
         assert all(r["loss/rank"] == 0 for r in rows)  # one candidate: only L_ft
     if "released_code" not in options:
         assert rows[0]["loss"] == pytest.approx(rows[0]["loss/rank"] + rows[0]["loss/ft"], rel=1e-4)
+
+
+def test_rrhf_lowers_scores_by_the_kl_of_the_policy_that_drew_the_candidates(here, tmp_path):
+    """At step 0 that policy is the reference: no change. After step 1 the log-ratios are no longer 0."""
+    for name, coef in (("a", 0.0), ("b", 10.0)):
+        go(train_rrhf, tmp_path / name, max_steps=2, resample_every=1, kl_coef=coef, lr=1e-2, eval_every=0, save_every=1)
+    first, other = ([read_jsonl(tmp_path / n / f"candidates-{k:06d}.jsonl") for n in "ab"] for k in (0, 1))
+    assert first[0] == first[1] and [c["responses"] for c in other[0]] == [c["responses"] for c in other[1]]
+    tokenizer, reference = load_tokenizer("out/sft"), Transformer.from_pretrained("out/sft")
+    policy = Transformer.from_pretrained("out/sft")
+    policy.load_state_dict(load_file(sorted((tmp_path / "a" / "checkpoints").glob("*"))[0] / "model.safetensors"))
+    for c, lowered in zip(*other):
+        for k, y in enumerate(c["responses"]):
+            tokens, mask = torch.tensor([c["prompt"] + y]), torch.tensor([[False] * len(c["prompt"]) + [True] * len(y)])
+            with torch.no_grad():
+                ratio = (policy.logprobs(tokens, mask) - reference.logprobs(tokens, mask)).sum().item()
+            assert lowered["scores"][k] == pytest.approx(c["scores"][k] - 10.0 * ratio, abs=2e-3)
+    assert any(abs(a["scores"][0] - b["scores"][0]) > 0.1 for a, b in zip(*other))
 
 
 def test_rrhf_responses_respect_max_length(here, tmp_path):

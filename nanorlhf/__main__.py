@@ -8,8 +8,6 @@ stopped at any moment, running it again resumes.
 """
 
 import dataclasses
-import importlib
-import re
 import time
 from pathlib import Path
 
@@ -23,7 +21,7 @@ from nanorlhf.errors import UserError
 from nanorlhf.evaluate import Options as EvaluateOptions
 from nanorlhf.evaluate import GOLD_RANGE, OVER_PROMPTS, evaluate_policies, markdown_table, possible_range, report
 from nanorlhf.files import read_json, read_jsonl, write_json, write_records, write_text
-from nanorlhf.jobs import Job, run_jobs
+from nanorlhf.jobs import is_finished, run_jobs, stage_jobs
 from nanorlhf.metrics import mean_and_interval, share_interval, within
 from nanorlhf.options import check_options, one_line_errors, parse_options
 from nanorlhf.run import git_commit
@@ -77,32 +75,6 @@ POLICIES = {"SFT": "sft", "Preferred-FT": "preferred_ft", "Unlikelihood 0.5": "u
             "PPO-GT": "ppo_gold"}                                                      # Unlikelihood's number is its alpha
 
 
-def jobs_of(stages, prefix=""):
-    """Returns the stages as Jobs. A stage needs those whose folders its options name. Its job is called `prefix` and its folder,
-    and what it prints goes to FOLDER.log if several run at a time."""
-    jobs, name_of = [], {}
-    for folder, script, options in stages:
-        named = set(re.findall(r"[^=,]+", ",".join(v for v in options.values() if isinstance(v, str))))
-        needs = tuple(name for path, name in name_of.items() if any(f"{n}/".startswith(f"{path}/") for n in named))
-        name_of[str(folder)] = prefix + Path(folder).name
-        jobs.append(Job(name_of[str(folder)], needs, f"{folder}.log", run_stage, (script.__name__, options, str(folder))))
-    return jobs
-
-
-def run_stage(script, options, out):
-    """Runs or resumes one stage, and notes its seconds."""
-    script, started = importlib.import_module(script), time.monotonic()
-    resume = (Path(out) / "run.json").exists()
-    start = script.sample if script is sample_bon else script.train
-    start(script.Config(**options, out=out, resume=resume))
-    write_json(Path(out) / "seconds.json", {"seconds": round(time.monotonic() - started, 1), "resumed": resume})
-
-
-def is_finished(folder):
-    file = Path(folder) / "run.json"
-    return file.exists() and bool(read_json(file).get("finished"))
-
-
 def train_all(folders, seed, scale, processes):
     """Runs every stage below the folder of each seed, except those already finished."""
     todo = {folder: list(stages(folder, seed + k, scale)) for k, folder in enumerate(folders)}
@@ -113,8 +85,7 @@ def train_all(folders, seed, scale, processes):
         for _, script, options in todo[folder]:
             check_options(script.Config(**options))
         write_json(recipe, own)
-    jobs = [job for folder in folders for job in jobs_of(((f"{folder}/{name}", script, options)
-            for name, script, options in todo[folder]), f"{folder.name}/" if len(folders) > 1 else "")]
+    jobs = [job for folder in folders for job in stage_jobs(folder, todo[folder], f"{folder.name}/" if len(folders) > 1 else "")]
     run_jobs([job for job in jobs if not is_finished(job.arguments[-1])], processes)
 
 

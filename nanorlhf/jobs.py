@@ -5,16 +5,21 @@ A model of half a million weights cannot keep two cores busy: on two cores, two 
 """
 
 import contextlib
+import importlib
 import multiprocessing
 import os
+import re
 import signal
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import torch
+
+from nanorlhf.files import read_json, write_json
 
 
 class Job(NamedTuple):
@@ -26,8 +31,8 @@ class Job(NamedTuple):
 
 
 def run_jobs(jobs, processes=0):
-    """Calls function(*arguments) of every job, at most `processes` at a time; 0 means one per core, and one on a GPU. Jobs start in
-    order, each once those that it needs are finished; a name that is not among the jobs counts as finished.
+    """Calls function(*arguments) of every job, at most `processes` at a time; 0 means one per core, and one on a GPU. Jobs start
+    in order, each once those that it needs are finished; a name that is not among the jobs counts as finished.
 
     The first error of a job stops the others and is raised here. Every function must therefore survive being killed.
     """
@@ -79,3 +84,36 @@ def call(job, threads):
     Path(job.log).parent.mkdir(parents=True, exist_ok=True)
     with open(job.log, "a", encoding="utf-8") as file, contextlib.redirect_stdout(file):
         job.function(*job.arguments)
+
+
+# ---- Runs of scripts as jobs ----------------------------------------------------------------------------------------
+
+
+def run_stage(script, options, out):
+    """Runs or resumes one run of a script in the folder `out`, and notes its seconds there. script: the module's name."""
+    script, started = importlib.import_module(script), time.monotonic()
+    resume = (Path(out) / "run.json").exists()
+    start = script.sample if hasattr(script, "sample") else script.train
+    start(script.Config(**options, out=out, resume=resume))
+    write_json(Path(out) / "seconds.json", {"seconds": round(time.monotonic() - started, 1), "resumed": resume})
+
+
+def is_finished(folder):
+    """True if the folder holds a finished run of a script."""
+    file = Path(folder) / "run.json"
+    return file.exists() and bool(read_json(file).get("finished"))
+
+
+def stages_needed(stages, root):
+    """Returns {name: names of the stages whose folders below `root` its options name}. stages: (name, script, options)."""
+    pattern = re.compile(rf"{re.escape(str(root))}/([^/,]+)")
+    named = {name: set(pattern.findall(",".join(map(str, options.values())))) for name, _, options in stages}
+    return {name: tuple(n for n in named if n in found) for name, found in named.items()}
+
+
+def stage_jobs(root, stages, prefix=""):
+    """Returns the stages (name, script module, options) as Jobs called prefix + name. Their folders lie in `root`; what they
+    print goes to FOLDER.log if several run at a time."""
+    needs = stages_needed(stages, root)
+    return [Job(prefix + name, tuple(prefix + n for n in needs[name]), f"{root}/{name}.log", run_stage,
+                (script.__name__, options, f"{root}/{name}")) for name, script, options in stages]

@@ -1,8 +1,10 @@
-"""Metrics: KL to the reference, best-of-n, diversity, win rate and intervals. Each function names its source.
+"""Metrics: KL to the reference, best-of-n, diversity, calibration, win rates and intervals. Each function names its source.
 
-They are the metrics of Kirk 2023, Rafailov 2023 (section 6) and Stiennon 2020, as functions of numbers, texts or two models.
+They are the metrics of Kirk 2023, Rafailov 2023 (section 6) and Stiennon 2020, and a few that are common elsewhere, as functions
+of numbers, texts or two models.
 """
 
+import collections
 import functools
 import itertools
 import math
@@ -12,8 +14,9 @@ import torch
 
 from nanorlhf import reviews
 from nanorlhf.errors import UserError
+from nanorlhf.training import seed_for
 
-# ---- KL and best-of-n -----------------------------------------------------------------------------------------------
+# ---- KL, best-of-n, perplexity --------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -62,12 +65,24 @@ def best_of_n_estimate(scores, n, values=None):
     return float((np.bincount(group, weights) * np.bincount(group, sorted_values) / count).sum())
 
 
+def perplexity(rows):
+    """Returns exp of the mean negative log-likelihood per token. rows: (sum over tokens in nats, number of tokens) of each
+    response; all tokens are pooled, so long responses weigh more. It counts how many equally likely tokens would be as hard to
+    guess, from 1 up, and it says nothing across tokenizers."""
+    return math.exp(sum(nll for nll, _ in rows) / sum(tokens for _, tokens in rows))
+
+
 # ---- Diversity ------------------------------------------------------------------------------------------------------
 
 
 def words_of(text):
     """Returns the words that EAD counts, as Kirk's code splits them: at spaces, after removing '.' and newlines."""
     return [w for w in text.replace(".", "").replace("\n", "").split(" ") if w]
+
+
+def ngrams(words, n):
+    """Returns all runs of n words, a list of tuples; [] if there are fewer words."""
+    return [tuple(words[i:i + n]) for i in range(len(words) - n + 1)]
 
 
 def expectation_adjusted_distinct(texts, vocab_size=50257, first=None):
@@ -81,9 +96,45 @@ def expectation_adjusted_distinct(texts, vocab_size=50257, first=None):
     words = [words_of(t)[:first] for t in texts]
     scores = []
     for n in range(1, min(5, first or 5) + 1):
-        grams = [tuple(w[i:i + n]) for w in words for i in range(len(w) - n + 1)]
+        grams = [gram for w in words for gram in ngrams(w, n)]
         expected = -vocab_size * math.expm1(len(grams) * math.log1p(-1 / vocab_size))
         scores.append(len(set(grams)) / expected if grams else 0.0)
+    return sum(scores) / len(scores)
+
+
+def distinct_n(texts, n, first=None):
+    """Returns distinct-n (Li 2016): the number of distinct n-grams of a set of texts over the number of all of them, 0 if there
+    are none. The words are those that EAD counts. It falls with the number and the length of the texts: compare sets of equally
+    many, and with `first` only the first so many words of each."""
+    grams = [gram for text in texts for gram in ngrams(words_of(text)[:first], n)]
+    return len(set(grams)) / len(grams) if grams else 0.0
+
+
+def repetition(text, n=4):
+    """Returns seq-rep-n (Welleck 2020): the share of a text's n-grams that repeat earlier ones, 0 if it has none. The n-grams are
+    of words, where the paper has tokens."""
+    return 1 - distinct_n([text], n) if ngrams(words_of(text), n) else 0.0
+
+
+def self_bleu(texts, first=None):
+    """Returns Self-BLEU (Zhu 2018): the mean over two or more texts of the BLEU-4 of a text with all others as its references.
+    It lies in [0, 1]; higher is LESS diverse. first: count only the first so many words of each text.
+
+    BLEU is exp(mean over n = 1..4 of log p_n) times the brevity penalty (Papineni 2002). p_n is the share of the text's n-grams
+    that are also in a reference, each at most as often as in the reference that has it most. The penalty of a text of c words is
+    exp(1 - r / c), at most 1, where r is the length of the reference of the nearest length, the shorter of two. A number of
+    matches of 0 becomes 0.1, as in NLTK's method 1. Orders that a text is too short for are left out.
+    """
+    words, scores = [words_of(t)[:first] for t in texts], []
+    counts = [[collections.Counter(ngrams(w, n)) for n in range(1, 5)] for w in words]
+    for i, w in enumerate(words):
+        others, logs = [j for j in range(len(words)) if j != i], []
+        for n in range(min(4, len(w))):
+            matches = sum(min(count, max(counts[j][n][gram] for j in others)) for gram, count in counts[i][n].items())
+            logs.append(math.log((matches or 0.1) / (len(w) - n)))
+        r = min((len(words[j]) for j in others), key=lambda length: (abs(length - len(w)), length))
+        penalty = math.exp(min(0.0, 1 - r / len(w))) if w else float(r == 0)
+        scores.append(penalty * math.exp(sum(logs) / max(1, len(logs))))
     return sum(scores) / len(scores)
 
 
@@ -150,6 +201,30 @@ def mnli_relation(name="roberta-large-mnli"):
     return relation
 
 
+# ---- Calibration ----------------------------------------------------------------------------------------------------
+
+
+def calibration(margins, bins=10):
+    """Returns how well a reward model's confidence says how often it is right, {"ece", "brier", "bins"}. margins: reward of the
+    chosen response minus that of the rejected one, of each pair.
+
+    Bradley-Terry's probability that the response of higher reward is the chosen one is the confidence, sigmoid(|margin|) from 1/2
+    to 1. A margin of 0 is half right. Pairs are sorted by confidence into bins of equal counts (Nguyen 2015), pairs of equal
+    confidence sharing their rights; bins: [(mean confidence, share right, number of pairs)]. ece: expected calibration error, the
+    mean over pairs of |confidence - share right| of their bin (Guo 2017). Noise in the bins alone keeps it above 0 if pairs are
+    few. brier: mean of (1 - sigmoid(margin))^2 (Brier 1950), 1/4 if all margins are 0.
+    """
+    margins = np.asarray(margins, dtype=np.float64)
+    confidence = 1 / (1 + np.exp(-abs(margins)))
+    order = np.argsort(confidence, kind="stable")
+    _, group = np.unique(confidence, return_inverse=True)
+    right = (np.bincount(group, (margins > 0) + 0.5 * (margins == 0)) / np.bincount(group))[group]
+    parts = [part for part in np.array_split(order, bins) if len(part)]
+    table = [(float(confidence[part].mean()), float(right[part].mean()), len(part)) for part in parts]
+    return {"ece": sum(count * abs(sure - share) for sure, share, count in table) / len(margins),
+            "brier": float(np.mean(np.where(margins > 0, 1 - confidence, confidence) ** 2)), "bins": table}
+
+
 # ---- Means, intervals, win rates ------------------------------------------------------------------------------------
 
 
@@ -211,6 +286,20 @@ def within(mean, half, lowest=-math.inf, highest=math.inf):
     return (mean, max(min(lowest, mean), mean - half), min(max(highest, mean), mean + half)) if half else (mean, None, None)
 
 
+def bootstrap_interval(rows, statistic, draws=2000, seed=0):
+    """Returns (statistic(rows), low end, high end) of its 95% percentile interval by the bootstrap (Efron 1979): the statistic of
+    as many rows, drawn with replacement, `draws` times. The ends are None if all draws agree, as in `within`. rows: a list whose
+    entries are independent; statistic: a function list of rows -> number. A paired comparison has pairs as rows.
+
+    It fits sums, means and their ratios, such as perplexity. It does not fit counts of distinct things, such as EAD: a row that
+    is drawn twice adds nothing new, so the draws lie below the value and their interval may not even hold it.
+    """
+    rng = np.random.Generator(np.random.Philox(key=seed_for(seed, "bootstrap")))
+    drawn = rng.integers(0, len(rows), size=(draws, len(rows)))
+    low, high = np.quantile([statistic([rows[i] for i in draw]) for draw in drawn], [0.025, 0.975]).tolist()
+    return (float(statistic(rows)), low, high) if low < high else (float(statistic(rows)), None, None)
+
+
 def share_interval(share, n):
     """Returns (share, low end, high end) of a share of n independent cases: Wilson's 95% interval (1927). It stays within [0, 1]
     and keeps a width at 0 and 1. For values between 0 and 1, such as wins with ties as 1/2, it is at most too wide."""
@@ -223,3 +312,21 @@ def win_rate(ours, theirs):
     """Returns (share of prompts where our score beats theirs, low end, high end of its 95% interval); a tie is half a win."""
     a, b = np.asarray(ours), np.asarray(theirs)
     return share_interval(float(np.mean((a > b) + 0.5 * (a == b))), len(a))
+
+
+def win_matrix(scores):
+    """Returns {(a, b): (win rate of a over b, low end, high end of its 95% interval)} for all ordered pairs of names.
+
+    scores: {name: [P] or [P, K] scores of one or K texts for each of the same P prompts}. The texts of two names must be drawn
+    independently, because with the same random numbers equal policies write equal texts. A prompt's share is that of its K x K
+    pairs of texts that a wins; a tie is half a win. win(a, b) + win(b, a) = 1. The interval is Wilson's if both have one text per
+    prompt, as in win_rate, and otherwise Student's over the prompts' shares.
+    """
+    def win(a, b):
+        a, b = (np.asarray(x, dtype=np.float64).reshape(len(x), -1) for x in (a, b))
+        a, b = a[:, :, None], b[:, None, :]
+        shares = ((a > b) + 0.5 * (a == b)).mean((1, 2))                               # [P]
+        if a.size == b.size == len(shares):
+            return share_interval(float(shares.mean()), len(shares))
+        return within(*mean_and_interval(shares), 0, 1)
+    return {(a, b): win(scores[a], scores[b]) for a, b in itertools.permutations(scores, 2)}

@@ -30,7 +30,7 @@ from nanorlhf.data import (collate, describe, load_records, make_group, micro_ba
                            to_device)
 from nanorlhf.errors import UserError
 from nanorlhf.files import require_file, require_folder
-from nanorlhf.metrics import with_error
+from nanorlhf.metrics import calibration, with_error
 from nanorlhf.model import RewardModel
 from nanorlhf.options import main, named_files
 from nanorlhf.run import MAKE_COMPARISONS, Run
@@ -133,8 +133,9 @@ def forward(model, groups, tokenizer, run):
 
 @torch.no_grad()
 def evaluate(model, groups, tokenizer, run, name):
-    """Loss, accuracy = mean[r_w > r_l], and the accuracy in quarters of the pairs by confidence |r_w - r_l|,
-    least sure first. If confidence means anything, accuracy rises from quarter to quarter."""
+    """Loss, accuracy = mean[r_w > r_l], the accuracy in quarters of the pairs by confidence |r_w - r_l|,
+    least sure first, and the calibration. If confidence means anything, accuracy rises from quarter to
+    quarter. If sigmoid(|r_w - r_l|) is the probability of being right, ece is near 0."""
     if not groups:
         return {}
     by_group, posts = [], []
@@ -151,6 +152,8 @@ def evaluate(model, groups, tokenizer, run, name):
         by_confidence = margins[margins.abs().argsort()]
         for k, quarter in enumerate(by_confidence.chunk(4), 1):
             metrics[f"eval/{name}/accuracy_q{k}"] = float((quarter > 0).float().mean())
+        found = calibration(margins)
+        metrics |= {f"eval/{name}/{k}": found[k] for k in ("ece", "brier")}
     return metrics
 
 

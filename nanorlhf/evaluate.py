@@ -21,13 +21,14 @@ from nanorlhf.data import (Example, collate, decode_response, encode_prompts, en
 from nanorlhf.errors import UserError
 from nanorlhf.files import local_folder, require_folder, write_json, write_records, write_text
 from nanorlhf.generate import generate, repeated
-from nanorlhf.metrics import (across_input_diversity, bon_kl, difference_and_interval, expectation_adjusted_distinct,
-                              mean_and_interval, mnli_relation, nli_diversity, sbert_diversity, sequence_kl, share_interval,
-                              win_rate, with_error, within, words_of)
+from nanorlhf.metrics import (across_input_diversity, bon_kl, bootstrap_interval, difference_and_interval, distinct_n,
+                              expectation_adjusted_distinct, mean_and_interval, mnli_relation, nli_diversity, perplexity,
+                              repetition, sbert_diversity, self_bleu, sequence_kl, share_interval, win_matrix, win_rate,
+                              with_error, within, words_of)
 from nanorlhf.model import Transformer, check_fit, pick_device
 from nanorlhf.options import check_options, named_files, one_line_errors, parse_options
-from nanorlhf.rewards import load_reward
-from nanorlhf.tokenizer import check_same_ids, load_tokenizer
+from nanorlhf.rewards import in_own_tokens, load_reward, reads_alike
+from nanorlhf.tokenizer import check_same_ids, load_tokenizer, tokenizer_of
 from nanorlhf.training import seed_for
 
 # ---- Samples of a policy while it trains ----------------------------------------------------------------------------
@@ -95,15 +96,29 @@ def sampled_kl(policy, reference, tokenizer, prompts, responses, temperature, ba
     """Returns sequence_kl of each of these responses of the policy, a list of numbers. At temperature 0 a policy is one text
     without a distribution: then the KL is that of temperature 1 along the text. other: prompts that the reference reads in
     place of `prompts`."""
-    def batch_of(prompts, rows):
-        examples = [Example(prompts[i] + responses[i], len(prompts[i])) for i in rows]
-        batch = collate(examples, tokenizer.pad_id, policy.embed.weight.device)
-        return batch.tokens, batch.mask
+    batch_of = functools.partial(tokens_and_mask, policy, tokenizer, responses)
     kl = np.empty(len(prompts))
     for rows in micro_batches(range(len(prompts)), batch_size, length=lambda i: len(prompts[i]) + len(responses[i])):
         kl[rows] = sequence_kl(policy, reference, *batch_of(prompts, rows), temperature or 1.0,
                                other=batch_of(other, rows) if other else None).cpu()
     return kl.tolist()
+
+
+@torch.no_grad()
+def response_nll(model, tokenizer, prompts, responses, batch_size=64):
+    """Returns (-log p(response | prompt) in nats, number of tokens) of each response, EOS included, under a model whose ids these
+    are. `perplexity` of the list is that of all of them; rows of it are independent, so bootstrap_interval takes it too."""
+    nll = np.empty(len(prompts))
+    for rows in micro_batches(range(len(prompts)), batch_size, length=lambda i: len(prompts[i]) + len(responses[i])):
+        nll[rows] = -model.logprobs(*tokens_and_mask(model, tokenizer, responses, prompts, rows)).sum(1).cpu()
+    return list(zip(nll.tolist(), map(len, responses)))
+
+
+def tokens_and_mask(model, tokenizer, responses, prompts, rows):
+    """Returns tokens and mask [B, T], on the model's device, of these rows of prompts and responses."""
+    examples = [Example(prompts[i] + responses[i], len(prompts[i])) for i in rows]
+    batch = collate(examples, tokenizer.pad_id, model.embed.weight.device)
+    return batch.tokens, batch.mask
 
 
 def swapped(prompts, records):
@@ -131,6 +146,7 @@ class Options:
     first_words: int = 0             # words that the length-matched EAD reads; 0 = as many as 90% of SFT's texts have
     sbert: bool = False              # SBERT diversity too (extra `eval`, downloads a model)
     nli: bool = False                # NLI diversity by roberta-large-mnli (extra `eval`), also on reviews
+    perplexity: str = ""             # model under which the texts' perplexity is measured: folder or hub name; '' = none
     max_length: int = 0              # longest prompt + response in tokens; 0 = the model's context
     max_prompt_length: int = 0       # cut longer prompts to this; 0 = half of max_length
     keep: Literal["end", "start", "tldr"] = "end"  # what an overlong prompt keeps (tldr: Stiennon's rule)
@@ -146,7 +162,8 @@ class Options:
 
 ANY, GOLD_RANGE = (-math.inf, math.inf), (reviews.REWARD_MIN, reviews.REWARD_MAX)
 RANGES = {"win": (0, 1), "ended": (0, 1), "accuracy": (0, 1), "ceiling": (0, 1), "ead": (0, math.inf), "nli": (-2, 2),
-          "sbert": (0, 2), "kl": (0, math.inf), "heed": (0, math.inf), "length": (0, math.inf)}  # by how a column begins
+          "sbert": (0, 2), "kl": (0, math.inf), "heed": (0, math.inf), "length": (0, math.inf), "distinct": (0, 1),
+          "self_bleu": (0, 1), "repetition": (0, 1), "ppl": (1, math.inf)}                       # by how a column begins
 MINUS_SFT = " - SFT"                                                    # ends the names of columns of paired differences
 
 
@@ -179,6 +196,10 @@ class Evaluation:
         if self.judge == "gold":
             self.rewards["gold"] = load_reward(judge, tokenizer, device)
         self.gold_range = GOLD_RANGE if judge == "gold" else ANY
+        if options.perplexity:
+            self.reader = Transformer.from_pretrained(options.perplexity).to(device)
+            self.reader_tokenizer = tokenizer_of(options.perplexity, tokenizer)
+            check_fit(self.reader, self.reader_tokenizer)
         if self.on_reviews:
             sources = {split: ("reviews", split) for split in ("test", "ood_near", "ood_far")}
         else:
@@ -197,13 +218,13 @@ class Evaluation:
             written = [encode_response(tokenizer, r["completion"], r["prompt"])[:max_length - len(p)]
                        for r, p in zip(asked, self.prompts[self.first])]
             self.written_scores = self.rewards[self.judge](self.prompts[self.first], written, asked)
-        opponents = [drawn[0] for drawn in self.draw(self.reference, self.first, 1, 1, "opponent")]
-        self.opponent_scores = self.rewards[self.judge](self.prompts[self.first], opponents, asked)
+        self.opponent_scores = self.judged(self.reference, 1, "opponent")
         self.first_words = options.first_words or None                  # None: set by the first row, the reference's
 
     def draw(self, model, split, K, n, purpose, limit=None):
         """Draws K responses to each of a split's prompts, [P][K] lists of ids. With n > 1 each is the best of n samples of its
-        own under the learned reward. All policies get the same random numbers, so that their differences are less noisy."""
+        own under the learned reward. All policies get the same random numbers for a purpose, so that their differences are less
+        noisy."""
         o, prompts, records = self.options, self.prompts[split][:limit], self.records[split][:limit]
         responses = generate(model, prompts, o.response_length, o.temperature, num_samples=K * n, tokenizer=self.tokenizer,
                              seed=seed_for(o.seed, "table", purpose, split, n)).responses()
@@ -211,6 +232,20 @@ class Evaluation:
             scores = self.rewards["reward"](repeated(prompts, K * n), responses, repeated(records, K * n)).view(-1, n)
             responses = [responses[i * n + int(best)] for i, best in enumerate(scores.argmax(1))]
         return [responses[i:i + K] for i in range(0, len(responses), K)]
+
+    def judged(self, model, n, purpose):
+        """Returns the judge's scores [P] of one text per prompt of the first split. Texts that meet each other in a win rate are
+        drawn for purposes of their own: with the same random numbers equal policies would write equal texts."""
+        texts = [drawn[0] for drawn in self.draw(model, self.first, 1, n, purpose)]
+        return self.rewards[self.judge](self.prompts[self.first], texts, self.records[self.first])
+
+    def nll(self, responses):
+        """Returns response_nll of responses to the first split's prompts under the model of --perplexity, in its own tokens."""
+        prompts, own = self.prompts[self.first], self.reader_tokenizer
+        if not reads_alike(own, self.tokenizer):
+            context, records = self.reader.config.context, self.records[self.first]
+            prompts, responses = in_own_tokens(own, context, self.tokenizer, prompts, responses, records)
+        return response_nll(self.reader, own, prompts, responses)
 
     def interval(self, column, mean, half):
         return within(mean, half, *possible_range(column, self.gold_range))
@@ -229,6 +264,7 @@ def table_row(evaluation, name, model, n=1):
         values |= {f"{k}/{split}": s.tolist() for k, s in scores.items()}
         if split == e.first:
             values["length"] = [len(y) for y in responses]
+            values["repetition"] = [repetition(e.tokenizer.decode(y, start=False)) for y in responses]
             if n == 1:
                 kl = functools.partial(sampled_kl, model, tokenizer=e.tokenizer, prompts=prompts, responses=responses,
                                        temperature=e.options.temperature)
@@ -252,7 +288,8 @@ def per_input_values(evaluation, model, n):
     if e.first_words is None:
         e.first_words = max(1, int(np.percentile([len(words_of(text)) for drawn in outputs for text in drawn], 10)))
     metrics = {"ead": expectation_adjusted_distinct,
-               "ead_first": functools.partial(expectation_adjusted_distinct, first=e.first_words)}
+               "ead_first": functools.partial(expectation_adjusted_distinct, first=e.first_words),
+               "distinct2": functools.partial(distinct_n, n=2, first=e.first_words), "self_bleu": self_bleu}
     if e.options.nli or e.on_reviews:
         relation = mnli_relation() if e.options.nli else reviews.relation
         metrics["nli"] = functools.partial(nli_diversity, relation=relation)
@@ -270,19 +307,24 @@ def first_split_columns(evaluation, n, responses, scores):
     if e.written_scores is not None:
         columns["win_reference"] = win_rate(scores, e.written_scores)
     outputs = [[e.tokenizer.decode(y, start=False)] for y in responses]
+    # EAD across inputs gets no interval. The bootstrap would repeat texts, which lowers every count of distinct n-grams, and
+    # smaller sets drawn without replacement have another EAD.
     for column, first in (("ead_across", None), ("ead_first_across", e.first_words)):
         ead = across_input_diversity(outputs, functools.partial(expectation_adjusted_distinct, first=first))
         columns[column] = ead, None, None
     columns["ended"] = share_interval(float(np.mean([y[-1] in e.tokenizer.end_ids for y in responses])), len(responses))
+    if e.options.perplexity:
+        columns["ppl"] = bootstrap_interval(e.nll(responses), perplexity)
     return columns
 
 
 def evaluate_policies(folders, options):
     """Evaluates checkpoint folders {name: folder}, the reference first, as "SFT", and best-of-N of it last, if asked for.
     Returns (rows of `report`, all sampled texts as records). For each column that is a mean over prompts, a policy's row also
-    has "COLUMN - SFT": the mean difference to SFT on the same prompts with its own interval."""
+    has "COLUMN - SFT": the mean difference to SFT on the same prompts with its own interval. With several policies each row has
+    "win/NAME", its win rate against each of the others."""
     check_options(options)
-    for folder in [options.reference, *folders.values()]:
+    for folder in filter(None, [options.reference, *folders.values(), options.perplexity]):
         require_folder(folder, "python train_sft.py" if folder == Options.reference else "the script that makes it")
     evaluation = Evaluation(options)
     for folder in folders.values():
@@ -290,7 +332,7 @@ def evaluate_policies(folders, options):
     todo = [("SFT", options.reference, 1)] + [(name, f, 1) for name, f in folders.items() if Path(f) != Path(options.reference)]
     if options.bon:
         todo.append((f"best-of-{options.bon}", options.reference, options.bon))
-    rows, samples, of_sft = [], [], None
+    rows, samples, scores, of_sft = [], [], {}, None
     for name, folder, n in todo:
         start = time.monotonic()
         model = evaluation.reference
@@ -299,8 +341,9 @@ def evaluate_policies(folders, options):
             check_fit(model, evaluation.tokenizer)
         row, values, texts = table_row(evaluation, name, model, n)
         if of_sft is None:
-            of_sft, row["win_sft"] = values, (0.5, None, None)
+            of_sft, row["win_sft"], scores[name] = values, (0.5, None, None), evaluation.opponent_scores
         else:
+            scores[name] = evaluation.judged(model, n, f"opponent {name}")
             for column in values:
                 difference = mean_and_interval(np.subtract(values[column], of_sft[column]))
                 row[column + MINUS_SFT] = evaluation.interval(column + MINUS_SFT, *difference)
@@ -309,6 +352,9 @@ def evaluate_policies(folders, options):
         print(f"evaluated {name} in {time.monotonic() - start:.0f} s: "
               f"{evaluation.judge} {row[f'{evaluation.judge}/{evaluation.first}'][0]:.3f}, "
               f"KL {row['kl'][0]:.2f}", flush=True)
+    row_of = {row["method"]: row for row in rows}
+    for (a, b), rate in win_matrix(scores).items():
+        row_of[a][f"win/{b}"] = rate
     return rows, samples
 
 
@@ -357,22 +403,43 @@ def table_columns(rows):
                                 "90% of SFT's texts have, so that a text's length matters less"),
         "ead_across": ("EAD across", ".2f", "EAD of the set of one sample per prompt"),
         "ead_first_across": (f"EAD across, {words} words", ".2f", "likewise"),
+        "distinct2_per_input": (f"distinct-2 per input, {words} words", ".2f", "distinct pairs of neighbouring words over all "
+                                "such pairs, in the same first words of a prompt's samples"),
+        "self_bleu_per_input": ("Self-BLEU per input", ".2f", "mean BLEU-4 of a sample against the prompt's other samples; lower "
+                                                              "is more diverse"),
         "nli_per_input": ("NLI per input", ".2f", "contradictions minus entailments between two samples of a prompt, both "
                                                   "directions, -2 to 2; higher is more diverse"),
         "sbert_per_input": ("SBERT per input", ".2f", "1 - mean cosine of the embeddings of two samples of a prompt"),
         "length": ("tokens", ".1f", "mean length of a response, EOS included"),
         "ended": ("ended", ".0%", "share of responses that ended with EOS"),
+        "repetition": ("repetition", ".1%", "share of a text's runs of 4 words that it has had before, mean over texts"),
+        "ppl": ("perplexity", ".2f", "of the texts under the model that --perplexity names, per token of it, EOS included; all "
+                                     "tokens pooled, the interval by the bootstrap over prompts"),
         "seconds": ("seconds", ".0f", "training time")}
     return {c: v for c, v in columns.items() if any(c in r for r in rows)}
 
 
+TEXT_COLUMNS = ("ead", "distinct", "self_bleu", "nli", "sbert", "length", "ended", "repetition", "ppl", "seconds")
+WINS = "win rate over"
+MEANING_OF_WINS = ("share of prompts where the judge prefers the text of the row's method to that of the column's; a tie is half "
+                   "a win. The texts are drawn for this table, each method's with random numbers of its own. About one in 20 of "
+                   "so many intervals misses")
+
+
 def report(rows, judged_by, intervals):
-    """Returns Markdown: who judges, a table of scores, a table about the texts, and what each column and the intervals mean."""
+    """Returns Markdown: who judges, a table of scores, one about the texts, one of win rates if there are several methods, and
+    what each column and the intervals mean."""
     columns = table_columns(rows)
-    about_texts = {c: v for c, v in columns.items() if c.startswith(("ead", "nli", "sbert", "length", "ended", "seconds"))}
+    about_texts = {c: v for c, v in columns.items() if c.startswith(TEXT_COLUMNS)}
     scores = {c: v for c, v in columns.items() if c not in about_texts}
+    wins = {f"win/{r['method']}": (r["method"], ".0%") for r in rows if any(f"win/{r['method']}" in row for row in rows)}
+    tables = [markdown_table(rows, scores), markdown_table(rows, about_texts)]
     legend = "\n".join(f"- {heading}: {meaning}" for heading, _, meaning in columns.values())
-    return (f"{judged_by}\n\n{markdown_table(rows, scores)}\n\n{markdown_table(rows, about_texts)}\n\n{legend}\n"
+    if wins:
+        tables.append(markdown_table(rows, wins, WINS))
+        legend += f"\n- {WINS}: {MEANING_OF_WINS}"
+    tables = "\n\n".join(tables)
+    return (f"{judged_by}\n\n{tables}\n\n{legend}\n"
             f"- ±: half of a 95% interval {intervals}. Where it is not symmetric, its two ends stand in brackets. A number "
             f"without one is a formula's or a single value's, or all its values are the same.\n")
 
@@ -401,7 +468,8 @@ def main():
         check_options(options)
         check_unused(options)
         names = [Path(f).name for f in folders]
-        rows, samples = evaluate_policies({name if names.count(name) == 1 else f: f for name, f in zip(names, folders)}, options)
+        taken = [*names, "SFT", f"best-of-{options.bon}"]
+        rows, samples = evaluate_policies({name if taken.count(name) == 1 else f: f for name, f in zip(names, folders)}, options)
         column, judge = judge_of(options)
         judged_by = f"The judge is `{column}` = {'the true reward of the built-in task' if judge == 'gold' else judge}."
         judged_by += (f" The learned reward is {options.reward}." if column == "gold" else

@@ -64,7 +64,7 @@ class ModelReward:
         check_fit(self.model, self.own)
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
         self.spec, self.policy, self.device, self.batch_size = spec, tokenizer, device, batch_size
-        self.same = self.own.same_ids(tokenizer) and self.own.chat_template == tokenizer.chat_template
+        self.same = reads_alike(self.own, tokenizer)
 
     def check_columns(self, records, data):
         """A model reads prompts and responses only."""
@@ -72,7 +72,7 @@ class ModelReward:
     @torch.no_grad()
     def __call__(self, prompts, responses, records=None):
         if not self.same:
-            prompts, responses = self.in_own_tokens(prompts, responses, records)
+            prompts, responses = in_own_tokens(self.own, self.model.config.context, self.policy, prompts, responses, records)
         examples = [Example(p + r, len(p)) for p, r in zip(prompts, responses)]
         scores = torch.empty(len(examples))
         for rows in micro_batches(range(len(examples)), self.batch_size, length=lambda i: examples[i].length):
@@ -83,14 +83,20 @@ class ModelReward:
             raise UserError(f"--reward {self.spec}: the reward model gives {scores[~torch.isfinite(scores)][0]}")
         return scores
 
-    def in_own_tokens(self, prompts, responses, records):
-        texts, encoded = texts_of(prompts, records, self.policy), []
-        for response, text in zip(responses, texts):
-            ids = encode_response(self.own, decode_response(self.policy, response, text), text)
-            ended = response[-1:] and response[-1] in self.policy.end_ids
-            encoded.append(ids if ended else ids[:-1])                  # a truncated response has no EOS
-        context = self.model.config.context
-        return [encode_prompt(self.own, t, max(1, context - len(r))) for t, r in zip(texts, encoded)], encoded
+
+def reads_alike(own, policy):
+    """Returns whether a model with the tokenizer `own` reads the policy's ids as the policy wrote them."""
+    return own.same_ids(policy) and own.chat_template == policy.chat_template
+
+
+def in_own_tokens(own, context, policy, prompts, responses, records):
+    """Returns (prompts, responses) as ids of the tokenizer `own`, cut to `context` tokens, from ids of the tokenizer `policy`."""
+    texts, encoded = texts_of(prompts, records, policy), []
+    for response, text in zip(responses, texts):
+        ids = encode_response(own, decode_response(policy, response, text), text)
+        ended = response[-1:] and response[-1] in policy.end_ids
+        encoded.append(ids if ended else ids[:-1])                      # a truncated response has no EOS
+    return [encode_prompt(own, t, max(1, context - len(r))) for t, r in zip(texts, encoded)], encoded
 
 
 class TextReward:

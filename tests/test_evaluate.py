@@ -17,11 +17,12 @@ from nanorlhf import evaluate, reviews
 from nanorlhf.data import Example, collate, encode_prompt, encode_response, post_of
 from nanorlhf.errors import UserError
 from nanorlhf.evaluate import (Evaluation, Options, evaluate_policies, markdown_table, measure, possible_range, report,
-                               sampled_kl, swapped)
+                               response_nll, sampled_kl, swapped)
 from nanorlhf.generate import generate
 from nanorlhf.metrics import (across_input_diversity, best_of_n_estimate, bon_kl, difference_and_interval,
                               expectation_adjusted_distinct, mean_and_interval, nli_diversity, per_input_diversity,
-                              sbert_diversity, sequence_kl, share_interval, t_quantile, win_rate, with_error, within)
+                              perplexity, repetition, sbert_diversity, self_bleu, sequence_kl, share_interval, t_quantile,
+                              win_rate, with_error, within)
 from nanorlhf.model import ModelConfig, RewardModel, Transformer
 from nanorlhf.rewards import load_reward
 from nanorlhf.tokenizer import load_tokenizer
@@ -215,6 +216,7 @@ def test_an_interval_stays_within_what_is_possible_and_never_has_no_width():
     assert possible_range("ead_across") == (0, math.inf)               # distinct n-grams only: a little above 1
     assert possible_range("kl") == (0, math.inf) and possible_range("gold/test", gold) == gold
     assert possible_range("gap/far", gold) == possible_range("gold/test - SFT", gold) == (-3, 3)
+    assert possible_range("self_bleu_per_input - SFT") == (-1, 1) and possible_range("win/DPO") == (0, 1)
     assert possible_range("ended - SFT") == (-1, 1) and possible_range("gold/x") == (-math.inf, math.inf)
 
 
@@ -295,6 +297,21 @@ def test_sequence_kl_between_two_prompts_sees_the_same_response_after_both():
     alike = sampled_kl(policy, policy, tokenizer, prompts, responses, 1.0, other=[p[1] for p in pairs])
     assert alike == pytest.approx(found.tolist(), rel=1e-5)
     assert sampled_kl(policy, policy, tokenizer, prompts, responses, 1.0) == [0.0, 0.0]
+
+
+@torch.no_grad()
+def test_response_nll_is_the_sum_over_response_tokens_and_keeps_the_order():
+    """From the full softmax after every prefix. EOS (10) counts, the prompt does not."""
+    model, prompts, responses = tiny(0), [[1, 2, 3], [4], [5, 6]], [[4, 10], [5, 6, 7, 8, 9, 1, 10], [10]]
+    found = response_nll(model, SimpleNamespace(pad_id=11), prompts, responses, batch_size=2)
+    for prompt, response, (nll, tokens) in zip(prompts, responses, found):
+        logp = [model.logits(model(torch.tensor([prompt + response[:t]])))[0, -1].double().log_softmax(-1)[y].item()
+                for t, y in enumerate(response)]
+        assert nll == pytest.approx(-sum(logp), rel=1e-5) and tokens == len(response)
+    assert perplexity(found) == pytest.approx(math.exp(sum(nll for nll, _ in found) / 10))
+    for p in model.parameters():
+        p.zero_()                                                                      # now all 12 tokens are equally likely
+    assert perplexity(response_nll(model, SimpleNamespace(pad_id=11), prompts, responses)) == pytest.approx(12)
 
 
 def test_a_swapped_prompt_is_another_one_of_the_same_domain():
@@ -544,6 +561,70 @@ def test_a_report_explains_every_column_and_has_both_kinds_of_difference(rows):
     headings = [h for line in text.splitlines() if line.startswith("| method") for h in line.strip("| ").split(" | ")[1:]]
     assert {"gold ID - SFT", "gap OOD-near", "gap OOD-far", "KL to SFT", "NLI per input", "ended"} <= set(headings)
     assert text.startswith("The judge is X.") and all(f"\n- {h}: " in text for h in headings) and "\n- ±: " in text
+
+
+def test_policies_meet_each_other_with_texts_drawn_apart(rows, sft):
+    """"copy" has SFT's weights. With the same random numbers all its texts would tie with SFT's."""
+    assert all({c for c in row if c.startswith("win/")} == {f"win/{n}" for n in rows if n != name} for name, row in rows.items())
+    for a, b in itertools.combinations(rows, 2):
+        assert rows[a][f"win/{b}"][0] + rows[b][f"win/{a}"][0] == pytest.approx(1)
+    e, copy = Evaluation(options_for(sft)), Transformer.from_pretrained(sft / "copy")
+    ours, theirs = e.judged(copy, 1, "opponent copy"), e.opponent_scores
+    assert rows["copy"]["win/SFT"] == win_rate(ours, theirs) and not (ours == theirs).any()
+    assert torch.equal(e.judged(copy, 1, "opponent"), theirs)
+    table = report(list(rows.values()), "", "").split("\n\n")[3]
+    assert table.startswith("| win rate over | SFT | copy | other | best-of-3 |") and "\n| SFT | - | " in table
+    alone, _ = evaluate_policies({}, options_for(sft))
+    assert "win rate over" not in report(alone, "", "")
+
+
+def test_a_table_has_repetition_self_bleu_and_on_request_the_perplexity_of_the_texts(rows, sft, tokenizer):
+    found, samples = evaluate_policies({}, options_for(sft, perplexity=f"{sft}/other"))
+    assert "ppl" not in rows["SFT"] and "| perplexity |" in report(found, "", "")
+    e, (row,) = Evaluation(options_for(sft, perplexity=f"{sft}/other")), found
+    responses = [drawn[0] for drawn in e.draw(e.reference, "test", 1, 1, "samples")]
+    nll = response_nll(Transformer.from_pretrained(sft / "other"), tokenizer, e.prompts["test"], responses)
+    value, low, high = row["ppl"]
+    assert value == pytest.approx(perplexity(nll)) and 1 < low < value < high
+    texts = [tokenizer.decode(y, start=False) for y in responses]
+    assert texts == [s["completion"] for s in samples if s["split"] == "test"]
+    assert row["repetition"][0] == np.mean([repetition(text) for text in texts])
+    drawn = [[tokenizer.decode(y, start=False) for y in ys] for ys in e.draw(e.reference, "test", 2, 1, "diversity", 2)]
+    assert row["self_bleu_per_input"][0] == pytest.approx(np.mean([self_bleu(ys) for ys in drawn]))
+
+
+def test_perplexity_under_a_model_with_another_tokenizer_is_that_of_the_text_in_its_tokens(sft, tokenizer, tmp_path):
+    from nanorlhf.tokenizer import train_bpe
+
+    own = train_bpe(["the plot is good and the film was not bad ; review of the book"] * 20, 300)
+    model = Transformer(ModelConfig(vocab_size=own.vocab_size, context=256, width=16, layers=1, heads=2, kv_heads=2, head_dim=8,
+                                    ffn=32, eos_id=own.eos_id, pad_id=own.pad_id, init_std=0.3), 5)
+    model.save_pretrained(tmp_path)
+    own.save(tmp_path)
+    e = Evaluation(options_for(sft, perplexity=str(tmp_path)))
+    texts = [" The plot is good.", " Bad film"] * 3
+    responses = [encode_response(tokenizer, text) for text in texts]
+    responses[1] = responses[1][:-1]                                                   # truncated before its EOS
+    ids = [encode_response(own, text) for text in texts]
+    ids[1] = ids[1][:-1]
+    prompts = [own.encode(r["prompt"]) for r in e.records["test"]]
+    found, expected = e.nll(responses), response_nll(model, own, prompts, ids)
+    assert [n for _, n in found] == list(map(len, ids)) and [x for x, _ in found] == pytest.approx([x for x, _ in expected])
+
+
+def test_a_folder_called_like_the_reference_s_row_keeps_its_path(monkeypatch):
+    seen = []
+
+    def stop(folders, options):
+        seen.append(folders)
+        raise UserError("enough")
+
+    monkeypatch.setattr(evaluate, "check_unused", lambda options: None)
+    monkeypatch.setattr(evaluate, "evaluate_policies", stop)
+    monkeypatch.setattr(sys, "argv", ["evaluate", "a/SFT", "a/x", "a/best-of-4", "a/y", "b/y", "--bon", "4"])
+    with pytest.raises(SystemExit, match="enough"):
+        evaluate.main()
+    assert seen == [{"a/SFT": "a/SFT", "x": "a/x", "a/best-of-4": "a/best-of-4", "a/y": "a/y", "b/y": "b/y"}]
 
 
 def test_each_of_k_winners_is_the_best_of_n_samples_of_its_own(sft):

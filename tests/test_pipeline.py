@@ -98,7 +98,9 @@ def test_the_pipeline_writes_a_table_and_samples_of_every_method(finished):
             value, low, high = row[column]
             assert value == value and (low is None or low <= value <= high), (row["method"], column)
         assert row["method"] == "SFT" or {"gold/ood_far - SFT", "length - SFT", "nli_per_input - SFT"} <= set(row)
-        assert {"gap/ood_near", "gap/ood_far"} <= set(row)
+        assert {"gap/ood_near", "gap/ood_far", "repetition", "distinct2_per_input", "self_bleu_per_input"} <= set(row)
+        others = {name for name in (*POLICIES, "best-of-16") if name != row["method"]}
+        assert {c for c in row if c.startswith("win/")} == {f"win/{name}" for name in others}
     table = (out / "table.md").read_text(encoding="utf-8")
     assert table.strip() in said and "gap OOD-far" in table and "gold ID - SFT" in table
     assert all(name in (out / "samples.md").read_text(encoding="utf-8") for name in POLICIES)
@@ -128,9 +130,10 @@ def test_no_two_purposes_share_random_numbers(run_once):
     assert not [users for users in of["order"].values() if {"base", "sft"} <= set(users)]
     policies = [*POLICIES, "best-of-16"]
     for (keys, _), users in of["table"].items():
-        alone = [["the table"], ["best-of-16"]] if keys[1] == "opponent" or keys[-1] == 16 else []
+        alone = [["the table"], ["best-of-16"]] if keys[1].startswith("opponent") or keys[-1] == 16 else []
         assert users in (alone or [policies[:-1]]), keys
-    assert {keys[1] for keys, _ in of["table"]} == {"samples", "opponent", "diversity"}
+    opponents = ["opponent", *(f"opponent {name}" for name in policies[1:])]           # each policy meets the others with its own
+    assert {keys[1] for keys, _ in of["table"]} == {"samples", "diversity", *opponents}
     assert {u for users in of["bon"].values() for u in users} == {
         "comparisons", "comparisons_test", "comparisons_ood_near", "comparisons_ood_far", "bon"}
 

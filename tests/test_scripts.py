@@ -508,7 +508,8 @@ def test_the_reward_model_learns_rankings_of_k_with_ties(here, tmp_path, reward_
         eval_data=str(tmp_path / "bon/ranked.jsonl"),
     )
     assert rows[-1]["accuracy"] > 0.7 and "eval/ranked/accuracy" in rows[-1]
-    assert {f"eval/ranked/accuracy_q{k}" for k in (1, 2, 3, 4)} <= rows[-1].keys()
+    assert {f"eval/ranked/{k}" for k in ("accuracy_q1", "accuracy_q2", "accuracy_q3", "accuracy_q4", "ece", "brier")} <= rows[-1].keys()
+    assert 0 <= rows[-1]["eval/ranked/ece"] <= 0.5 and 0 < rows[-1]["eval/ranked/brier"] < 0.25
 
 
 def test_prompts_longer_than_the_context_are_truncated_and_leave_room_for_responses(here, tmp_path):

@@ -27,6 +27,8 @@ train_sft train_rm train_ppo train_dpo train_rrhf sample_bon
 jobs
 bench_gpu
 bench __main__
+experiments
+study
 """
 LEVEL = {name: level for level, line in enumerate(ORDER.strip().split("\n")) for name in line.split()}
 CORE = {"torch", "tiktoken", "numpy", "safetensors", "regex", "jinja2"}                # tiktoken needs regex, torch jinja2

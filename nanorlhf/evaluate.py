@@ -143,7 +143,7 @@ class Options:
     num_prompts: int = 250           # prompts per split, one sample each
     diversity_prompts: int = 50      # prompts of the first split for per-input diversity (Kirk 2023: 500)
     num_samples: int = 16            # samples for each of them (Kirk 2023: 16)
-    first_words: int = 0             # words that the length-matched EAD reads; 0 = as many as 90% of SFT's texts have
+    first_words: int = 0             # words that length-matched EAD and distinct-2 read; 0 = as many as 90% of SFT's texts have
     sbert: bool = False              # SBERT diversity too (extra `eval`, downloads a model)
     nli: bool = False                # NLI diversity by roberta-large-mnli (extra `eval`), also on reviews
     perplexity: str = ""             # model under which the texts' perplexity is measured: folder or hub name; '' = none
@@ -289,7 +289,9 @@ def per_input_values(evaluation, model, n):
         e.first_words = max(1, int(np.percentile([len(words_of(text)) for drawn in outputs for text in drawn], 10)))
     metrics = {"ead": expectation_adjusted_distinct,
                "ead_first": functools.partial(expectation_adjusted_distinct, first=e.first_words),
-               "distinct2": functools.partial(distinct_n, n=2, first=e.first_words), "self_bleu": self_bleu}
+               "self_bleu": self_bleu}
+    if e.first_words > 1:                                               # a single word has no pairs
+        metrics["distinct2"] = functools.partial(distinct_n, n=2, first=e.first_words)
     if e.options.nli or e.on_reviews:
         relation = mnli_relation() if e.options.nli else reviews.relation
         metrics["nli"] = functools.partial(nli_diversity, relation=relation)
@@ -413,8 +415,8 @@ def table_columns(rows):
         "length": ("tokens", ".1f", "mean length of a response, EOS included"),
         "ended": ("ended", ".0%", "share of responses that ended with EOS"),
         "repetition": ("repetition", ".1%", "share of a text's runs of 4 words that it has had before, mean over texts"),
-        "ppl": ("perplexity", ".2f", "of the texts under the model that --perplexity names, per token of it, EOS included; all "
-                                     "tokens pooled, the interval by the bootstrap over prompts"),
+        "ppl": ("perplexity", ".2f", "of the texts under the model that --perplexity names, per token of that model, EOS "
+                                     "included; all tokens pooled, the interval by the bootstrap over prompts"),
         "seconds": ("seconds", ".0f", "training time")}
     return {c: v for c, v in columns.items() if any(c in r for r in rows)}
 
@@ -423,7 +425,7 @@ TEXT_COLUMNS = ("ead", "distinct", "self_bleu", "nli", "sbert", "length", "ended
 WINS = "win rate over"
 MEANING_OF_WINS = ("share of prompts where the judge prefers the text of the row's method to that of the column's; a tie is half "
                    "a win. The texts are drawn for this table, each method's with random numbers of its own. About one in 20 of "
-                   "so many intervals misses")
+                   "these intervals misses its rate")
 
 
 def report(rows, judged_by, intervals):

@@ -19,7 +19,7 @@ from nanorlhf.errors import UserError
 from nanorlhf.evaluate import (Evaluation, Options, evaluate_policies, markdown_table, measure, possible_range, report,
                                response_nll, sampled_kl, swapped)
 from nanorlhf.generate import generate
-from nanorlhf.metrics import (across_input_diversity, best_of_n_estimate, bon_kl, difference_and_interval,
+from nanorlhf.metrics import (across_input_diversity, best_of_n_estimate, bon_kl, difference_and_interval, distinct_n,
                               expectation_adjusted_distinct, mean_and_interval, nli_diversity, per_input_diversity,
                               perplexity, repetition, sbert_diversity, self_bleu, sequence_kl, share_interval, t_quantile,
                               win_rate, with_error, within)
@@ -578,7 +578,7 @@ def test_policies_meet_each_other_with_texts_drawn_apart(rows, sft):
     assert "win rate over" not in report(alone, "", "")
 
 
-def test_a_table_has_repetition_self_bleu_and_on_request_the_perplexity_of_the_texts(rows, sft, tokenizer):
+def test_a_table_has_repetition_self_bleu_distinct_2_and_on_request_the_perplexity_of_the_texts(rows, sft, tokenizer):
     found, samples = evaluate_policies({}, options_for(sft, perplexity=f"{sft}/other"))
     assert "ppl" not in rows["SFT"] and "| perplexity |" in report(found, "", "")
     e, (row,) = Evaluation(options_for(sft, perplexity=f"{sft}/other")), found
@@ -591,6 +591,10 @@ def test_a_table_has_repetition_self_bleu_and_on_request_the_perplexity_of_the_t
     assert row["repetition"][0] == np.mean([repetition(text) for text in texts])
     drawn = [[tokenizer.decode(y, start=False) for y in ys] for ys in e.draw(e.reference, "test", 2, 1, "diversity", 2)]
     assert row["self_bleu_per_input"][0] == pytest.approx(np.mean([self_bleu(ys) for ys in drawn]))
+    for first in (1, 3):                                                               # a single word has no pairs
+        (row,), _ = evaluate_policies({}, options_for(sft, first_words=first))
+        found = [distinct_n(ys, 2, first) for ys in drawn]
+        assert row.get("distinct2_per_input", [None])[0] == (None if first == 1 else pytest.approx(np.mean(found)))
 
 
 def test_perplexity_under_a_model_with_another_tokenizer_is_that_of_the_text_in_its_tokens(sft, tokenizer, tmp_path):

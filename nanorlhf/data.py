@@ -55,7 +55,7 @@ def load_records(path_or_name, kind, split="train", limit=None, skip_bad=False, 
         raise DataError(f"{path}: a folder, not a file: name a file in it" if path.is_dir() else
                         f"{path}: no such file (and the only built-in name is `reviews`)")
     records, bad, seen = [], collections.Counter(), 0
-    for line, row in _rows(path):
+    for line, row in rows_in(path):
         seen += 1
         try:
             found = records_of(row, kind)
@@ -135,7 +135,7 @@ OTHER_FORMATS = {b"PAR1": "parquet", b"ARROW1": "arrow", b"PK\x03\x04": "zip or 
                  b"\xfe\xff": "UTF-16 text", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zXZ": "xz"}  # by first bytes
 
 
-def _rows(path):
+def rows_in(path):
     """Returns (number, row) pairs: the lines of a file as bytes still to be parsed, or the elements of a JSON array. Numbers
     count from 1; for an array the number in an error is the element's, not a line's."""
     content = path.read_bytes()

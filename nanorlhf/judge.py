@@ -26,7 +26,7 @@ import re
 import sys
 from pathlib import Path
 
-from nanorlhf.data import rows_in
+from nanorlhf.data import cut_text, marks_of, rows_in
 from nanorlhf.errors import DataError, UserError
 from nanorlhf.evaluate import markdown_table
 from nanorlhf.files import read_jsonl, remove, require_file, write_json, write_records, write_text
@@ -54,6 +54,7 @@ class Ask:
     a: str = ""                      # method whose win rate is measured; '' = the only one of the first file
     b: str = ""                      # method that it is compared with; '' = the only one of the second file
     question: str = "concise"        # simple, concise, helpful, or a template file with {prompt}, {a} and {b}
+    cut_at: str = ""                 # end texts before the first of these, comma-separated; \n is a newline
     seed: int = 0                    # of the order of the questions
     out: str = "out/judge"           # folder for questions.jsonl and key.jsonl
     overwrite: bool = False          # overwrite the questions, and delete the table, in --out
@@ -90,9 +91,10 @@ def read_rows(file, **fields):
 # ---- Asking ---------------------------------------------------------------------------------------------------------
 
 
-def texts_of(file, option, name):
+def texts_of(file, option, name, marks=()):
     """Returns (method, {(split, prompt): [its texts]}) of the method called `name` in a file; the case of letters is free. A file
-    whose rows name no method has one, which gets the name, or else the file's. option: --a or --b, for errors."""
+    whose rows name no method has one, which gets the name, or else the file's. option: --a or --b, for errors; marks: those of
+    --cut_at."""
     rows = [row for _, row in read_rows(file, prompt=None, completion=None)]
     methods = {str(row["method"]): None for row in rows if "method" in row}
     if methods:
@@ -102,13 +104,14 @@ def texts_of(file, option, name):
         name, rows = fits[0], [row for row in rows if str(row.get("method")) == fits[0]]
     texts = {}
     for row in rows:
-        texts.setdefault((str(row.get("split", "")), row["prompt"]), []).append(row["completion"])
+        texts.setdefault((str(row.get("split", "")), row["prompt"]), []).append(cut_text(row["completion"], marks))
     return name or Path(file).stem, texts
 
 
 def pairs_of(files, options):
     """Returns (name of a, name of b, [(split, prompt, text of a, text of b)]). Prints one line about texts without a partner."""
-    (a, of_a), (b, of_b) = texts_of(files[0], "--a", options.a), texts_of(files[-1], "--b", options.b)
+    sides, marks = ((files[0], "--a", options.a), (files[-1], "--b", options.b)), marks_of(options.cut_at)
+    (a, of_a), (b, of_b) = (texts_of(*side, marks) for side in sides)
     if a == b and Path(files[0]) == Path(files[-1]):
         raise UserError(f"--a and --b are both {a}: name two methods, or two files")
     if a == b:

@@ -28,7 +28,8 @@ from typing import Literal
 
 import numpy as np
 
-from nanorlhf.data import Example, decode_response, describe, encode_prompts, load_records
+from nanorlhf.data import (Example, cut_response, decode_response, describe, encode_prompts, load_records,
+                           marks_of)
 from nanorlhf.errors import UserError
 from nanorlhf.files import require_folder, sha256_of, write_json, write_records
 from nanorlhf.formats.records import other_columns
@@ -68,6 +69,7 @@ class Config:
     temperature: float = 1.0         # of the samples (Kirk 2023: 0.7)
     top_k: int = 0                   # 0 = off
     top_p: float = 1.0               # 1 = off
+    cut_at: str = ""                 # end responses before the first of these, comma-separated (\n: newline)
     batch_size: int = 64             # prompts at a time
 
     # Run
@@ -146,7 +148,7 @@ def sample(config):
     eval_reward = None
     if measured:
         eval_reward = load_reward(measured, tokenizer, run.device, records, config.data, dtype=config.dtype)
-    columns = other_columns(records)
+    columns, marks = other_columns(records), marks_of(config.cut_at)
 
     # --resume starts again: the same seed draws the same samples.
     run.begin(0)
@@ -156,9 +158,12 @@ def sample(config):
         queries, asked = (items[first:first + config.batch_size] for items in (prompts, records))
         with run.autocast():
             samples = generate(policy, queries, config.response_length, config.temperature, config.top_k,
-                               config.top_p, n, seed_for(config.seed, "bon", *stream), tokenizer=tokenizer,
+                               config.top_p, n, seed_for(config.seed, "bon", *stream), marks, tokenizer,
                                first_row=first * n)
         responses = samples.responses()
+        if marks:
+            responses = [cut_response(tokenizer, y, marks, r["prompt"], config.response_length)
+                         for y, r in zip(responses, repeated(asked, n))]
         scores = reward(repeated(queries, n), responses, repeated(asked, n)).view(-1, n)            # [P, n]
         if eval_reward:
             values = eval_reward(repeated(queries, n), responses, repeated(asked, n)).view(-1, n)   # [P, n]

@@ -7,6 +7,7 @@
 Every problem with a file is a DataError whose message is one line: `file:line: what is wrong`.
 """
 
+import bisect
 import collections
 import gzip
 import hashlib
@@ -55,7 +56,7 @@ def load_records(path_or_name, kind, split="train", limit=None, skip_bad=False, 
         raise DataError(f"{path}: a folder, not a file: name a file in it" if path.is_dir() else
                         f"{path}: no such file (and the only built-in name is `reviews`)")
     records, bad, seen = [], collections.Counter(), 0
-    for line, row in _rows(path):
+    for line, row in rows_in(path):
         seen += 1
         try:
             found = records_of(row, kind)
@@ -135,7 +136,7 @@ OTHER_FORMATS = {b"PAR1": "parquet", b"ARROW1": "arrow", b"PK\x03\x04": "zip or 
                  b"\xfe\xff": "UTF-16 text", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zXZ": "xz"}  # by first bytes
 
 
-def _rows(path):
+def rows_in(path):
     """Returns (number, row) pairs: the lines of a file as bytes still to be parsed, or the elements of a JSON array. Numbers
     count from 1; for an array the number in an error is the element's, not a line's."""
     content = path.read_bytes()
@@ -304,6 +305,33 @@ def decode_response(tokenizer, ids, prompt=None):
         text = text.removesuffix(after)
         return text if is_open(messages) else " " + text.removeprefix(before)   # the space is the one behind "Assistant:"
     return text
+
+
+def marks_of(cut_at):
+    """Returns the texts that the option --cut_at names: comma-separated, with \\n for a newline."""
+    return [mark for mark in cut_at.replace("\\n", "\n").split(",") if mark]
+
+
+def cut_text(text, marks):
+    """Returns what of a text stands before the first mark. A model of dialogues may go on with the user's "\\n\\nHuman:"."""
+    return text[:min((text.find(mark) for mark in marks if mark in text), default=len(text))]
+
+
+def cut_response(tokenizer, ids, marks, prompt=None, longest=None):
+    """cut_text for the token ids of a response to this prompt: the same ids if no mark is in its text, to which special tokens
+    belong, but EOS does not. Else EOS stands where the mark began, since the answer is complete, and the ids before it stay those
+    sampled; only what stood before the mark within one token is encoded anew. longest: of the result, in tokens."""
+    def decoded(n):
+        return tokenizer.decode([i for i in ids[:n] if i not in tokenizer.end_ids], start=False, special=True)
+    whole = decoded(len(ids))
+    text = cut_text(whole, marks)
+    if text == whole:
+        return ids
+    n = bisect.bisect_right(range(len(ids)), len(text), key=lambda n: len(decoded(n))) - 1
+    while not text.startswith(decoded(n)):        # the bytes of a character may be parted
+        n -= 1
+    kept = ids[:n] + tokenizer.encode(text[len(decoded(n)):], start=False)
+    return kept[:longest and longest - 1] + encode_response(tokenizer, " x", prompt)[-1:]
 
 
 def length_limits(config, context):

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from nanorlhf import reviews
-from nanorlhf.data import (Example, collate, decode_response, encode_prompts, encode_response, length_limits,
-                           load_records, micro_batches, post_of)
+from nanorlhf.data import (Example, collate, cut_response, decode_response, encode_prompts, encode_response, length_limits,
+                           load_records, marks_of, micro_batches, post_of)
 from nanorlhf.errors import UserError
 from nanorlhf.files import local_folder, require_folder, write_json, write_records, write_text
 from nanorlhf.generate import generate, repeated
@@ -152,6 +152,7 @@ class Options:
     keep: Literal["end", "start", "tldr"] = "end"  # what an overlong prompt keeps (tldr: Stiennon's rule)
     response_length: int = 48        # longest sampled response in tokens
     temperature: float = 1.0         # of all samples
+    cut_at: str = ""                 # end responses before the first of these texts, comma-separated; \n is a newline
     seed: int = 0                    # of the samples
     device: str = "auto"             # cpu, cuda, cuda:1, ...; auto = a GPU if there is one
     out: str = "out/evaluation"      # folder for table.md, table.json and samples.jsonl
@@ -186,7 +187,7 @@ class Evaluation:
     of the reference's texts that a policy's texts have to beat."""
 
     def __init__(self, options):
-        self.options, device = options, pick_device(options.device)
+        self.options, device, self.marks = options, pick_device(options.device), marks_of(options.cut_at)
         self.tokenizer = tokenizer = load_tokenizer(local_folder(options.reference))
         self.reference = Transformer.from_pretrained(options.reference).to(device)
         check_fit(self.reference, tokenizer)
@@ -221,13 +222,21 @@ class Evaluation:
         self.opponent_scores = self.judged(self.reference, 1, "opponent")
         self.first_words = options.first_words or None                  # None: set by the first row, the reference's
 
-    def draw(self, model, split, K, n, purpose, limit=None):
-        """Draws K responses to each of a split's prompts, [P][K] lists of ids. With n > 1 each is the best of n samples of its
-        own under the learned reward. All policies get the same random numbers for a purpose, so that their differences are less
-        noisy."""
+    def cut(self, responses, records):
+        """Returns responses, lists of ids, as --cut_at leaves them."""
+        if not self.marks:
+            return responses
+        return [cut_response(self.tokenizer, y, self.marks, r["prompt"], self.options.response_length)
+                for y, r in zip(responses, records)]
+
+    def draw(self, model, split, K, n, purpose, limit=None, whole=False):
+        """Draws K responses to each of a split's prompts, [P][K] lists of ids, and cuts them unless `whole`. With n > 1 each is
+        the best of n samples of its own under the learned reward. All policies get the same random numbers for a purpose, so
+        that their differences are less noisy."""
         o, prompts, records = self.options, self.prompts[split][:limit], self.records[split][:limit]
         responses = generate(model, prompts, o.response_length, o.temperature, num_samples=K * n, tokenizer=self.tokenizer,
                              seed=seed_for(o.seed, "table", purpose, split, n)).responses()
+        responses = responses if whole else self.cut(responses, repeated(records, K * n))
         if n > 1:
             scores = self.rewards["reward"](repeated(prompts, K * n), responses, repeated(records, K * n)).view(-1, n)
             responses = [responses[i * n + int(best)] for i, best in enumerate(scores.argmax(1))]
@@ -259,14 +268,15 @@ def table_row(evaluation, name, model, n=1):
     row["first_words"] = e.first_words, None, None
     for split, prompts in e.prompts.items():
         records = e.records[split]
-        responses = [drawn[0] for drawn in e.draw(model, split, 1, n, "samples")]
+        sampled = [drawn[0] for drawn in e.draw(model, split, 1, n, "samples", whole=n == 1)]
+        responses = e.cut(sampled, records)
         scores = {k: reward(prompts, responses, records) for k, reward in e.rewards.items()}
         values |= {f"{k}/{split}": s.tolist() for k, s in scores.items()}
         if split == e.first:
             values["length"] = [len(y) for y in responses]
             values["repetition"] = [repetition(e.tokenizer.decode(y, start=False)) for y in responses]
             if n == 1:
-                kl = functools.partial(sampled_kl, model, tokenizer=e.tokenizer, prompts=prompts, responses=responses,
+                kl = functools.partial(sampled_kl, model, tokenizer=e.tokenizer, prompts=prompts, responses=sampled,
                                        temperature=e.options.temperature)
                 values["kl"], values["heed"] = kl(e.reference), kl(model, other=swapped(prompts, records))
             row |= first_split_columns(e, n, responses, scores[e.judge])
@@ -476,6 +486,9 @@ def main():
         judged_by = f"The judge is `{column}` = {'the true reward of the built-in task' if judge == 'gold' else judge}."
         judged_by += (f" The learned reward is {options.reward}." if column == "gold" else
                       " It is also the learned reward: no --gold was given.")
+        if marks := marks_of(options.cut_at):
+            judged_by += (f" A response ends before the first of {', '.join(map(repr, marks))} (--cut_at); KL and heed are of "
+                          f"whole samples.")
         table = report(rows, judged_by, OVER_PROMPTS)
         print(table)
         write_text(Path(options.out) / "table.md", table)

@@ -22,6 +22,7 @@ model
 generate
 rewards metrics
 evaluate
+judge
 run
 train_sft train_rm train_ppo train_dpo train_rrhf sample_bon
 jobs
@@ -72,7 +73,7 @@ def test_only_scripts_and_programs_import_run_and_options():
     for name, path in files().items():
         if name not in SCRIPTS and name not in ("run", "bench", "__main__"):
             assert "nanorlhf.run" not in [m for m, *_ in imports(path)], name
-        if name not in SCRIPTS and name not in ("run", "evaluate", "generate", "bench", "__main__"):
+        if name not in SCRIPTS and name not in ("run", "evaluate", "judge", "generate", "bench", "__main__"):
             assert "nanorlhf.options" not in [m for m, *_ in imports(path)], name
 
 

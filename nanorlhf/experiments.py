@@ -43,7 +43,7 @@ def runs(seed, scale=1.0):
         return max(2, round(n * scale))
 
     def records(n):
-        return max(64, round(n * scale))
+        return max(300, round(n * scale))
 
     yield from itertools.islice(stages("@", seed, scale), 7)                           # base, sft, comparisons, rm
     path = dict(init=SFT, seed=seed, save_every=0, num_eval_prompts=PATH_PROMPTS)
@@ -69,7 +69,8 @@ def runs(seed, scale=1.0):
     for alpha in (0.05, 0.1, 0.5, 1.0):
         yield f"unlikelihood_{alpha}", train_dpo, pairwise | dict(loss="unlikelihood", alpha=alpha, lr=2e-4, max_steps=steps(60),
                                                                   eval_every=steps(10))
-    yield "preferred_ft", train_sft, dict(init=SFT, data=PAIRS, seed=seed, batch_size=64, lr=2e-4, max_steps=steps(60), save_every=0)
+    yield "preferred_ft", train_sft, dict(init=SFT, data=PAIRS, seed=seed, batch_size=64, lr=2e-4, max_steps=steps(60),
+                                          save_every=0)
 
     # RRHF: the pipeline's run, then the sources of candidates. The data's own responses are two samples of SFT per prompt.
     rrhf = path | dict(reward=RM, share_prompts=True, lr=3e-4, max_steps=steps(50), eval_every=steps(10))
@@ -89,18 +90,19 @@ def runs(seed, scale=1.0):
         yield f"rrhf_ip_{n}", train_rrhf, ranked | dict(sampling="diverse_beam", init=init)
 
     # Reward models: the amount of feedback, its noise, its spread over prompts, and the prior on the weights.
-    rm = dict(init=SFT, data=PAIRS, seed=seed, lr=1e-3, eval_every=0, save_every=0, eval_data=f"test={HELD_OUT}")
+    rm = dict(init=SFT, data=PAIRS, seed=seed, lr=1e-3, eval_every=1000, save_every=0, eval_data=f"test={HELD_OUT}")
     for n in (500, 1000, 2000, 4000):
         yield f"rm_{n}", train_rm, rm | dict(limit=records(n), max_steps=steps(240 * math.sqrt(n / 8000)))
     for precision in (1.0, 10.0):
-        yield f"rm_1000_prior_{precision:g}", train_rm, rm | dict(limit=records(1000), max_steps=steps(85), prior_precision=precision)
+        yield f"rm_1000_prior_{precision:g}", train_rm, rm | dict(limit=records(1000), max_steps=steps(85),
+                                                                  prior_precision=precision)
     labels = dict(init=SFT, n=2, reward="gold", seed=seed, batch_size=256, split="train", keep_unfinished=scale < 0.1)
     for temperature in (0.0, 0.5, 1.0):
         yield f"comparisons_noise_{temperature}", sample_bon, labels | dict(limit=records(4000), label_temperature=temperature)
         yield f"rm_noise_{temperature}", train_rm, rm | dict(data=f"@/comparisons_noise_{temperature}/comparisons.jsonl",
                                                              max_steps=steps(170))
-    yield "comparisons_deep", sample_bon, labels | dict(limit=records(250), n=4, label_temperature=LABEL_TEMPERATURE)
-    for name, data in (("wide", PAIRS), ("deep", "@/comparisons_deep/comparisons.jsonl")):     # as many pairs: 4 of a prompt make 6
+    yield "comparisons_deep", sample_bon, labels | dict(limit=max(60, steps(250)), n=4, label_temperature=LABEL_TEMPERATURE)
+    for name, data in (("wide", PAIRS), ("deep", "@/comparisons_deep/comparisons.jsonl")):     # 4 responses make 6 pairs
         yield f"rm_{name}", train_rm, rm | dict(data=data, limit=records(1500), max_steps=steps(104))
     yield "ppo_rm_500", train_ppo, ppo | dict(reward="@/rm_500", kl_coef=0.02)
 
@@ -166,9 +168,8 @@ def rrhf_values(folder, root):
         responses = [encode_response(tokenizer, r[side], r["prompt"]) for r in pairs]
         rows = response_nll(model, tokenizer, [tokenizer.encode(r["prompt"]) for r in pairs], responses)
         p[side] = np.array([-nll / length for nll, length in rows])
-    return {"candidates": {"best": float(np.mean([max(s) for s in groups])), "mean": float(np.mean([np.mean(s) for s in groups])),
-                           "std": float(np.mean([np.std(s) for s in groups]))},
-            "accuracy": float(np.mean(p["chosen"] > p["rejected"]))}
+    candidates = {name: float(np.mean([f(s) for s in groups])) for name, f in (("best", max), ("mean", np.mean), ("std", np.std))}
+    return {"candidates": candidates, "accuracy": float(np.mean(p["chosen"] > p["rejected"]))}
 
 
 # ---- Measurements that train nothing --------------------------------------------------------------------------------
@@ -221,8 +222,8 @@ def exact_optimum(root, seed, scale, vocabulary=6, length=3, beta=0.5):
     optimum pi*(y) = pi_ref(y) exp(r(y) / beta) / Z of E[r] - beta KL(pi || pi_ref) (Rafailov 2023, Eq. 4).
 
     Returns {method: {"share": (J - J_ref) / (J* - J_ref), "kl": KL(pi || pi*)}}, where J is the objective, and J_ref that of
-    pi_ref. A response is `length` of `vocabulary` tokens with a reward drawn from N(0, 1). "dpo" minimises the expected loss over all
-    pairs of pi_ref's samples with Bradley-Terry labels, "dpo_20000" the mean loss of 20,000 such comparisons.
+    pi_ref. A response is `length` of `vocabulary` tokens with a reward drawn from N(0, 1). "dpo" minimises the expected loss over
+    all pairs of pi_ref's samples with Bradley-Terry labels, "dpo_20000" the mean loss of 20,000 such comparisons.
     """
     generator = torch.Generator().manual_seed(seed_for(seed, "exact"))
     V, T = vocabulary, length

@@ -2,14 +2,13 @@
 
     python -m nanorlhf.study [NAME...] [options]      NAME: frontier, kirk, temperature, rrhf, chaudhari; without one, all
 
-Every finished run leaves a small file below --out (runs/seed-N/NAME.json) and is not run again while that file is there. So a study can
-be stopped at any moment and continued by the same command, on another machine too: the weights below --work are made
-again where another run needs them. At the end stands one page, --out/report.md: each claim as the paper states it, our figure with its
-interval over the seeds, and whether it was shown.
+Every finished run leaves a small file below --out (runs/seed-N/NAME.json) and is not run again while that file is there. So a
+study can be stopped at any moment and continued by the same command, on another machine too: the weights below --work are made
+again where another run needs them. At the end stands one page, --out/report.md: each claim as the paper states it, our figure
+with its interval over the seeds, and whether it was shown.
 """
 
 import dataclasses
-import importlib
 import itertools
 import sys
 import time
@@ -35,8 +34,8 @@ class Options:
 
 
 def jobs_of(names, seed, options):
-    """Returns the Jobs that are still to be done for these runs of one seed: to train and measure each that has no file yet, and to
-    train again those whose weights such a run needs."""
+    """Returns the Jobs that are still to be done for these runs of one seed: to train and measure each that has no file yet, and
+    to train again those whose weights such a run needs."""
     root, results = Path(options.work) / f"seed-{seed}", Path(options.out) / "runs" / f"seed-{seed}"
     table = {name: (script, settings) for name, script, settings in runs(seed, options.scale)}
     needs = stages_needed([(name, *rest) for name, rest in table.items()], "@")
@@ -48,7 +47,7 @@ def jobs_of(names, seed, options):
         if name in wanted:
             wanted |= set(needs[name])
     jobs = []
-    for name, (script, settings) in table.items():
+    for name, (_, settings) in table.items():
         file = results / f"{name}.json" if name in missing else None
         if name in wanted and not (file is None and is_finished(root / name)):
             jobs.append(Job(f"seed-{seed}/{name}", tuple(f"seed-{seed}/{n}" for n in needs[name]), str(root / f"{name}.log"),
@@ -95,7 +94,8 @@ def main():
     with one_line_errors(options, lambda: "the same command continues from here"):
         check_options(options)
         seeds = range(options.seed, options.seed + (1 if options.fast else options.seeds))
-        jobs = [job for seed in seeds for job in jobs_of([name for name, *_ in runs(seed) if not names or name in names], seed, options)]
+        wanted = [name for name, *_ in runs(options.seed) if not names or name in names]
+        jobs = [job for seed in seeds for job in jobs_of(wanted, seed, options)]
         run_jobs(jobs, options.processes)
         print(f"{time.monotonic() - started:.0f} seconds")
 

@@ -184,7 +184,7 @@ def best_of_16(root, seed, scale, policy, reward):
 
 
 def best_of_n(root, seed, scale, policy, reward, n):
-    """Returns {"path": [{"n", "kl", "gold", "reward"}]}: best-of-n for n = 1, 2, 4, ..., from one pool of n samples per prompt."""
+    """Returns {"path": [{"n", "kl", "gold", "reward"}]}: best of 1, 2, 4, ..., n, from one pool of n samples per prompt."""
     e = evaluation_of(root, seed, 0.0, reward=reward, num_prompts=max(8, round(PATH_PROMPTS * scale)))
     prompts, records = e.prompts[e.first], e.records[e.first]
     pools = e.draw(e.reference, e.first, n, 1, "pool")                                 # [P][n]

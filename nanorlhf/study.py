@@ -1,6 +1,6 @@
 """The study: what the four papers found, tried on the built-in task.
 
-    python -m nanorlhf.study [NAME...] [options]      NAME: frontier, kirk, temperature, rrhf, chaudhari; without one, all
+    python -m nanorlhf.study [NAME...] [options]      NAME: frontier, kirk, temperature, rrhf or chaudhari; none means all
 
 Every finished run leaves a small file below --out (runs/seed-N/NAME.json) and is not run again while that file is there. So a
 study can be stopped at any moment and continued by the same command, on another machine too: the weights below --work are made
@@ -9,14 +9,17 @@ with its interval over the seeds, and whether it was shown.
 """
 
 import dataclasses
+import importlib.util
 import itertools
 import sys
 import time
 from pathlib import Path
 
 from nanorlhf.errors import UserError
+from nanorlhf.evaluate import markdown_table
 from nanorlhf.experiments import measured, runs
-from nanorlhf.files import read_json, write_json
+from nanorlhf.files import read_json, write_json, write_text
+from nanorlhf.findings import COMMON, EXPERIMENTS, over_seeds, verdict
 from nanorlhf.jobs import Job, is_finished, run_jobs, run_stage, stages_needed
 from nanorlhf.options import check_options, one_line_errors, parse_options
 from nanorlhf.run import git_commit
@@ -40,7 +43,8 @@ def jobs_of(names, seed, options):
     table = {name: (script, settings) for name, script, settings in runs(seed, options.scale)}
     needs = stages_needed([(name, *rest) for name, rest in table.items()], "@")
     # A finished policy is measured against SFT and the reward model, and its perplexity is the base model's.
-    needs = {name: needs[name] if name in COMMON else tuple({*needs[name], *COMMON}) for name in table}
+    common = COMMON[:-1]
+    needs = {name: needs[name] if name in common else tuple({*needs[name], *common}) for name in table}
     missing = [name for name in names if not has_result(results / f"{name}.json", table[name][1], options.scale)]
     wanted = set(missing)
     for name in reversed(table):                                                       # every run stands after those it reads
@@ -53,9 +57,6 @@ def jobs_of(names, seed, options):
             jobs.append(Job(f"seed-{seed}/{name}", tuple(f"seed-{seed}/{n}" for n in needs[name]), str(root / f"{name}.log"),
                             run_and_measure, (name, settings, root, file, seed, options.scale)))
     return jobs
-
-
-COMMON = ("base", "sft", "comparisons", "comparisons_test", "comparisons_ood_near", "comparisons_ood_far", "rm")
 
 
 def has_result(file, settings, scale):
@@ -87,17 +88,78 @@ def run_and_measure(name, settings, root, file, seed, scale):
                           commit=git_commit(), measured=found))
 
 
+def chosen_runs(names, fast):
+    """Returns the names of the runs of these experiments, or of their fast parts."""
+    starts = tuple(start for name in names for start in (EXPERIMENTS[name].fast if fast else EXPERIMENTS[name].runs))
+    return [run for run, *_ in runs(0) if run in COMMON or (run in starts if fast else run.startswith(starts))]
+
+
+def measurements(seeds, names, out):
+    """Returns [{run: what was measured}] of the seeds, as far as there are files."""
+    folders = [Path(out) / "runs" / f"seed-{seed}" for seed in seeds]
+    return [{name: read_json(folder / f"{name}.json")["measured"] for name in names if (folder / f"{name}.json").exists()}
+            for folder in folders]
+
+
+def claims_table(experiment, seeds):
+    rows = ["| claim | source | our figure | value | verdict |", "|---|---|---|---:|---|"]
+    for claim in experiment.claims:
+        found = over_seeds(claim.figure, seeds)
+        answer = verdict(found, len(seeds))
+        value = markdown_table([{"method": "", "value": found}], {"value": ("", ".2f")}).split("| ")[-1].rstrip(" |")
+        why = f" {claim.why[answer]}" if answer in claim.why else ""
+        rows.append(f"| {claim.text} | {claim.source} | {claim.unit} | {value} | **{answer}**.{why} |")
+    return "\n".join(rows)
+
+
+def report(names, seeds, out, plots):
+    """Returns the page as Markdown and draws its plots, if matplotlib is there."""
+    count = f"{len(seeds)} seeds" if len(seeds) > 1 else "one seed, so without intervals"
+    parts = [f"# What the papers found, tried on the built-in task\n\nMeans over {count}; ± is half of a 95% interval over the "
+             f"seeds by Student's t. A claim is *shown* if the whole interval of its figure is above 0, *reversed* if it is "
+             f"below, and otherwise *not shown*. Claims are in our words."]
+    for name in names:
+        experiment = EXPERIMENTS[name]
+        parts.append(f"## {experiment.title}\n\n{claims_table(experiment, seeds)}")
+        if plots:
+            draw(experiment.plot, seeds, Path(out) / f"{name}.png")
+            parts.append(f"![{experiment.title}]({name}.png)")
+        parts.append(experiment.tables(seeds))
+    return "\n\n".join(parts)
+
+
+def draw(plot, seeds, file):
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(figsize=(8, 5))
+    plot(axes, seeds)
+    figure.savefig(file, dpi=110, bbox_inches="tight")
+    plt.close(figure)
+
+
+def can_plot():
+    if importlib.util.find_spec("matplotlib"):
+        return True
+    print("no plots: they need the extra `plot` (pip install -e '.[plot]')")
+    return False
+
+
 def main():
     names = list(itertools.takewhile(lambda a: not a.startswith("-"), sys.argv[1:]))
     options = parse_options(Options, __doc__, sys.argv[1 + len(names):])
     started = time.monotonic()
     with one_line_errors(options, lambda: "the same command continues from here"):
         check_options(options)
+        if unknown := [name for name in names if name not in EXPERIMENTS]:
+            raise UserError(f"{unknown[0]}: not one of {', '.join(EXPERIMENTS)}")
+        names = names or list(EXPERIMENTS)
+        wanted = chosen_runs(names, options.fast)
         seeds = range(options.seed, options.seed + (1 if options.fast else options.seeds))
-        wanted = [name for name, *_ in runs(options.seed) if not names or name in names]
-        jobs = [job for seed in seeds for job in jobs_of(wanted, seed, options)]
-        run_jobs(jobs, options.processes)
-        print(f"{time.monotonic() - started:.0f} seconds")
+        run_jobs([job for seed in seeds for job in jobs_of(wanted, seed, options)], options.processes)
+        found = measurements(seeds, wanted, options.out)
+        write_text(Path(options.out) / "report.md", report(names, found, options.out, can_plot()))
+        print(f"{options.out}/report.md; {time.monotonic() - started:.0f} seconds")
 
 
 if __name__ == "__main__":

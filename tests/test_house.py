@@ -29,6 +29,7 @@ jobs
 bench_gpu
 bench __main__
 experiments
+findings
 study
 """
 LEVEL = {name: level for level, line in enumerate(ORDER.strip().split("\n")) for name in line.split()}

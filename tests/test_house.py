@@ -72,9 +72,9 @@ def test_a_module_imports_only_from_lower_levels(name):
 
 def test_only_scripts_and_programs_import_run_and_options():
     for name, path in files().items():
-        if name not in SCRIPTS and name not in ("run", "bench", "__main__"):
+        if name not in SCRIPTS and name not in ("run", "bench", "__main__", "study"):
             assert "nanorlhf.run" not in [m for m, *_ in imports(path)], name
-        if name not in SCRIPTS and name not in ("run", "evaluate", "judge", "generate", "bench", "__main__"):
+        if name not in SCRIPTS and name not in ("run", "evaluate", "judge", "generate", "bench", "__main__", "study"):
             assert "nanorlhf.options" not in [m for m, *_ in imports(path)], name
 
 

@@ -14,10 +14,12 @@ import pytest
 import torch
 
 import nanorlhf.evaluate
+import nanorlhf.study
 from conftest import ROOT, SCRIPTS, entry_of
 from nanorlhf import training
 from nanorlhf.__main__ import POLICIES, main, over_seeds, reward_model_rows, stages
 from nanorlhf.data import load_records
+from nanorlhf.findings import Claim, Experiment, held_out
 from nanorlhf.metrics import within
 from nanorlhf.options import check_options, parse_options
 from nanorlhf.rewards import load_reward
@@ -157,6 +159,34 @@ def test_a_folder_cannot_mix_two_recipes(finished):
     found = subprocess.run([sys.executable, "-m", "nanorlhf", "--out", str(finished[0])], cwd=ROOT, capture_output=True,
                            text=True)
     assert found.returncode == 1 and "another --seed or --scale" in found.stderr and found.stderr.count("\n") == 1
+
+
+def test_a_study_runs_writes_its_page_and_goes_on_where_it_stopped(finished, tmp_path, monkeypatch, capsys):
+    """It begins with the base model, SFT, comparisons and reward model of the pipeline, whose recipe and scale it shares."""
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "seed-0").symlink_to(finished[0])
+    small = Experiment("Small", runs=("rm_500", "best_of_n_rm_500"), fast=("rm_500", "best_of_n_rm_500"), tables=lambda seeds: "no table",
+                       plot=lambda axes, seeds: None, claims=[Claim("here", "a reward model is fitted", held_out("rm_500"), "accuracy")])
+    monkeypatch.setattr(nanorlhf.study, "EXPERIMENTS", {"small": small})
+    monkeypatch.setattr(sys, "argv", ["study", "small", "--fast", "--scale", "0.01", "--processes", "1", "--work",
+                                      str(tmp_path / "work"), "--out", str(tmp_path / "out")])
+    nanorlhf.study.main()
+    said = capsys.readouterr().out
+    assert "[10/10] seed-0/best_of_n_rm_500" in said and "report.md" in said and "sft done" not in said
+    page = (tmp_path / "out" / "report.md").read_text()
+    assert "| a reward model is fitted | here | accuracy |" in page and "**one seed**" in page
+    result = json.loads((tmp_path / "out" / "runs" / "seed-0" / "best_of_n_rm_500.json").read_text())
+    assert [p["n"] for p in result["measured"]["path"]] == [1, 2, 4, 8, 16, 32, 64, 128] and result["commit"]
+    learned = [p["reward"] for p in result["measured"]["path"]]
+    assert learned == sorted(learned) and result["options"]["reward"] == "@/rm_500"
+    sft = json.loads((tmp_path / "out" / "runs" / "seed-0" / "sft_itself.json").read_text())["measured"]
+    assert sft["row"]["kl"] == 0 and len(sft["scores"]) == len(sft["independent"]) == 8 and sft["perplexity"] > 1
+    nanorlhf.study.main()
+    assert "[" not in capsys.readouterr().out.replace("report.md", "")
+    (tmp_path / "out" / "runs" / "seed-0" / "rm_500.json").unlink()                    # its weights are still there
+    nanorlhf.study.main()
+    said = capsys.readouterr().out
+    assert "[1/1] seed-0/rm_500" in said and "rm done" not in said
 
 
 def test_a_stage_comes_after_the_stages_that_it_reads(tmp_path):

@@ -7,11 +7,10 @@ import sys
 import numpy as np
 import pytest
 
-import nanorlhf.study
 from nanorlhf import findings
 from nanorlhf.errors import UserError
 from nanorlhf.experiments import exact_optimum, runs
-from nanorlhf.findings import COMMON, EXPERIMENTS, Claim, Experiment, best_within, over_seeds, verdict
+from nanorlhf.findings import COMMON, EXPERIMENTS, best_within, over_seeds, verdict
 from nanorlhf.jobs import stages_needed
 from nanorlhf.options import check_options
 from nanorlhf.study import Options, chosen_runs, jobs_of, main, report
@@ -160,31 +159,6 @@ def test_a_file_of_other_options_is_an_error_and_not_a_result(tmp_path):
     write_result(tmp_path / "out", "sft")
     with pytest.raises(UserError, match="another --scale"):
         jobs_of(["sft"], 0, Options(work=str(tmp_path / "work"), out=str(tmp_path / "out"), scale=0.5))
-
-
-def test_a_study_runs_writes_its_page_and_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
-    small = Experiment("Small", runs=("rm_500", "best_of_n_rm_500"), fast=("rm_500", "best_of_n_rm_500"), tables=lambda seeds: "no table",
-                       plot=lambda axes, seeds: None, claims=[Claim("here", "a reward model is fitted", findings.held_out("rm_500"), "accuracy")])
-    monkeypatch.setattr(nanorlhf.study, "EXPERIMENTS", {"small": small})
-    monkeypatch.setattr(sys, "argv", ["study", "small", "--fast", "--scale", "0.01", "--processes", "1", "--work",
-                                      str(tmp_path / "work"), "--out", str(tmp_path / "out")])
-    main()
-    said = capsys.readouterr().out
-    assert "[10/10] seed-0/best_of_n_rm_500" in said and "report.md" in said
-    page = (tmp_path / "out" / "report.md").read_text()
-    assert "| a reward model is fitted | here | accuracy |" in page and "**one seed**" in page
-    result = json.loads((tmp_path / "out" / "runs" / "seed-0" / "best_of_n_rm_500.json").read_text())
-    assert [p["n"] for p in result["measured"]["path"]] == [1, 2, 4, 8, 16, 32, 64, 128] and result["commit"]
-    learned = [p["reward"] for p in result["measured"]["path"]]
-    assert learned == sorted(learned) and result["options"]["reward"] == "@/rm_500"
-    sft = json.loads((tmp_path / "out" / "runs" / "seed-0" / "sft_itself.json").read_text())["measured"]
-    assert sft["row"]["kl"] == 0 and len(sft["scores"]) == len(sft["independent"]) == 8 and sft["perplexity"] > 1
-    main()
-    assert "[" not in capsys.readouterr().out.replace("report.md", "")
-    (tmp_path / "out" / "runs" / "seed-0" / "rm_500.json").unlink()                    # its weights are still there
-    main()
-    said = capsys.readouterr().out
-    assert "[1/1] seed-0/rm_500" in said and "rm done" not in said
 
 
 def test_an_unknown_experiment_is_named(monkeypatch):

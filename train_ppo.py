@@ -1,6 +1,7 @@
 """PPO from a reward: RLHF as a Markov decision process (Ziegler 2019; Stiennon 2020; Chaudhari 2024).
 
-State s_t = [x, y_<t], action a_t = y_t. Transitions are deterministic; the reward comes at the end. A step:
+State s_t = [x, y_<t], action a_t = y_t. Transitions are deterministic; the reward comes at the end (with
+--reward_at sentences, at the end of each sentence). A step:
 
     1 roll out     y ~ pi(. | x) at a temperature that all log-probabilities below share
     2 score        s = r(x, y); a response without EOS scores badly (--missing_eos)

@@ -206,12 +206,15 @@ def draw_candidates(model, records, prompts, tokenizer, reward, config, seed):
 
 @torch.no_grad()
 def subtract_kl(candidates, policy, reference, tokenizer, config, run):
-    """Lowers each candidate's score by kl_coef * (log pi(y|x) - log pi_ref(y|x)), where pi drew it. Then
-    sampling again and again does not run after the reward alone (OP-k with KL in Yuan 2023)."""
-    for part in micro_batches(to_groups(candidates), run.micro_batch_size):
-        logps, ref_logps = (forward(m, part, tokenizer, run).logps for m in (policy, reference))
-        for group, ratios in zip(part, (logps - ref_logps).tolist()):        # [K]
-            group.numbers[:] = [s - config.kl_coef * ratio for s, ratio in zip(group.numbers, ratios)]
+    """Lowers each candidate's score by kl_coef * (log pi(y|x) - log pi_ref(y|x)), where pi is the policy that
+    draws now, and keeps the score before as "raw_scores". Then sampling again and again does not run after
+    the reward alone (OP-k with KL in Yuan 2023)."""
+    for first in range(0, len(candidates), run.micro_batch_size):
+        part = candidates[first:first + run.micro_batch_size]
+        logps, ref_logps = (forward(m, to_groups(part), tokenizer, run).logps for m in (policy, reference))
+        for c, ratios in zip(part, (logps - ref_logps).tolist()):            # [K]
+            c["raw_scores"] = c["scores"]
+            c["scores"] = [score - config.kl_coef * ratio for score, ratio in zip(c["scores"], ratios)]
 
 
 def train(config):
@@ -223,6 +226,9 @@ def train(config):
     if config.reward == "given" and not own_responses_only:
         raise UserError("--reward given ranks the data's own responses by their scores: it needs --kind "
                         "ranked --sampling none")
+    if config.kl_coef > 0 and not config.resample_every:
+        raise UserError(f"--kl_coef {config.kl_coef:g} does nothing without --resample_every: the first "
+                        f"candidates come from --init itself")
     if config.temperature == 0 and config.sampling in ("beam", "diverse_beam"):
         raise UserError(f"--temperature 0: --sampling {config.sampling} needs one above 0")
     tokenizer = load_tokenizer(init)

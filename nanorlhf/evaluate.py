@@ -370,17 +370,20 @@ def evaluate_policies(folders, options):
     return rows, samples
 
 
+def cell(value, spec):
+    """Returns a table's cell: value (number, low end, high end) with its interval, or None, in this format."""
+    if value is None:
+        return "-"
+    mean, low, high = value
+    if low is None:
+        return format(mean, spec)
+    below, above = format(mean - low, spec), format(high - mean, spec)
+    return f"{mean:{spec}} ± {above}" if below == above else f"{mean:{spec}} [{low:{spec}}, {high:{spec}}]"
+
+
 def markdown_table(rows, columns, first="method"):
     """Returns a Markdown table of rows {column: (value, low end, high end)}, the ends None if there are none. columns: {column:
     (heading, format, ...)}; first: the heading of the rows' names."""
-    def cell(value, spec):
-        if value is None:
-            return "-"
-        mean, low, high = value
-        if low is None:
-            return format(mean, spec)
-        below, above = format(mean - low, spec), format(high - mean, spec)
-        return f"{mean:{spec}} ± {above}" if below == above else f"{mean:{spec}} [{low:{spec}}, {high:{spec}}]"
     lines = [f"| {first} | " + " | ".join(c[0] for c in columns.values()) + " |", "|---" + "|---:" * len(columns) + "|"]
     lines += [f"| {r['method']} | " + " | ".join(cell(r.get(c), v[1]) for c, v in columns.items()) + " |" for r in rows]
     return "\n".join(lines)

@@ -19,7 +19,7 @@ import train_rrhf
 import train_sft
 from nanorlhf.__main__ import LABEL_TEMPERATURE, stages
 from nanorlhf.data import encode_response
-from nanorlhf.evaluate import Evaluation, Options, response_nll, table_row
+from nanorlhf.evaluate import Evaluation, Options, measure, response_nll, table_row
 from nanorlhf.files import read_jsonl
 from nanorlhf.metrics import best_of_n_estimate, bon_kl, expectation_adjusted_distinct, perplexity, win_rate
 from nanorlhf.model import Transformer
@@ -33,6 +33,9 @@ PROMPTS = 250                        # per split, of a finished policy
 PATH_PROMPTS = 128                   # of the evaluations while a policy trains; they are the first of those
 TEMPERATURES = (0.0, 0.25, 0.5, 0.75, 1.0)
 FIRST_WORDS = 8                      # of the length-matched diversity: as many as 90% of SFT's texts have
+PPO = "ppo_beta_0.2"                 # PPO where one run stands for it; of seed 0's two best the one of lower KL
+
+POLICY_SCRIPTS = (train_sft, train_ppo, train_dpo, train_rrhf)
 
 # ---- The runs -------------------------------------------------------------------------------------------------------
 
@@ -48,17 +51,19 @@ def runs(seed, scale=1.0):
     yield from itertools.islice(stages("@", seed, scale), 7)                           # base, sft, comparisons, rm
     path = dict(init=SFT, seed=seed, save_every=0, num_eval_prompts=PATH_PROMPTS)
 
-    # PPO. The horizon of 400 episodes lets beta follow its target within 30 steps of 128 episodes.
+    # PPO. A horizon of 100 episodes lets beta change by a quarter per step of 128, so that KL follows its target in 30 steps.
     ppo = path | dict(reward=RM, max_steps=steps(30), eval_every=steps(5))
     gold = ppo | dict(reward="gold", value_init=RM)
-    for target in (3, 6, 9, 12):
-        yield f"ppo_target_{target}", train_ppo, ppo | dict(kl_target=float(target), kl_horizon=400.0)
-    for beta in (0.02, 0.05, 0.1, 0.2, 0.4):
+    adaptive = dict(kl_coef=0.2, kl_horizon=100.0)
+    for beta in (0.02, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6):
         yield f"ppo_beta_{beta}", train_ppo, ppo | dict(kl_coef=beta)
-    yield "ppo_gt_beta_0.05", train_ppo, gold
-    yield "ppo_gt_target_6", train_ppo, gold | dict(kl_target=6.0, kl_horizon=400.0)
-    yield "ppo_gt_whiten", train_ppo, gold | dict(kl_target=6.0, kl_horizon=400.0, whiten_rewards=True)
-    yield "ppo_sentences", train_ppo, ppo | dict(kl_target=6.0, kl_horizon=400.0, reward_at="sentences")
+    for target in (3, 6, 9, 12):
+        yield f"ppo_target_{target}", train_ppo, ppo | adaptive | dict(kl_target=float(target))
+    for beta in (0.05, 0.2, 0.8):                                                      # 0.05 is the default: off the shelf
+        yield f"ppo_gt_beta_{beta}", train_ppo, gold | dict(kl_coef=beta)
+    for name, whiten in (("target_6", False), ("whiten", True)):
+        yield f"ppo_gt_{name}", train_ppo, gold | adaptive | dict(kl_target=6.0, whiten_rewards=whiten)
+    yield "ppo_sentences", train_ppo, ppo | dict(kl_coef=0.2, reward_at="sentences")
 
     # Losses of comparisons.
     pairwise = path | dict(data=PAIRS, share_prompts=True)
@@ -72,14 +77,23 @@ def runs(seed, scale=1.0):
     yield "preferred_ft", train_sft, dict(init=SFT, data=PAIRS, seed=seed, batch_size=64, lr=2e-4, max_steps=steps(60),
                                           save_every=0)
 
-    # RRHF: the pipeline's run, then the sources of candidates. The data's own responses are two samples of SFT per prompt.
     rrhf = path | dict(reward=RM, share_prompts=True, lr=3e-4, max_steps=steps(50), eval_every=steps(10))
     yield "rrhf", train_rrhf, rrhf | dict(num_samples=8)
+
+    # Measurements that train nothing: functions (root, seed, scale, **options).
+    yield "sft_itself", sft_itself, dict(policy=SFT, reward=RM, base=BASE)
+    yield "best_of_16", best_of_16, dict(policy=SFT, reward=RM, base=BASE)
+    yield "best_of_n", best_of_n, dict(policy=SFT, reward=RM, n=128)
+    policies = ("sft", "preferred_ft", "dpo_beta_0.5", PPO)
+    yield "temperatures", temperatures, dict(policies=",".join(f"@/{p}" for p in policies), reward=RM)
+    yield "exact", exact_optimum, {}
+
+    # RRHF's sources of candidates. The data's own responses are two samples of SFT per prompt.
     ranked = rrhf | dict(kind="ranked", data="@/comparisons/ranked.jsonl")
     sources = {"p": dict(sampling="none"), "bp": dict(sampling="beam"), "dp": dict(sampling="diverse_beam"),
                "d": dict(sampling="diverse_beam", from_data=False), "sample": dict(sampling="sample"),
                "op_10": dict(sampling="sample", resample_every=10),
-               "op_10_kl": dict(sampling="sample", resample_every=10, kl_coef=0.1),
+               "op_10_kl": dict(sampling="sample", resample_every=10, kl_coef=0.1),    # the paper's is 0.01, at another scale
                "dp_no_rank": dict(sampling="diverse_beam", rrhf_weight=0.0),
                "dp_weight_10": dict(sampling="diverse_beam", rrhf_weight=10.0),
                "dp_weight_100": dict(sampling="diverse_beam", rrhf_weight=100.0)}
@@ -105,15 +119,7 @@ def runs(seed, scale=1.0):
     for name, data in (("wide", PAIRS), ("deep", "@/comparisons_deep/comparisons.jsonl")):     # 4 responses make 6 pairs
         yield f"rm_{name}", train_rm, rm | dict(data=data, limit=records(1500), max_steps=steps(104))
     yield "ppo_rm_500", train_ppo, ppo | dict(reward="@/rm_500", kl_coef=0.02)
-
-    # Measurements that train nothing. All begin with (root, seed, scale).
-    yield "sft_itself", sft_itself, dict(policy=SFT, reward=RM)
-    yield "best_of_16", best_of_16, dict(policy=SFT, reward=RM)
-    for name in ("rm", "rm_500"):
-        yield f"best_of_n_{name}", best_of_n, dict(policy=SFT, reward=f"@/{name}", n=128)
-    policies = ("sft", "preferred_ft", "dpo_beta_0.5", "ppo_target_6")
-    yield "temperatures", temperatures, dict(policies=",".join(f"@/{p}" for p in policies), reward=RM)
-    yield "exact", exact_optimum, {}
+    yield "best_of_n_rm_500", best_of_n, dict(policy=SFT, reward="@/rm_500", n=128)
 
 
 # ---- Measuring a finished run ---------------------------------------------------------------------------------------
@@ -123,15 +129,24 @@ def measured(script, folder, root, seed, scale):
     """Returns what is kept of a finished run, a dict of numbers. root: the folder of the seed's runs."""
     rows = read_jsonl(folder / "metrics.jsonl")
     if script is train_rm:
-        return {"held_out": {k.removeprefix("eval/"): v for k, v in rows[-1].items() if k.startswith("eval/")}}
+        found = {k.removeprefix("eval/"): v for k, v in rows[-1].items() if k.startswith("eval/")}
+        for split in SPLITS:                                                           # of an oracle that knows the true reward
+            pairs = read_jsonl(root / f"comparisons_{split}" / "comparisons.jsonl")
+            found[f"{split}/ceiling"] = sample_bon.label_ceiling([p["score_chosen"] for p in pairs],
+                                                                 [p["score_rejected"] for p in pairs], LABEL_TEMPERATURE)
+        return {"held_out": found}
     if script is sample_bon or folder.name in ("base", "sft"):
         return {}
     found = policy_values(folder, root, seed, scale)
-    found["path"] = [{"step": r["step"]} | {k: r[f"eval/{k}"] for k in ("kl", "gold", "reward") if f"eval/{k}" in r}
-                     for r in rows if "eval/kl" in r]
+    if path := [path_point(r["step"], r) for r in rows if "eval/kl" in r]:
+        found["path"] = path
     if script is train_rrhf:
         found |= rrhf_values(folder, root)
     return found
+
+
+def path_point(step, metrics):
+    return {"step": step} | {k: metrics[f"eval/{k}"] for k in ("kl", "gold", "reward") if f"eval/{k}" in metrics}
 
 
 def evaluation_of(root, seed, scale, **options):
@@ -141,27 +156,30 @@ def evaluation_of(root, seed, scale, **options):
 
 
 def policy_values(folder, root, seed, scale, n=1):
-    """Returns {"row": {column of evaluate's table: value}, "scores": gold reward of each test prompt's sample, "independent":
-    likewise, of samples that share no random numbers with those of another policy, "perplexity": under the base model}."""
+    """Returns {"row": {column of evaluate's table: value}, "independent": gold reward of a sample per test prompt that shares no
+    random numbers with those of another policy, "perplexity": of these samples under the base model, "path": one point, measured
+    as training loops measure theirs}."""
     e = evaluation_of(root, seed, scale)
     model = Transformer.from_pretrained(folder).to(e.reference.embed.weight.device)
-    row, values, _ = table_row(e, folder.name, model, n)
+    row, _, _ = table_row(e, folder.name, model, n)
     drawn = [texts[0] for texts in e.draw(model, e.first, 1, n, f"wins of {folder.name}{n}")]
     base = Transformer.from_pretrained(root / "base").to(model.embed.weight.device)
     prompts, records = e.prompts[e.first], e.records[e.first]
-    return {"row": {column: value[0] for column, value in row.items() if column not in ("method", "first_words")},
-            "scores": rounded(values["gold/test"]), "independent": rounded(e.rewards["gold"](prompts, drawn, records).tolist()),
-            "perplexity": perplexity(response_nll(base, e.tokenizer, prompts, drawn))}
-
-
-def rounded(values):
-    return [round(v, 3) for v in values]
+    found = {"row": {column: value[0] for column, value in row.items() if column not in ("method", "first_words")},
+             "independent": [round(v, 3) for v in e.rewards["gold"](prompts, drawn, records).tolist()],
+             "perplexity": perplexity(response_nll(base, e.tokenizer, prompts, drawn))}
+    if n == 1:
+        few = slice(PATH_PROMPTS)
+        metrics, _ = measure(model, e.reference, e.tokenizer, prompts[few], e.rewards, e.options.response_length, seed=seed,
+                             records=records[few])
+        found["path"] = [path_point(0, metrics)]
+    return found
 
 
 def rrhf_values(folder, root):
     """Returns the learned reward of the candidates that RRHF trained on, {"best", "mean", "std"}: means over their prompts; and
     its accuracy as a reward model: the share of held-out comparisons whose chosen response has the higher p_i (Eq. 1)."""
-    groups = [c["scores"] for file in sorted(folder.glob("candidates-*.jsonl")) for c in read_jsonl(file)]
+    groups = [c.get("raw_scores", c["scores"]) for file in sorted(folder.glob("candidates-*.jsonl")) for c in read_jsonl(file)]
     model, tokenizer = Transformer.from_pretrained(folder), load_tokenizer(folder)
     pairs, p = read_jsonl(root / "comparisons_test/comparisons.jsonl"), {}
     for side in ("chosen", "rejected"):
@@ -175,11 +193,11 @@ def rrhf_values(folder, root):
 # ---- Measurements that train nothing --------------------------------------------------------------------------------
 
 
-def sft_itself(root, seed, scale, policy, reward):
+def sft_itself(root, seed, scale, policy, reward, base):
     return policy_values(Path(policy), root, seed, scale)
 
 
-def best_of_16(root, seed, scale, policy, reward):
+def best_of_16(root, seed, scale, policy, reward, base):
     return policy_values(Path(policy), root, seed, scale, n=16)
 
 
@@ -208,7 +226,7 @@ def temperatures(root, seed, scale, policies, reward):
         rows = [(Path(p).name, Path(p), 1) for p in policies.split(",")] + [("best_of_16", root / "sft", 16)]
         for name, folder, n in rows:
             model = Transformer.from_pretrained(folder).to(e.reference.embed.weight.device)
-            texts = [drawn[0] for drawn in e.draw(model, e.first, 1, n, f"temperature of {name}{t}")]
+            texts = [drawn[0] for drawn in e.draw(model, e.first, 1, n, f"temperature {t}")]
             gold = e.rewards["gold"](prompts, texts, records)
             words = [e.tokenizer.decode(y, start=False) for y in texts]
             found.setdefault(name, []).append({

@@ -9,6 +9,7 @@ with its interval over the seeds, and whether it was shown.
 """
 
 import dataclasses
+import fnmatch
 import importlib.util
 import itertools
 import sys
@@ -16,8 +17,8 @@ import time
 from pathlib import Path
 
 from nanorlhf.errors import UserError
-from nanorlhf.evaluate import markdown_table
-from nanorlhf.experiments import measured, runs
+from nanorlhf.evaluate import cell
+from nanorlhf.experiments import POLICY_SCRIPTS, PPO, measured, runs
 from nanorlhf.files import read_json, write_json, write_text
 from nanorlhf.findings import COMMON, EXPERIMENTS, over_seeds, verdict
 from nanorlhf.jobs import Job, is_finished, run_jobs, run_stage, stages_needed
@@ -42,21 +43,17 @@ def jobs_of(names, seed, options):
     root, results = Path(options.work) / f"seed-{seed}", Path(options.out) / "runs" / f"seed-{seed}"
     table = {name: (script, settings) for name, script, settings in runs(seed, options.scale)}
     needs = stages_needed([(name, *rest) for name, rest in table.items()], "@")
-    # A finished policy is measured against SFT and the reward model, and its perplexity is the base model's.
-    common = COMMON[:-1]
-    needs = {name: needs[name] if name in common else tuple({*needs[name], *common}) for name in table}
-    missing = [name for name in names if not has_result(results / f"{name}.json", table[name][1], options.scale)]
+    for name, (script, _) in table.items():                        # a policy is measured against SFT, by the reward model, ...
+        if script in POLICY_SCRIPTS and name not in ("base", "sft"):
+            needs[name] = tuple({*needs[name], *COMMON} - {"sft_itself"})
+    missing = {name for name in names if not has_result(results / f"{name}.json", table[name][1], options.scale)}
     wanted = set(missing)
-    for name in reversed(table):                                                       # every run stands after those it reads
+    for name in reversed(table):                                   # every run stands after those that it reads
         if name in wanted:
-            wanted |= set(needs[name])
-    jobs = []
-    for name, (_, settings) in table.items():
-        file = results / f"{name}.json" if name in missing else None
-        if name in wanted and not (file is None and is_finished(root / name)):
-            jobs.append(Job(f"seed-{seed}/{name}", tuple(f"seed-{seed}/{n}" for n in needs[name]), str(root / f"{name}.log"),
-                            run_and_measure, (name, settings, root, file, seed, options.scale)))
-    return jobs
+            wanted |= {n for n in needs[name] if not is_finished(root / n)}
+    return [Job(f"seed-{seed}/{name}", tuple(f"seed-{seed}/{n}" for n in needs[name]), str(root / f"{name}.log"), run_and_measure,
+                (name, settings, root, results / f"{name}.json" if name in missing else None, seed, options.scale))
+            for name, (_, settings) in table.items() if name in wanted]
 
 
 def has_result(file, settings, scale):
@@ -64,8 +61,16 @@ def has_result(file, settings, scale):
         return False
     found = read_json(file)
     if found["options"] != settings or found["scale"] != scale:
-        raise UserError(f"{file} was measured with other options or another --scale: delete it, or name another --out")
+        raise UserError(f"{file} was measured with other options or another --scale: delete it and the run's folder in --work, "
+                        f"or name another --out and --work")
     return True
+
+
+def check_same(folder, settings):
+    """Raises UserError if the finished run in the folder had other options."""
+    had = read_json(folder / "run.json")["options"]
+    if other := [name for name, value in settings.items() if had.get(name) != value]:
+        raise UserError(f"{folder} was trained with another --{other[0]}: delete it, or name another --work")
 
 
 def run_and_measure(name, settings, root, file, seed, scale):
@@ -76,7 +81,9 @@ def run_and_measure(name, settings, root, file, seed, scale):
     if callable(script):
         found = script(root, seed, scale, **settings_here)
     else:
-        if not is_finished(root / name):
+        if is_finished(root / name):
+            check_same(root / name, settings_here)
+        else:
             run_stage(script.__name__, settings_here, str(root / name))
         if file is None:
             return
@@ -90,8 +97,13 @@ def run_and_measure(name, settings, root, file, seed, scale):
 
 def chosen_runs(names, fast):
     """Returns the names of the runs of these experiments, or of their fast parts."""
-    starts = tuple(start for name in names for start in (EXPERIMENTS[name].fast if fast else EXPERIMENTS[name].runs))
-    return [run for run, *_ in runs(0) if run in COMMON or (run in starts if fast else run.startswith(starts))]
+    patterns = [*COMMON, *(p for name in names for p in (EXPERIMENTS[name].fast if fast else EXPERIMENTS[name].runs))]
+    return [run for run, *_ in runs(0) if any(fnmatch.fnmatchcase(run, p) for p in patterns)]
+
+
+def has_runs(name, seeds):
+    """True if all runs of an experiment's fast part are measured, whoever asked for them."""
+    return all(run in s for s in seeds for run in EXPERIMENTS[name].fast)
 
 
 def measurements(seeds, names, out):
@@ -106,7 +118,7 @@ def claims_table(experiment, seeds):
     for claim in experiment.claims:
         found = over_seeds(claim.figure, seeds)
         answer = verdict(found, len(seeds))
-        value = markdown_table([{"method": "", "value": found}], {"value": ("", ".2f")}).split("| ")[-1].rstrip(" |")
+        value = cell(found, ".3f")
         why = f" {claim.why[answer]}" if answer in claim.why else ""
         rows.append(f"| {claim.text} | {claim.source} | {claim.unit} | {value} | **{answer}**.{why} |")
     return "\n".join(rows)
@@ -117,7 +129,9 @@ def report(names, seeds, out, plots):
     count = f"{len(seeds)} seeds" if len(seeds) > 1 else "one seed, so without intervals"
     parts = [f"# What the papers found, tried on the built-in task\n\nMeans over {count}; ± is half of a 95% interval over the "
              f"seeds by Student's t. A claim is *shown* if the whole interval of its figure is above 0, *reversed* if it is "
-             f"below, and otherwise *not shown*. Claims are in our words."]
+             f"below, and otherwise *not shown*. Each claim is put in our words; of as many as stand here, one or two would come "
+             f"out shown or reversed by chance. Gold is the true reward. Where one run stands for PPO, it is that with β = "
+             f"{PPO.removeprefix('ppo_beta_')}."]
     for name in names:
         experiment = EXPERIMENTS[name]
         parts.append(f"## {experiment.title}\n\n{claims_table(experiment, seeds)}")
@@ -156,9 +170,12 @@ def main():
         names = names or list(EXPERIMENTS)
         wanted = chosen_runs(names, options.fast)
         seeds = range(options.seed, options.seed + (1 if options.fast else options.seeds))
-        run_jobs([job for seed in seeds for job in jobs_of(wanted, seed, options)], options.processes)
-        found = measurements(seeds, wanted, options.out)
-        write_text(Path(options.out) / "report.md", report(names, found, options.out, can_plot()))
+        order = [name for name, *_ in runs(0)]
+        jobs = [job for seed in seeds for job in jobs_of(wanted, seed, options)]
+        run_jobs(sorted(jobs, key=lambda job: order.index(job.arguments[0])), options.processes)     # the same run of all seeds
+        found = measurements(seeds, order, options.out)
+        page = report([name for name in EXPERIMENTS if name in names or has_runs(name, found)], found, options.out, can_plot())
+        write_text(Path(options.out) / "report.md", page)
         print(f"{options.out}/report.md; {time.monotonic() - started:.0f} seconds")
 
 

@@ -120,10 +120,9 @@ def pairs_of(files, options):
     pairs = [(*key, x, y) for key, texts in of_a.items() for x, y in zip(texts, of_b.get(key, []))]
     if not pairs:
         raise UserError(f"no prompt of a split has texts of both {a} and {b}")
-    if alone := [key for key in of_a | of_b if len(of_a.get(key, [])) != len(of_b.get(key, []))]:
-        left_a, left_b = (sum(map(len, texts.values())) - len(pairs) for texts in (of_a, of_b))
-        print(f"{left_a} texts of {a} and {left_b} of {b} have no partner and are not asked about; the first is for the prompt "
-              f"{alone[0][1][:60]!r}", flush=True)
+    left_a, left_b = (sum(map(len, texts.values())) - len(pairs) for texts in (of_a, of_b))
+    if left_a or left_b:
+        print(f"{left_a} texts of {a} and {left_b} of {b} have no partner and are not asked about", flush=True)
     return a, b, pairs
 
 
@@ -221,19 +220,19 @@ def share(pairs, value):
 
 
 def table_row(name, pairs):
-    """Returns {"method": name, column: (value, low end, high end)} of pairs {prompt, words_a, words_b, votes, firsts}. votes says
-    of each answer whether it prefers a, and firsts whether it prefers the text shown first."""
+    """Returns {"method": name, column: (value, low end, high end)} of pairs {prompt, words_a, words_b, letters}. letters:
+    {"a" or "b", whose text was shown first: the clear answer, "A" or "B"}."""
     def win(pair):
-        return sum(pair["votes"]) / 2
+        return ((pair["letters"]["a"] == "A") + (pair["letters"]["b"] == "B")) / 2
 
     def a_is_longer(pair):
         return pair["words_a"] > pair["words_b"]
-    both = [p for p in pairs if len(p["votes"]) == 2]
+    both = [p for p in pairs if len(p["letters"]) == 2]
     unlike = [p for p in both if p["words_a"] != p["words_b"]]
     row = {"method": name, "prompts": (len({p["prompt"] for p in both}), None, None),
-           "unanswered": (sum(2 - len(p["votes"]) for p in pairs), None, None),
+           "unanswered": (sum(2 - len(p["letters"]) for p in pairs), None, None),
            "win": share(both, win), "disagree": share(both, lambda p: win(p) == 0.5),
-           "first": share(both, lambda p: sum(p["firsts"]) / 2),
+           "first": share(both, lambda p: [*p["letters"].values()].count("A") / 2),
            "longer": share([p for p in unlike if win(p) != 0.5], lambda p: win(p) == a_is_longer(p)),
            "win_longer": share([p for p in unlike if a_is_longer(p)], win),
            "win_shorter": share([p for p in unlike if not a_is_longer(p)], win)}
@@ -249,10 +248,9 @@ def read(files, options):
     key = {k["id"]: k for k in read_jsonl(require_file(out / "key.jsonl", "python -m nanorlhf.judge ask"))}
     answers, pairs = read_answers(files[0], key), {}
     for name, k in sorted(key.items(), key=lambda item: item[1]["pair"]):
-        pair = pairs.setdefault(k["pair"], k | {"votes": [], "firsts": []})
+        pair = pairs.setdefault(k["pair"], k | {"letters": {}})
         if letter := answers.get(name):
-            pair["firsts"].append(letter == "A")
-            pair["votes"].append((letter == "A") == (k["first"] == "a"))
+            pair["letters"][k["first"]] = letter
     unclear, absent = [name for name, letter in answers.items() if letter is None], len(key) - len(answers)
     if unclear or absent:
         print(f"{absent} of {len(key)} questions have no answer, and {len(unclear)} answers name neither A nor B clearly"

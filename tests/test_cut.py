@@ -160,7 +160,7 @@ def test_the_command_says_what_is_cut_and_what_is_not(at, monkeypatch, capsys):
         "evaluate", "--reference", f"{at}/sft", "--num_prompts", "3", "--reward", f"{at}/reward.py:chars", "--diversity_prompts", "1",
         "--num_samples", "2", "--response_length", "6", "--device", "cpu", "--out", str(at / "out"), "--cut_at", r"\n\nHuman:,e"])
     evaluate.main()
-    assert r"ends before the first of '\n\nHuman:', 'e' (--cut_at); KL and heed are of whole samples." in capsys.readouterr().out
+    assert r"ends before the first of '\n\nHuman:', 'e' (--cut_at) and has ended then; KL and heed are of whole samples." in capsys.readouterr().out
 
 
 def test_sample_bon_scores_and_writes_cut_responses(at, tmp_path):

@@ -490,8 +490,8 @@ def main():
         judged_by += (f" The learned reward is {options.reward}." if column == "gold" else
                       " It is also the learned reward: no --gold was given.")
         if marks := marks_of(options.cut_at):
-            judged_by += (f" A response ends before the first of {', '.join(map(repr, marks))} (--cut_at); KL and heed are of "
-                          f"whole samples.")
+            judged_by += (f" A response ends before the first of {', '.join(map(repr, marks))} (--cut_at) and has "
+                          f"ended then; KL and heed are of whole samples.")
         table = report(rows, judged_by, OVER_PROMPTS)
         print(table)
         write_text(Path(options.out) / "table.md", table)

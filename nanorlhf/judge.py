@@ -5,7 +5,8 @@
 
 SAMPLES.jsonl is what `python -m nanorlhf.evaluate` writes; --a and --b name two methods in it. Or give two record files, the
 first for a: rows with a prompt and a completion, both strings, and perhaps method and split. Texts for the same prompt and split
-are a pair; several texts for one prompt pair up in order.
+are a pair; several texts for one prompt pair up in order. One evaluation draws all methods' texts with the same random numbers,
+so that similar methods write some texts alike; those of two evaluations with different --seed are independent.
 
 questions.jsonl has records {id, question}. The judge answers each with a record {id, answer}, its words as they are. Ask each
 question on its own, a language model at temperature 0. It first compares the texts in one sentence and then writes a line with
@@ -14,13 +15,14 @@ only A or B. Each pair is asked in both orders, because judges favour a place. N
 The built-in questions follow Rafailov 2023 (appendix C.2) in other words; for theirs, write a template (--question FILE).
 `simple`, their (S), asks which summary tells the most important points better. `concise`, their (C), wants no unimportant detail
 besides. In the paper GPT-4 with (S) liked longer texts more than people did, and with (C) it agreed better with people. `helpful`
-asks which answer in a dialogue helps more.
+asks which answer in a dialogue helps more. `read --help` lists the options of read, `--help` those of ask.
 """
 
 import dataclasses
 import hashlib
 import itertools
 import json
+import operator
 import random
 import re
 import sys
@@ -68,14 +70,14 @@ class Read:
 
 def check_unused(out, names, overwrite):
     """Raises UserError if the folder has a file of one of these names, unless it may be overwritten."""
-    if found := [out / name for name in names if (out / name).exists()]:
-        if not overwrite:
-            raise UserError(f"{found[0]} is there already: name another --out, or replace it with --overwrite")
+    for file in (out / name for name in names):
+        if file.exists() and not overwrite:
+            raise UserError(f"{file} is there already: name another --out, or replace it with --overwrite")
 
 
 def read_rows(file, **fields):
-    """Yields (place, row) for each JSON object of a file; place is "file:line". fields: names of fields that are strings, and
-    what a row without one gets (None: it must have it)."""
+    """Yields ("file:line", row) for each JSON object of a file. fields: those that are strings, and what stands for a missing one
+    or a null (None: there must be one)."""
     for line, content in rows_in(Path(require_file(file, "", ""))):
         try:
             row = json.loads(content) if isinstance(content, bytes) else content
@@ -91,27 +93,26 @@ def read_rows(file, **fields):
 # ---- Asking ---------------------------------------------------------------------------------------------------------
 
 
-def texts_of(file, option, name, marks=()):
-    """Returns (method, {(split, prompt): [its texts]}) of the method called `name` in a file; the case of letters is free. A file
-    whose rows name no method has one, which gets the name, or else the file's. option: --a or --b, for errors; marks: those of
-    --cut_at."""
-    rows = [row for _, row in read_rows(file, prompt=None, completion=None)]
-    methods = {str(row["method"]): None for row in rows if "method" in row}
-    if methods:
-        fits = [m for m in methods if m == name] or [m for m in methods if name.lower() in (m.lower(), "")]
-        if len(fits) != 1:
-            raise UserError(f"{option} {name}: {file} has the methods {', '.join(methods)}: name one of them")
-        name, rows = fits[0], [row for row in rows if str(row.get("method")) == fits[0]]
-    texts = {}
-    for row in rows:
-        texts.setdefault((str(row.get("split", "")), row["prompt"]), []).append(cut_text(row["completion"], marks))
-    return name or Path(file).stem, texts
+def texts_of(file, option, name, marks):
+    """Returns (method, {(split, prompt): [its texts, cut at marks]}) of the method called `name` in a file; the case of letters
+    is free. A file whose rows name no method has one, which gets the name, or else the file's. option: --a or --b, for errors."""
+    found = {}
+    for _, row in read_rows(file, prompt=None, completion=None, method="", split=""):
+        texts = found.setdefault(row["method"], {}).setdefault((row["split"], row["prompt"]), [])
+        texts.append(cut_text(row["completion"], marks))
+    if found.keys() <= {""}:
+        return name or Path(file).stem, found.get("", {})
+    fits = [m for m in found if m == name] or [m for m in found if name.lower() in (m.lower(), "")]
+    if len(fits) != 1:
+        raise UserError(f"{option} {name}: {file} has the methods {', '.join(found)}: name one of them")
+    return fits[0], found[fits[0]]
 
 
 def pairs_of(files, options):
     """Returns (name of a, name of b, [(split, prompt, text of a, text of b)]). Prints one line about texts without a partner."""
-    sides, marks = ((files[0], "--a", options.a), (files[-1], "--b", options.b)), marks_of(options.cut_at)
-    (a, of_a), (b, of_b) = (texts_of(*side, marks) for side in sides)
+    marks = marks_of(options.cut_at)
+    a, of_a = texts_of(files[0], "--a", options.a, marks)
+    b, of_b = texts_of(files[-1], "--b", options.b, marks)
     if a == b and Path(files[0]) == Path(files[-1]):
         raise UserError(f"--a and --b are both {a}: name two methods, or two files")
     if a == b:
@@ -119,21 +120,18 @@ def pairs_of(files, options):
     pairs = [(*key, x, y) for key, texts in of_a.items() for x, y in zip(texts, of_b.get(key, []))]
     if not pairs:
         raise UserError(f"no prompt of a split has texts of both {a} and {b}")
-    counts = {key: (len(of_a.get(key, [])), len(of_b.get(key, []))) for key in of_a | of_b}
-    if alone := [key for key, (n, m) in counts.items() if n != m]:
-        left_a, left_b = (sum(max(0, c[i] - c[1 - i]) for c in counts.values()) for i in (0, 1))
-        print(f"{left_a} texts of {a} and {left_b} of {b} have no partner and are not asked about; the first is for the prompt "
-              f"{alone[0][1][:60]!r}", flush=True)
+    left_a, left_b = (sum(map(len, texts.values())) - len(pairs) for texts in (of_a, of_b))
+    if left_a or left_b:
+        print(f"{left_a} texts of {a} and {left_b} of {b} have no partner and are not asked about", flush=True)
     return a, b, pairs
 
 
 def template_of(question):
     """Returns the template that --question names: a built-in one, or a file's content."""
-    template = QUESTIONS.get(question)
-    if template is None:
-        if not Path(question).is_file():
-            raise UserError(f"--question {question}: neither {', '.join(QUESTIONS)}, nor a file")
-        template = Path(question).read_text(encoding="utf-8")
+    try:
+        template = QUESTIONS.get(question) or Path(question).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError):
+        raise UserError(f"--question {question}: neither {', '.join(QUESTIONS)}, nor a text file in UTF-8")
     if missing := [field for field in ("{prompt}", "{a}", "{b}") if field not in template]:
         raise UserError(f"--question {question}: the template has no {missing[0]}")
     return template
@@ -179,19 +177,32 @@ def preference(answer):
     matches = [re.fullmatch(r"(.*[:：])?[\W_]*(?:(?:response|summary|answer|option)[\W_]+)?([ab])[\W_]*", line)
                for line in answer.lower().splitlines()]
     found = [((match[1] or "").strip("*_ "), match[2].upper()) for match in matches if match]
-    return found[-1][1] if found and all(letter == found[-1][1] for label, letter in found if label == found[-1][0]) else None
+    letters = {letter for label, letter in found if label == found[-1][0]}
+    return letters.pop() if len(letters) == 1 else None
 
 
 def read_answers(file, key):
     """Returns {id: "A", "B" or None} of a file of answers. key: {id: its record}. UserError for an unknown or repeated id."""
-    answers, places = {}, {}
+    answers = {}
     for place, row in read_rows(file, id=None, answer=""):
         if row["id"] not in key:
             raise UserError(f"{place}: no question has the id {row['id']!r}")
         if row["id"] in answers:
-            raise UserError(f"{place}: the id {row['id']!r} was answered at {places[row['id']]} already")
-        answers[row["id"]], places[row["id"]] = preference(row["answer"]), place
+            raise UserError(f"{place}: a second answer to the id {row['id']!r}")
+        answers[row["id"]] = preference(row["answer"])
     return answers
+
+
+COLUMNS = {                                       # {column: (heading, format, meaning)}
+    "unanswered": ("unanswered", "d", "questions without an answer, or with one that names neither A nor B clearly"),
+    "prompts": ("prompts", "d", "prompts with a pair whose two questions have a clear answer; the columns behind are of these"),
+    "win": ("win rate", ".0%", "share of pairs that a wins; a pair whose two orders disagree is a tie, half a win"),
+    "disagree": ("orders disagree", ".0%", "share of pairs where the judge prefers another text when the texts change places"),
+    "first": ("first wins", ".0%", "share of answers that prefer the text shown first; 50% = no bias to a place"),
+    "words_a": ("words of a", ".1f", "mean length of a's texts"), "words_b": ("words of b", ".1f", "mean length of b's texts"),
+    "longer": ("longer wins", ".0%", "share of pairs that the longer text wins, without ties and texts of the same length"),
+    "win_longer": ("win rate, a longer", ".0%", "a's win rate in pairs where its text is the longer one"),
+    "win_shorter": ("win rate, a shorter", ".0%", "likewise, the shorter one; a judge of length only would give 100% and 0%")}
 
 
 def over_prompts(pairs, value):
@@ -208,44 +219,26 @@ def share(pairs, value):
     return share_interval(sum(values) / len(values), len(values)) if values else None
 
 
-COLUMNS = {                                       # {column: (heading, format, meaning)}
-    "unanswered": ("unanswered", "d", "questions without an answer, or with one that names neither A nor B clearly"),
-    "prompts": ("prompts", "d", "prompts with a pair whose two questions have a clear answer; the columns behind are of these"),
-    "win": ("win rate", ".0%", "share of pairs that a wins; a pair whose two orders disagree is a tie, half a win"),
-    "disagree": ("orders disagree", ".0%", "share of pairs where the judge prefers another text when the texts change places"),
-    "first": ("first wins", ".0%", "share of answers that prefer the text shown first; 50% = no bias to a place"),
-    "words_a": ("words of a", ".1f", "mean length of a's texts"), "words_b": ("words of b", ".1f", "mean length of b's texts"),
-    "longer": ("longer wins", ".0%", "share of pairs that the longer text wins, without ties and texts of the same length"),
-    "win_longer": ("win rate, a longer", ".0%", "a's win rate in pairs where its text is the longer one"),
-    "win_shorter": ("win rate, a shorter", ".0%", "likewise, the shorter one; a judge of length only would give 100% and 0%")}
-
-
 def table_row(name, pairs):
-    """Returns {"method": name, column: (value, low end, high end)} of pairs {prompt, words_a, words_b, votes, firsts}. votes has
-    a 1 for each answer that prefers a, else 0, and firsts a 1 for each that prefers the text shown first."""
+    """Returns {"method": name, column: (value, low end, high end)} of pairs {prompt, words_a, words_b, letters}. letters:
+    {"a" or "b", whose text was shown first: the clear answer, "A" or "B"}."""
     def win(pair):
-        return sum(pair["votes"]) / 2
+        return ((pair["letters"]["a"] == "A") + (pair["letters"]["b"] == "B")) / 2
 
-    def of_prompts(pairs, value):                 # one number per prompt: pairs of one prompt are not independent
-        groups = {}
-        for pair in pairs:
-            groups.setdefault(pair["prompt"], []).append(value(pair))
-        return [sum(values) / len(values) for values in groups.values()]
-
-    def share(pairs, value):
-        values = of_prompts(pairs, value)
-        return share_interval(sum(values) / len(values), len(values)) if values else None
-    both = [p for p in pairs if len(p["votes"]) == 2]
-    longer, shorter = [p for p in both if p["words_a"] > p["words_b"]], [p for p in both if p["words_a"] < p["words_b"]]
-    decided = [p for p in longer + shorter if win(p) != 0.5]
-    lengths = {side: of_prompts(both, lambda p, side=side: p[side]) for side in ("words_a", "words_b")}
-    return {"method": name, "prompts": (len({p["prompt"] for p in both}), None, None),
-            "unanswered": (sum(2 - len(p["votes"]) for p in pairs), None, None),
-            "win": share(both, win), "disagree": share(both, lambda p: win(p) == 0.5),
-            "first": share(both, lambda p: sum(p["firsts"]) / 2),
-            "longer": share(decided, lambda p: (win(p) == 1) == (p["words_a"] > p["words_b"])),
-            "win_longer": share(longer, win), "win_shorter": share(shorter, win),
-            **{side: within(*mean_and_interval(values), 0) if values else None for side, values in lengths.items()}}
+    def a_is_longer(pair):
+        return pair["words_a"] > pair["words_b"]
+    both = [p for p in pairs if len(p["letters"]) == 2]
+    unlike = [p for p in both if p["words_a"] != p["words_b"]]
+    row = {"method": name, "prompts": (len({p["prompt"] for p in both}), None, None),
+           "unanswered": (sum(2 - len(p["letters"]) for p in pairs), None, None),
+           "win": share(both, win), "disagree": share(both, lambda p: win(p) == 0.5),
+           "first": share(both, lambda p: [*p["letters"].values()].count("A") / 2),
+           "longer": share([p for p in unlike if win(p) != 0.5], lambda p: win(p) == a_is_longer(p)),
+           "win_longer": share([p for p in unlike if a_is_longer(p)], win),
+           "win_shorter": share([p for p in unlike if not a_is_longer(p)], win)}
+    for side in ("words_a", "words_b"):
+        row[side] = within(*mean_and_interval(over_prompts(both, operator.itemgetter(side))), 0) if both else None
+    return row
 
 
 def read(files, options):
@@ -255,17 +248,17 @@ def read(files, options):
     key = {k["id"]: k for k in read_jsonl(require_file(out / "key.jsonl", "python -m nanorlhf.judge ask"))}
     answers, pairs = read_answers(files[0], key), {}
     for name, k in sorted(key.items(), key=lambda item: item[1]["pair"]):
-        pair = pairs.setdefault(k["pair"], k | {"votes": [], "firsts": []})
+        pair = pairs.setdefault(k["pair"], k | {"letters": {}})
         if letter := answers.get(name):
-            pair["firsts"].append(int(letter == "A"))
-            pair["votes"].append(int((letter == "A") == (k["first"] == "a")))
+            pair["letters"][k["first"]] = letter
     unclear, absent = [name for name, letter in answers.items() if letter is None], len(key) - len(answers)
     if unclear or absent:
         print(f"{absent} of {len(key)} questions have no answer, and {len(unclear)} answers name neither A nor B clearly"
               + (f", such as that to {unclear[0]}" if unclear else ""), flush=True)
-    splits = list(dict.fromkeys(p["split"] for p in pairs.values()))
-    rows = [table_row("all", pairs.values())] + [
-        table_row(s, [p for p in pairs.values() if p["split"] == s]) for s in splits if len(splits) > 1]
+    of_split = {}
+    for pair in pairs.values():
+        of_split.setdefault(pair["split"], []).append(pair)
+    rows = [table_row("all", pairs.values()), *(table_row(*item) for item in of_split.items() if len(of_split) > 1)]
     if not rows[0]["win"]:
         raise UserError(f"{files[0]}: no pair has a clear answer in both orders")
     of, legend = pairs[0], "\n".join(f"- {heading}: {meaning}" for heading, _, meaning in COLUMNS.values())
@@ -278,16 +271,13 @@ def read(files, options):
 
 
 def main():
-    command, rest = (sys.argv[1:2] or [""])[0], sys.argv[2:]
-    if command not in ("ask", "read"):            # --help, or a mistake
-        parse_options(Ask, f"{__doc__}\nThe options of ask; `read --help` lists those of read.", sys.argv[1:])
-        raise SystemExit("error: say ask or read first (--help tells how)")
-    files = list(itertools.takewhile(lambda word: not word.startswith("-"), rest))
-    options = parse_options(Ask if command == "ask" else Read, __doc__, rest[len(files):])
+    words = list(itertools.takewhile(lambda word: not word.startswith("-"), sys.argv[1:]))
+    command, files = "".join(words[:1]), words[1:]
+    options = parse_options(Read if command == "read" else Ask, __doc__, sys.argv[1 + len(words):])
     with one_line_errors(options, lambda: "nothing was saved: give the same command again"):
         check_options(options)
-        if len(files) not in ((1, 2) if command == "ask" else (1,)):
-            raise UserError(f"{command} reads {'one file or two' if command == 'ask' else 'one file'}, named before the options")
+        if (command, len(files)) not in (("ask", 1), ("ask", 2), ("read", 1)):
+            raise UserError("say `ask` and one file or two, or `read` and one file, before the options (--help tells more)")
         (ask if command == "ask" else read)(files, options)
 
 

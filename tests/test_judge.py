@@ -100,7 +100,10 @@ def test_a_template_of_the_users_own_needs_all_three_fields(samples, tmp_path):
     one = next(q["question"] for k, q in zip(key, questions) if (k["pair"], k["first"]) == (4, "b"))
     assert one == "Q p4\n1) s0 s1\n2) d0 d1\nfirst: s0 s1"
     mine.write_text("{prompt} {a} B")
-    for question, says in ((str(mine), "the template has no {b}"), ("clever", "neither simple, concise, helpful, nor a file")):
+    latin = tmp_path / "latin.txt"
+    latin.write_bytes("Quel résumé ? {prompt} {a} {b}".encode("latin-1"))
+    for question, says in ((str(mine), "the template has no {b}"), ("clever", "neither simple, concise, helpful, nor a text file"),
+                           (str(latin), "nor a text file in UTF-8")):
         with pytest.raises(UserError, match=says):
             ask([samples], Ask(a="dpo", b="SFT", out=str(tmp_path / "other"), question=question))
     for question in judge.QUESTIONS:
@@ -118,8 +121,7 @@ def test_texts_pair_up_by_prompt_split_and_turn_and_one_line_names_those_left_ov
     a, b, pairs = judge.pairs_of([str(tmp_path / "rows.jsonl")], Ask(a="x", b="Y"))
     assert (a, b) == ("x", "y")
     assert pairs == [("s", "p", "1", "5"), ("s", "p", "2", "6"), ("t", "p", "3", "7"), ("s", "q", "", "8")]
-    assert capsys.readouterr().out == ("1 texts of x and 1 of y have no partner and are not asked about; the first is for the prompt "
-                                       "'p'\n")
+    assert capsys.readouterr().out == "1 texts of x and 1 of y have no partner and are not asked about\n"
 
 
 def test_two_record_files_are_two_sides(tmp_path):
@@ -140,6 +142,7 @@ def test_two_record_files_are_two_sides(tmp_path):
     ([dict(method="x", prompt="p", completion="c"), dict(method="y", prompt="q", completion="c")], dict(a="x", b="y"), "no prompt"),
     ([dict(method="x", prompt="p", completion="c")], dict(a="x", b="x"), "both x"),
     ([dict(method="x", prompt="p", completion="c"), dict(method="x", prompt="p")], {}, "rows.jsonl:2: completion is not a string"),
+    ([dict(method=3, prompt="p", completion="c")], {}, "rows.jsonl:1: method is not a string"),
     ([[1]], {}, "rows.jsonl"), ([dict(prompt="\ud800", completion="")], {}, "rows.jsonl:1: unpaired surrogate")])
 def test_what_cannot_be_asked_gives_a_one_line_error(rows, options, says, tmp_path):
     file = tmp_path / "rows.jsonl"
@@ -224,7 +227,7 @@ def test_repeated_and_unknown_ids_are_errors_that_name_the_line(samples, tmp_pat
     out, file = str(tmp_path / "judge"), tmp_path / "answers.jsonl"
     ask([samples], Ask(a="dpo", b="SFT", out=out))
     one = read_jsonl(tmp_path / "judge" / "key.jsonl")[0]["id"]
-    for rows, says in (([dict(id=one, answer="A"), dict(id=one, answer="A")], f"answers.jsonl:2: the id '{one}' was answered at {file}:1"),
+    for rows, says in (([dict(id=one, answer="A"), dict(id=one, answer="A")], f"answers.jsonl:2: a second answer to the id '{one}'"),
                        ([dict(id="x", answer="A")], "answers.jsonl:1: no question has the id 'x'"),
                        ([dict(id=one, answer={"text": "A"})], "answers.jsonl:1: answer is not a string"),
                        ([dict(answer="A")], "answers.jsonl:1: id is not a string")):
@@ -269,7 +272,7 @@ def test_the_command_overwrites_nothing_unless_asked_and_explains_itself(samples
     before = (out / "key.jsonl").read_text()
     assert "questions.jsonl is there already" in run(*question) and (out / "key.jsonl").read_text() == before
     assert "10 questions" in run(*question, "--seed", "1", "--overwrite") and not (out / "table.md").exists()
-    assert "usage" in run("--help") and "--seed" in run("--help") and "--seed" not in run("read", "--help")
-    for words, says in ((["ask"], "one file or two"), (["read", "a", "b"], "reads one file"), ([], "say ask or read"),
-                        (["tell", "x"], "tell"), (["ask", samples, "--seed", "-1"], "--seed -1")):
-        assert says in run(*words) and run(*words).startswith("error: ")
+    assert "--cut_at" in run("--help") and "usage" in run("read", "--help") and "--cut_at" not in run("read", "--help")
+    for wrong in (["ask"], ["ask", "a", "b", "c"], ["read", "a", "b"], ["tell", "x"], []):
+        assert run(*wrong).startswith("error: say `ask` and one file or two, or `read` and one file")
+    assert run("ask", samples, "--seed", "-1").startswith("error: --seed -1")

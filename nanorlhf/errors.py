@@ -1,4 +1,4 @@
-"""The two errors a user can fix. Each is printed as one line, without a traceback."""
+"""The errors a user can fix. Each is printed as one line, without a traceback."""
 
 
 class UserError(ValueError):
@@ -7,6 +7,10 @@ class UserError(ValueError):
 
 class DataError(UserError):
     """A file, a row or a text that cannot be used. Its message is one line."""
+
+
+class NotFinite(UserError):
+    """A loss, a gradient or a weight is NaN or infinite: training diverged. Its message is one line."""
 
 
 def one_line(text):

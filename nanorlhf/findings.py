@@ -56,7 +56,7 @@ def held_out(run, what="accuracy", split="test"):
 
 
 def over_seeds(figure, seeds):
-    """Returns (mean over the seeds, low end, high end of its 95% interval); None if a run that it needs is missing."""
+    """Returns (mean over the seeds, low end, high end of its 95% interval); None if a run is missing or diverged."""
     try:
         return within(*mean_and_interval([figure(seeds, k) for k in range(len(seeds))]))
     except KeyError:
@@ -64,9 +64,9 @@ def over_seeds(figure, seeds):
 
 
 def verdict(interval, count):
-    """Returns "shown", "reversed" or "not shown"; of a single seed, which has no interval, "one seed"."""
+    """Returns "shown", "reversed" or "not shown"; "one seed" if there is no interval, "no figure" if there is no value."""
     if interval is None:
-        return "not run"
+        return "no figure"
     mean, low, high = interval
     if count == 1:
         return "one seed"

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from nanorlhf.errors import UserError
+from nanorlhf.errors import NotFinite, UserError
 from nanorlhf.files import (FolderLock, atomic_write, fingerprint, read_json, read_jsonl, remove, sha256_of, write_json,
                             write_records)
 from nanorlhf.formats.checkpoints import check_finite, write_tensors
@@ -160,7 +160,7 @@ class Run:
         """
         row = {k: float(v) for k, v in metrics.items()}
         if bad := [k for k, v in row.items() if not math.isfinite(v)]:
-            raise UserError(f"step {step}: {', '.join(bad)} not finite")
+            raise NotFinite(f"step {step}: {', '.join(bad)} not finite")
         self.step, self.tokens = step, self.tokens + tokens
         now = time.monotonic()
         seconds = max(now - self.started, 1e-9)   # of this part of the run

@@ -16,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-from nanorlhf.errors import UserError
+from nanorlhf.errors import NotFinite, UserError
 from nanorlhf.evaluate import cell
 from nanorlhf.experiments import POLICY_SCRIPTS, PPO, measured, runs
 from nanorlhf.files import read_json, write_json, write_text
@@ -81,13 +81,17 @@ def run_and_measure(name, settings, root, file, seed, scale):
     if callable(script):
         found = script(root, seed, scale, **settings_here)
     else:
+        found = {}
         if is_finished(root / name):
             check_same(root / name, settings_here)
         else:
-            run_stage(script.__name__, settings_here, str(root / name))
+            try:
+                run_stage(script.__name__, settings_here, str(root / name))
+            except NotFinite as error:                             # a result too: the others go on
+                found = {"diverged": str(error)}
         if file is None:
             return
-        found = measured(script, root / name, root, seed, scale)
+        found = found or measured(script, root / name, root, seed, scale)
     seconds = dict(seconds=round(time.monotonic() - started, 1), of_training=None)
     if (root / name / "seconds.json").exists():
         seconds["of_training"] = read_json(root / name / "seconds.json")["seconds"]

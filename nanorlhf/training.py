@@ -7,7 +7,7 @@ import math
 import numpy as np
 import torch
 
-from nanorlhf.errors import UserError
+from nanorlhf.errors import NotFinite, UserError
 
 
 def seed_for(seed, *keys):
@@ -92,7 +92,7 @@ def optimizer_step(rates, max_grad_norm, step, rows, parts):
     sums = totals([dict(enumerate(norms)), *parts])
     norms, loss = [sums.pop(i) for i in range(len(norms))], sums["loss"]
     if not all(map(math.isfinite, [loss, *norms])):
-        raise UserError(f"step {step}: loss {loss}, gradient norm {', '.join(map(str, norms))}, on the examples "
+        raise NotFinite(f"step {step}: loss {loss}, gradient norm {', '.join(map(str, norms))}, on the examples "
                         f"{list(rows)[:8]} (of {len(rows)}); the weights were not changed by this update (lower --lr?)")
     for optimizer, lr in rates.items():
         for group in optimizer.param_groups:

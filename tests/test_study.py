@@ -1,5 +1,6 @@
 """Tests of the study: its table of runs, what is run again, its figures against values worked out by hand, and the exact optimum."""
 
+import fnmatch
 import json
 import math
 import sys
@@ -7,9 +8,9 @@ import sys
 import numpy as np
 import pytest
 
-from nanorlhf import findings
-from nanorlhf.errors import UserError
-from nanorlhf.experiments import exact_optimum, runs
+from nanorlhf import findings, study
+from nanorlhf.errors import NotFinite, UserError
+from nanorlhf.experiments import PPO, exact_optimum, runs
 from nanorlhf.findings import COMMON, EXPERIMENTS, best_within, over_seeds, verdict
 from nanorlhf.jobs import stages_needed
 from nanorlhf.options import check_options
@@ -32,7 +33,7 @@ def test_every_run_has_valid_options_and_stands_after_those_that_it_reads(scale)
     assert set(COMMON) <= seen
     for experiment in EXPERIMENTS.values():
         assert set(experiment.fast) <= seen
-        assert all(any(name.startswith(start) for name in seen) for start in experiment.runs)
+        assert all(fnmatch.filter(seen, pattern) for pattern in experiment.runs)
 
 
 def test_the_fast_study_is_a_part_of_the_whole_and_the_whole_is_all_runs():
@@ -46,18 +47,17 @@ def made_up(seed=0):
     columns = ["kl", "gold/test", "gold/ood_near", "gold/ood_far", "gap/ood_near", "gap/ood_far", "reward/test", *findings.DIVERSITY]
     found = {}
     for name, _, _ in runs(seed):
-        policy = {"row": {c: float(rng.random()) for c in columns}, "scores": [0.0] * 250, "independent": rng.random(50).tolist(),
-                  "perplexity": 2.0, "path": [{"step": s, "kl": float(s), "gold": float(rng.random()), "reward": float(rng.random())}
+        policy = {"row": {c: float(rng.random()) for c in columns}, "independent": rng.random(50).tolist(), "perplexity": 2.0,
+                  "path": [{"step": s, "kl": s / 10, "gold": float(rng.random()), "reward": float(rng.random())}
                                               for s in range(5, 31, 5)],
                   "candidates": {"best": 1.0, "mean": 0.0, "std": 1.0}, "accuracy": 0.5}
-        found[name] = policy | {"held_out": {f"{s}/{c}": float(rng.random()) for s in ("test", "ood_far")
-                                             for c in ("accuracy", "loss", "ece")}}
+        found[name] = policy | {"held_out": {f"{s}/{c}": float(rng.random()) for s in ("test", "ood_near", "ood_far")
+                                             for c in ("accuracy", "loss", "ece", "ceiling")}}
         if name.startswith("best_of_n"):
             found[name]["path"] = [{"n": 2 ** k, "kl": k / 2, "gold": k / 10, "reward": k / 5} for k in range(8)]
     found["temperatures"] = {p: [{"temperature": t, "gold": 0.0, "win": float(rng.random())} for t in (0.0, 0.25, 0.5, 0.75, 1.0)]
-                             for p in ("sft", "dpo_beta_0.5", "ppo_target_6", "best_of_16")}
+                             for p in ("sft", "dpo_beta_0.5", PPO, "best_of_16")}
     found["exact"] = {m: {"share": 0.9, "kl": 0.1} for m in ("ppo", "dpo", "dpo_20000")}
-    del found["sft_itself"]["path"]
     return found
 
 
@@ -67,7 +67,7 @@ def test_every_claim_and_table_finds_the_runs_it_names(tmp_path):
         for claim in experiment.claims:
             assert verdict(over_seeds(claim.figure, seeds), 3) in ("shown", "reversed", "not shown"), claim.text
         only = [{run: s[run] for run in chosen_runs([name], False)} for s in seeds]      # no experiment borrows another's runs
-        assert "not run" not in report([name], only, tmp_path, False), name
+        assert "no figure" not in report([name], only, tmp_path, False), name
         fast = [{run: seeds[0][run] for run in chosen_runs([name], True)}]
         page = report([name], fast, tmp_path, False)
         assert page.count("| **one seed**") >= len(experiment.claims) / 2, name
@@ -84,7 +84,7 @@ def test_plots_are_drawn(tmp_path):
 
 def test_verdicts():
     assert verdict((0.3, 0.1, 0.5), 3) == "shown" and verdict((-0.3, -0.5, -0.1), 3) == "reversed"
-    assert verdict((0.3, -0.1, 0.7), 3) == "not shown" and verdict(None, 3) == "not run" and verdict((0.3, None, None), 1) == "one seed"
+    assert verdict((0.3, -0.1, 0.7), 3) == "not shown" and verdict(None, 3) == "no figure" and verdict((0.3, None, None), 1) == "one seed"
     assert verdict((0.3, None, None), 3) == "shown"                                    # the same in all seeds
 
 
@@ -94,25 +94,32 @@ def policy(*path):
 
 def test_the_best_point_within_a_kl_is_chosen_on_the_other_seeds():
     """Seeds 1 and 2 agree that step 2 is best within KL 2; in seed 0 it is worth 0.1, although step 1 is worth 0.9 there."""
-    sft = {"row": {"kl": 0.0}, "scores": [-1.0] * 200}
-    seeds = [{"sft_itself": sft, "dpo_a": policy((1, 0.9), (1.5, 0.1), (3, 2.0))},
-             {"sft_itself": sft, "dpo_a": policy((1, 0.2), (1.7, 0.6), (3, 2.0))},
-             {"sft_itself": sft, "dpo_a": policy((1, 0.2), (1.9, 0.8), (3, 2.0))}]
+    seeds = [{"dpo_a": policy((1, 0.9), (1.5, 0.1), (3, 2.0))}, {"dpo_a": policy((1, 0.2), (1.7, 0.6), (3, 2.0))},
+             {"dpo_a": policy((1, 0.2), (1.9, 0.8), (3, 2.0))}]
     assert best_within("DPO", 2)(seeds, 0) == 0.1 and best_within("DPO", 4)(seeds, 0) == 2.0
-    assert best_within("DPO", 2)(seeds, 1) == 0.2              # seeds 0 and 2: 0.55 at step 1, 0.45 at step 2
-    assert best_within("DPO", 0.5)(seeds, 0) == -1.0           # SFT
-    assert over_seeds(best_within("PPO", 2), seeds) is None
-    assert best_within("DPO", 2)(seeds[:1], 0) == 0.9          # a single seed has no others
+    assert best_within("DPO", 2)(seeds, 1) == 0.2 and best_within("DPO", 2, "kl")(seeds, 1) == 1      # 0.55 at step 1, 0.45 at 2
+    assert best_within("DPO", 2)(seeds[:1], 0) == 0.9                                  # a single seed has no others
+    assert over_seeds(best_within("DPO", 0.5), seeds) is None and over_seeds(best_within("PPO", 2), seeds) is None
 
 
 def test_where_gold_turns_down_and_how_fast_it_comes():
-    seeds = [{"a": policy((1, 0.0), (2, 0.5), (3, 0.3)), "sft_itself": {"row": {"kl": 0}, "scores": [-0.5]}},
-             {"a": policy((1, 0.0), (2, 0.4), (3, 0.6)), "sft_itself": {"row": {"kl": 0}, "scores": [-0.5]}}]
+    sft = policy((0, -0.5))
+    seeds = [{"a": policy((1, 0.0), (2, 0.5), (3, 0.3)), "sft_itself": sft}, {"a": policy((1, 0.0), (2, 0.4), (3, 0.6)), "sft_itself": sft}]
     down = findings.turns_down("a")
-    assert down(seeds, 0) == 0.0 and down(seeds, 1) == pytest.approx(0.4 - 0.6)       # peak of the other seed: step 3; step 2
-    assert findings.share_of_gain("a", 2 / 3)(seeds, 0) == pytest.approx(1.0 / 0.8)
+    assert down(seeds, 0) == 0.0 and down(seeds, 1) == pytest.approx(0.4 - 0.6)        # peak of the other seed: step 3; step 2
+    assert findings.at_step("a", 2 / 3)(seeds, 0) == 1.0
+    assert findings.early_gain("a", 2 / 3, 0.8)(seeds, 0) == pytest.approx(1.0 - 0.8 * 0.8)
     assert findings.still_rises("a")(seeds, 1) == pytest.approx(0.2)
-    assert findings.lost_diversity("a", "x")([{"a": {"row": {"x": 0.3}}, "sft_itself": {"row": {"x": 0.4}}}], 0) == pytest.approx(0.25)
+
+
+def test_shares_by_hand():
+    one = [{"a": {"row": {"x": 0.3}}, "b": {"row": {"x": 0.5}}, "sft_itself": {"row": {"x": 0.4}},
+            "rm": {"held_out": {"test/accuracy": 0.7, "test/ceiling": 0.9}},
+            "best_of_n": {"path": [{"n": n, "gold": g} for n, g in ((1, 0.0), (64, 0.9), (128, 1.0))]}}]
+    assert findings.lost_diversity("a", "x")(one, 0) == pytest.approx(0.25)
+    assert findings.ceiling_share("test")(one, 0) == pytest.approx(0.5)
+    assert findings.last_doubling(one, 0) == pytest.approx(0.05 - 0.1)
+    assert findings.as_good("a", "b", "x", 0.9)(one, 0) == pytest.approx(-0.1 - 0.9 * 0.1)
 
 
 @pytest.mark.parametrize("log", [True, False])
@@ -165,3 +172,23 @@ def test_an_unknown_experiment_is_named(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["study", "forntier"])
     with pytest.raises(SystemExit, match="forntier: not one of frontier, kirk"):
         main()
+
+
+def test_a_run_that_diverges_is_a_result_and_the_others_go_on(tmp_path, monkeypatch):
+    def diverge(*args):
+        raise NotFinite("step 7: loss nan")
+    monkeypatch.setattr(study, "run_stage", diverge)
+    settings = next(o for n, _, o in runs(0) if n == "unlikelihood_1.0")
+    study.run_and_measure("unlikelihood_1.0", settings, tmp_path / "seed-0", tmp_path / "a.json", 0, 1.0)
+    assert json.loads((tmp_path / "a.json").read_text())["measured"] == {"diverged": "step 7: loss nan"}
+    assert over_seeds(findings.row("a", "kl"), [{"a": {"diverged": "step 7: loss nan"}}]) is None
+
+
+def test_weights_that_were_trained_with_other_options_are_not_measured(tmp_path):
+    settings = next(o for n, _, o in runs(0) if n == "dpo_beta_0.1")
+    folder = tmp_path / "seed-0" / "dpo_beta_0.1"
+    folder.mkdir(parents=True)
+    here = {k: v.replace("@/", f"{folder.parent}/") if isinstance(v, str) else v for k, v in settings.items()}
+    (folder / "run.json").write_text(json.dumps(dict(finished=True, options=here | {"max_steps": 2})))
+    with pytest.raises(UserError, match="trained with another --max_steps"):
+        study.run_and_measure("dpo_beta_0.1", settings, tmp_path / "seed-0", tmp_path / "a.json", 0, 1.0)

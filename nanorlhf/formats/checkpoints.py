@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from nanorlhf.errors import UserError, one_line
+from nanorlhf.errors import NotFinite, UserError, one_line
 from nanorlhf.files import atomic_write, local_folder, write_json
 
 ACTIVATION_NAMES = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu": "gelu",
@@ -376,7 +376,7 @@ def check_finite(tensors, what):
     for name, tensor in tensors.items():
         low, high = torch.aminmax(tensor.detach())                                     # both pass NaN on; no copy is made
         if not (math.isfinite(low) and math.isfinite(high)):
-            raise UserError(f"{what}: {name} holds NaN or infinity")
+            raise NotFinite(f"{what}: {name} holds NaN or infinity")
 
 
 def write_tensors(tensors, file, metadata=None):

@@ -28,6 +28,7 @@ from nanorlhf.rewards import load_reward
 from nanorlhf.tokenizer import load_tokenizer
 
 CPU = torch.device("cpu")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # ---- Best of n ------------------------------------------------------------------------------------------------------

@@ -37,17 +37,13 @@ def jobs_of(folder, needs_of, function=note):
 NEEDS = {"d": ("b", "c"), "b": ("a",), "c": ("a",), "a": ()}
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_job_starts_after_those_that_it_needs(tmp_path, capsys, processes):
-    run_jobs(jobs_of(tmp_path, NEEDS), processes)
-    assert {p.name for p in tmp_path.iterdir()} - {"logs"} == set("abcd")
+def test_jobs_one_at_a_time_run_in_this_process(tmp_path, capsys):
+    run_jobs(jobs_of(tmp_path, NEEDS), 1)
     said = capsys.readouterr().out
-    assert "[4/4] d" in said and ("this is d" in said) == (processes == 1)
-    if processes == 2:
-        assert (tmp_path / "logs" / "d.txt").read_text() == "this is d\n"
+    assert {p.name for p in tmp_path.iterdir()} == set("abcd") and "[4/4] d" in said and "this is d" in said
 
 
-def test_a_job_alone_has_all_threads(tmp_path):
+def test_side_by_side_a_job_starts_after_those_that_it_needs_and_alone_it_has_all_threads(tmp_path, capsys):
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
@@ -55,6 +51,9 @@ def test_a_job_alone_has_all_threads(tmp_path):
     finally:
         torch.set_num_threads(before)
     assert {name: (tmp_path / name).read_text() for name in "abcd"} == {"a": "2", "b": "1", "c": "1", "d": "2"}
+    said = capsys.readouterr().out
+    assert "[4/4] d: finished" in said and "this is d" not in said
+    assert (tmp_path / "logs" / "d.txt").read_text() == "this is d\n"
 
 
 def test_a_need_that_is_no_job_counts_as_finished_and_a_circle_is_seen():

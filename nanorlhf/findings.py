@@ -456,7 +456,7 @@ EXPERIMENTS = {
             kirk("RLHF generalises better than SFT", gain(PPO, column="gold/ood_far"), "gold OOD-far, PPO − SFT"),
             kirk("RLHF's lead over SFT grows with the shift", minus(gain(PPO, column="gold/ood_far"), gain(PPO)),
                  "PPO − SFT, OOD-far − ID"),
-            *(kirk(f"best-of-16 is better than RLHF {name}", gain("best_of_16", PPO, f"gold/{split}"),
+            *(kirk(f"best-of-16 is better than RLHF on {name} prompts", gain("best_of_16", PPO, f"gold/{split}"),
                    f"gold {name}, best-of-16 − PPO") for split, name in (("test", "ID"), ("ood_far", "OOD-far"))),
             kirk("the reward model is less accurate out of distribution", minus(ceiling_share("test"), ceiling_share("ood_far")),
                  "share of an oracle's accuracy, ID − OOD-far"),

@@ -509,7 +509,7 @@ EXPERIMENTS = {
         tables=rrhf_tables, plot=rrhf_plot),
     "chaudhari": Experiment(
         "Imperfect reward models",
-        runs=("rm_*", "comparisons_*", "ppo_rm_500", "ppo_sentences", "ppo_beta_*", "best_of_n*", "exact"),
+        runs=("rm_*", "comparisons_*", "ppo_rm_500", "ppo_sentences", "ppo_[bt]*", "best_of_n*", "exact"),
         fast=("rm_500", "rm_2000", "comparisons_noise_1.0", "rm_noise_1.0", "comparisons_deep", "rm_wide", "rm_deep",
               "ppo_rm_500", "ppo_sentences", *FAST_PPO, "best_of_n", "best_of_n_rm_500", "exact"),
         claims=[
@@ -521,6 +521,10 @@ EXPERIMENTS = {
                   minus(held_out("rm_wide"), held_out("rm_deep")), "accuracy, 1,500 pairs: two responses per prompt − four"),
             Claim("ours", "a prior on the weights helps where feedback is little",
                   minus(held_out("rm_1000_prior_1"), held_out("rm_1000")), "accuracy, prior precision 1 − none"),
+            Claim("Gao 2022", "further from the reference the learned reward is higher",
+                  gain("ppo_target_12", "ppo_target_3", "reward/test"), "learned reward, PPO with target KL 12 − 3"),
+            Claim("Gao 2022", "further from the reference the true reward is lower", gain("ppo_target_3", "ppo_target_12"),
+                  "gold, PPO with target KL 3 − 12"),
             Claim("Gao 2022", "under optimisation a weak reward model's reward goes on rising", still_rises("ppo_rm_500"),
                   "learned reward, second half of PPO"),
             Claim("Gao 2022", "the true reward turns down meanwhile", turns_down("ppo_rm_500"), "gold, peak − end"),

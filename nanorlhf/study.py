@@ -118,13 +118,12 @@ def measurements(seeds, names, out):
 
 
 def claims_table(experiment, seeds):
-    rows = ["| claim | source | our figure | value | verdict |", "|---|---|---|---:|---|"]
+    rows = ["| claim | source | our figure | value | verdict | why, as far as we see |", "|---|---|---|---:|---|---|"]
     for claim in experiment.claims:
         found = over_seeds(claim.figure, seeds)
         answer = verdict(found, len(seeds))
         value = cell(found, ".3f")
-        why = f" {claim.why[answer]}" if answer in claim.why else ""
-        rows.append(f"| {claim.text} | {claim.source} | {claim.unit} | {value} | **{answer}**.{why} |")
+        rows.append(f"| {claim.text} | {claim.source} | {claim.unit} | {value} | {answer} | {claim.why.get(answer, '')} |")
     return "\n".join(rows)
 
 

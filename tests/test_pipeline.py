@@ -270,6 +270,15 @@ def test_the_readmes_table_is_part_of_the_committed_one():
     assert all(line in in_results for line in whole.splitlines() if line.startswith("|"))
 
 
+def test_the_readmes_verdicts_are_part_of_the_committed_report():
+    report = (ROOT / "results/study/report.md").read_text(encoding="utf-8")
+    section = README.split("## What the papers found")[1].split("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("| ") and not line.startswith("| claim")]
+    assert len(rows) >= 10
+    for line in rows:
+        assert any(full.startswith(line) for full in report.splitlines()), line
+
+
 def test_the_code_in_the_readme_is_the_code_of_train_dpo():
     shown = re.search(r"```python\n(    h = .*?)```", README, re.DOTALL)[1]
     assert shown in (ROOT / "train_dpo.py").read_text(encoding="utf-8")

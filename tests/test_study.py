@@ -8,13 +8,14 @@ import sys
 import numpy as np
 import pytest
 
+from conftest import ROOT
 from nanorlhf import findings, study
 from nanorlhf.errors import NotFinite, UserError
 from nanorlhf.experiments import PPO, exact_optimum, runs
 from nanorlhf.findings import COMMON, EXPERIMENTS, best_within, over_seeds, verdict
 from nanorlhf.jobs import stages_needed
 from nanorlhf.options import check_options
-from nanorlhf.study import Options, chosen_runs, jobs_of, main, report
+from nanorlhf.study import Options, chosen_runs, jobs_of, main, measurements, report
 
 # ---- The table of runs ----------------------------------------------------------------------------------------------
 
@@ -135,6 +136,17 @@ def test_ppo_and_dpo_reach_the_exact_optimum():
     found = exact_optimum(None, 0, 1.0, vocabulary=4)
     assert found["ppo"]["share"] > 0.995 and found["dpo"]["share"] > 0.995
     assert found["dpo_20000"]["kl"] > 10 * found["dpo"]["kl"] > 0 and found["ppo"]["kl"] < 0.01
+
+
+def test_the_committed_page_follows_from_the_committed_measurements(tmp_path):
+    """Without its plots. A run that the table no longer has, or has with other options, is not counted as measured."""
+    committed = ROOT / "results" / "study"
+    assert jobs_of([name for name, *_ in runs(0)], 0, Options(work=str(tmp_path), out=str(committed))) == []
+    found = measurements(range(3), [name for name, *_ in runs(0)], committed)
+    page = (committed / "report.md").read_text(encoding="utf-8")
+    for name in EXPERIMENTS:
+        page = page.replace(f"![{EXPERIMENTS[name].title}]({name}.png)\n\n", "")
+    assert report(list(EXPERIMENTS), found, tmp_path, False) == page
 
 
 # ---- What is run again ----------------------------------------------------------------------------------------------

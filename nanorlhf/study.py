@@ -67,9 +67,9 @@ def has_result(file, settings, scale):
 
 
 def check_same(folder, settings):
-    """Raises UserError if the finished run in the folder had other options."""
+    """Raises UserError if the finished run in the folder had other options; paths are not compared, for the folder may move."""
     had = read_json(folder / "run.json")["options"]
-    if other := [name for name, value in settings.items() if had.get(name) != value]:
+    if other := [name for name, value in settings.items() if "@/" not in str(value) and had.get(name) != value]:
         raise UserError(f"{folder} was trained with another --{other[0]}: delete it, or name another --work")
 
 
@@ -83,7 +83,7 @@ def run_and_measure(name, settings, root, file, seed, scale):
     else:
         found = {}
         if is_finished(root / name):
-            check_same(root / name, settings_here)
+            check_same(root / name, settings)
         else:
             try:
                 run_stage(script.__name__, settings_here, str(root / name))

@@ -200,7 +200,6 @@ def test_weights_that_were_trained_with_other_options_are_not_measured(tmp_path)
     settings = next(o for n, _, o in runs(0) if n == "dpo_beta_0.1")
     folder = tmp_path / "seed-0" / "dpo_beta_0.1"
     folder.mkdir(parents=True)
-    here = {k: v.replace("@/", f"{folder.parent}/") if isinstance(v, str) else v for k, v in settings.items()}
-    (folder / "run.json").write_text(json.dumps(dict(finished=True, options=here | {"max_steps": 2})))
+    (folder / "run.json").write_text(json.dumps(dict(finished=True, options=settings | {"max_steps": 2, "init": "elsewhere/sft"})))
     with pytest.raises(UserError, match="trained with another --max_steps"):
         study.run_and_measure("dpo_beta_0.1", settings, tmp_path / "seed-0", tmp_path / "a.json", 0, 1.0)

@@ -70,6 +70,7 @@ def test_an_error_stops_the_others_and_is_raised(tmp_path):
     assert time.monotonic() - start < 40
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_no_worker_outlives_its_parent(tmp_path, how):

@@ -282,7 +282,7 @@ def train(config):
     for step in range(state["step"], config.max_steps):
         # 1. Roll out: the policy answers the batch's prompts.
         rows = batch_indices(len(prompts), config.batch_size, step, config.seed)
-        queries = [prompts[i] for i in rows]
+        queries, asked = [prompts[i] for i in rows], [records[i] for i in rows]
         with run.autocast():
             samples = generate(policy, queries, config.response_length, config.temperature,
                                seed=seed_for(config.seed, "rollout", step), tokenizer=tokenizer)
@@ -292,7 +292,7 @@ def train(config):
         mask = collate(examples, tokenizer.pad_id, run.device).mask          # [B, T]
 
         # 2. Score: the reward of each whole response.
-        raw_scores = reward(queries, responses, [records[i] for i in rows])  # [B]
+        raw_scores = reward(queries, responses, asked)                       # [B]
         if step == 0:
             warn_if_ending_does_not_pay(raw_scores, samples.finished.cpu(), config)
         raw_scores = to_device(raw_scores, run.device)
@@ -305,7 +305,7 @@ def train(config):
         kl = kl_penalty(old_logprobs, ref_logprobs, config.kl_estimator) * mask   # [B, T]
         rewards = token_rewards(scores, kl, mask, kl_coef)
         if config.reward_at == "sentences":
-            phi = potentials(reward, queries, responses, [records[i] for i in rows], mask, tokenizer)
+            phi = potentials(reward, queries, responses, asked, mask, tokenizer)
             rewards = rewards + shaping_rewards(phi, mask, config.gamma)
         if config.whiten_rewards:
             rewards = whiten(rewards, mask, shift_mean=False)

@@ -265,8 +265,7 @@ def train(config):
                 with run.autocast():
                     candidates = draw_candidates(model, asked, queries, tokenizer, rewards.get("reward"),
                                                  config, seed)
-                if config.kl_coef > 0:
-                    with run.autocast():
+                    if config.kl_coef > 0:
                         subtract_kl(candidates, model, reference, tokenizer, config, run)
                 write_records(file, candidates)
             groups = dict(zip(needed, to_groups(read_jsonl(file))))

@@ -154,17 +154,28 @@ def frontier(folders):
     return {m: ls for m, ls in lines.items() if any(ls)}
 
 
-def plot_frontier(lines, sft_gold, file):
-    """Plots gold reward against KL to SFT (Rafailov 2023, Figure 2): one point per evaluation, one colour per method. Returns
-    whether it could."""
+def can_plot():
+    """True if matplotlib is there; else says how to get it."""
     try:
         import matplotlib
     except ImportError:
         print("no plot: it needs the extra `plot` (pip install -e '.[plot]')")
         return False
-    matplotlib.use("Agg")
+    matplotlib.use("Agg")                                                              # without a display
+    return True
+
+
+def save_plot(draw, file):
+    """Calls draw(axes) on new axes and saves the figure."""
     import matplotlib.pyplot as plt
     figure, axes = plt.subplots(figsize=(8, 5))
+    draw(axes)
+    figure.savefig(file, dpi=120, bbox_inches="tight")
+    plt.close(figure)
+
+
+def draw_frontier(axes, lines, sft_gold):
+    """Plots gold reward against KL to SFT (Rafailov 2023, Figure 2): one point per evaluation, one colour per method."""
     axes.axhline(sft_gold, color="grey", linestyle=":", label="SFT")
     for i, (method, seeds) in enumerate(lines.items()):
         for k, line in enumerate(seeds):
@@ -172,9 +183,6 @@ def plot_frontier(lines, sft_gold, file):
     axes.set(xlabel="KL(policy || SFT), nats per sequence", ylabel="gold reward on held-out prompts", xscale="symlog")
     axes.set(xlim=(0, None), ylim=(-2.05, 1))
     axes.legend(fontsize=8)
-    figure.savefig(file, dpi=120, bbox_inches="tight")
-    plt.close(figure)
-    return True
 
 
 def samples_page(samples, prompts_a_split=2):
@@ -214,7 +222,8 @@ def main():
                                              options=dataclasses.asdict(options), seconds=round(time.monotonic() - started)))
         write_records(root / "samples.jsonl", [s for one_seed in samples for s in one_seed])
         write_text(root / "samples.md", samples_page(samples[0]))
-        plot = plot_frontier(lines, rows[0]["gold/test"][0], root / "frontier.png")
+        if plot := can_plot():
+            save_plot(lambda axes: draw_frontier(axes, lines, rows[0]["gold/test"][0]), root / "frontier.png")
         print(f"\n{table}\n{root}/table.md, table.json, samples.md{', frontier.png' if plot else ''}; "
               f"{time.monotonic() - started:.0f} seconds")
 

@@ -26,7 +26,7 @@ from nanorlhf.metrics import (across_input_diversity, bon_kl, bootstrap_interval
                               repetition, sbert_diversity, self_bleu, sequence_kl, share_interval, win_matrix, win_rate,
                               with_error, within, words_of)
 from nanorlhf.model import Transformer, check_fit, pick_device
-from nanorlhf.options import check_options, named_files, one_line_errors, parse_options
+from nanorlhf.options import check_options, leading_words, named_files, one_line_errors, parse_options
 from nanorlhf.rewards import in_own_tokens, load_reward, reads_alike
 from nanorlhf.tokenizer import check_same_ids, load_tokenizer, tokenizer_of
 from nanorlhf.training import seed_for
@@ -475,7 +475,7 @@ def check_unused(options):
 
 
 def main():
-    folders = list(itertools.takewhile(lambda a: not a.startswith("-"), sys.argv[1:]))
+    folders = leading_words()
     description = ("python -m nanorlhf.evaluate RUN [RUN...] [options]: a table over checkpoint folders. They come before the "
                    "options.")
     options = parse_options(Options, description, sys.argv[1 + len(folders):])

@@ -35,6 +35,8 @@ TEMPERATURES = (0.0, 0.25, 0.5, 0.75, 1.0)
 FIRST_WORDS = 8                      # of the length-matched diversity: as many as 90% of SFT's texts have
 PPO = "ppo_beta_0.2"                 # PPO where one run stands for it; of seed 0's two best the one of lower KL
 
+BETAS = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6)  # of PPO with a fixed price of KL
+COMMON = ("base", "sft", "comparisons", "comparisons_test", "comparisons_ood_near", "comparisons_ood_far", "rm")  # all build on
 POLICY_SCRIPTS = (train_sft, train_ppo, train_dpo, train_rrhf)
 
 # ---- The runs -------------------------------------------------------------------------------------------------------
@@ -48,14 +50,14 @@ def runs(seed, scale=1.0):
     def records(n):
         return max(300, round(n * scale))
 
-    yield from itertools.islice(stages("@", seed, scale), 7)                           # base, sft, comparisons, rm
+    yield from itertools.islice(stages("@", seed, scale), len(COMMON))
     path = dict(init=SFT, seed=seed, save_every=0, num_eval_prompts=PATH_PROMPTS)
 
     # PPO. A horizon of 100 episodes lets beta change by a quarter per step of 128, so that KL follows its target in 30 steps.
     ppo = path | dict(reward=RM, max_steps=steps(30), eval_every=steps(5))
     gold = ppo | dict(reward="gold", value_init=RM)
     adaptive = dict(kl_coef=0.2, kl_horizon=100.0)
-    for beta in (0.02, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6):
+    for beta in BETAS:
         yield f"ppo_beta_{beta}", train_ppo, ppo | dict(kl_coef=beta)
     for target in (3, 6, 9, 12):
         yield f"ppo_target_{target}", train_ppo, ppo | adaptive | dict(kl_target=float(target))
@@ -137,9 +139,7 @@ def measured(script, folder, root, seed, scale):
         return {"held_out": found}
     if script is sample_bon or folder.name in ("base", "sft"):
         return {}
-    found = policy_values(folder, root, seed, scale)
-    if path := [path_point(r["step"], r) for r in rows if "eval/kl" in r]:
-        found["path"] = path
+    found = policy_values(folder, root, seed, scale, path=[path_point(r["step"], r) for r in rows if "eval/kl" in r])
     if script is train_rrhf:
         found |= rrhf_values(folder, root)
     return found
@@ -155,10 +155,10 @@ def evaluation_of(root, seed, scale, **options):
                               | options))
 
 
-def policy_values(folder, root, seed, scale, n=1):
+def policy_values(folder, root, seed, scale, n=1, path=()):
     """Returns {"row": {column of evaluate's table: value}, "independent": gold reward of a sample per test prompt that shares no
-    random numbers with those of another policy, "perplexity": of these samples under the base model, "path": one point, measured
-    as training loops measure theirs}."""
+    random numbers with those of another policy, "perplexity": of these samples under the base model, "path": its evaluations
+    while it trained, or if there are none, one point that is measured as those are; none of best-of-n}."""
     e = evaluation_of(root, seed, scale)
     model = Transformer.from_pretrained(folder).to(e.reference.embed.weight.device)
     row, _, _ = table_row(e, folder.name, model, n)
@@ -168,7 +168,9 @@ def policy_values(folder, root, seed, scale, n=1):
     found = {"row": {column: value[0] for column, value in row.items() if column not in ("method", "first_words")},
              "independent": [round(v, 3) for v in e.rewards["gold"](prompts, drawn, records).tolist()],
              "perplexity": perplexity(response_nll(base, e.tokenizer, prompts, drawn))}
-    if n == 1:
+    if path:
+        found["path"] = path
+    elif n == 1:
         few = slice(PATH_PROMPTS)
         metrics, _ = measure(model, e.reference, e.tokenizer, prompts[few], e.rewards, e.options.response_length, seed=seed,
                              records=records[few])

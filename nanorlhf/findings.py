@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from nanorlhf.evaluate import markdown_table
-from nanorlhf.experiments import FIRST_WORDS, PPO
+from nanorlhf.experiments import BETAS, FIRST_WORDS, PPO
 from nanorlhf.metrics import mean_and_interval, win_matrix, within
 
 
@@ -136,7 +136,7 @@ def frontier_plot(axes, seeds):
 # ---- Kirk: generalisation and diversity -----------------------------------------------------------------------------
 
 KIRK_RUNS = {"SFT": "sft_itself", "DPO 0.5": "dpo_beta_0.5", "RRHF": "rrhf", "best-of-16": "best_of_16",
-             **{f"PPO β {beta}": f"ppo_beta_{beta}" for beta in (1.6, 0.8, 0.4, 0.2, 0.1, 0.05, 0.02)}}
+             **{f"PPO β {beta}": f"ppo_beta_{beta}" for beta in reversed(BETAS)}}
 DIVERSITY = {"ead_per_input": "EAD", "ead_first_per_input": f"EAD, {FIRST_WORDS} words", "nli_per_input": "NLI",
              "self_bleu_per_input": "Self-BLEU", "ead_across": "EAD across",
              "ead_first_across": f"EAD across, {FIRST_WORDS} words"}
@@ -144,10 +144,7 @@ DIVERSITY = {"ead_per_input": "EAD", "ead_first_per_input": f"EAD, {FIRST_WORDS}
 
 def lost_diversity(run, column):
     """Returns the figure: how much less diverse than SFT the run is, as a share of SFT's diversity."""
-    def figure(seeds, k):
-        sft = seeds[k]["sft_itself"]["row"][column]
-        return 1 - seeds[k][run]["row"][column] / sft
-    return figure
+    return lambda seeds, k: 1 - row(run, column)(seeds, k) / row("sft_itself", column)(seeds, k)
 
 
 def ceiling_share(split):
@@ -195,9 +192,10 @@ def kirk_plot(axes, seeds):
 # ---- Temperature and time -------------------------------------------------------------------------------------------
 
 
-def at_temperature(policy, temperature, what="win"):
+def at_temperature(policy, temperature):
+    """Returns the figure: win rate against the data's own answers at this temperature."""
     def figure(seeds, k):
-        return next(r[what] for r in seeds[k]["temperatures"][policy] if r["temperature"] == temperature)
+        return next(r["win"] for r in seeds[k]["temperatures"][policy] if r["temperature"] == temperature)
     return figure
 
 
@@ -270,13 +268,18 @@ def perplexity(run):
     return lambda seeds, k: seeds[k][run]["perplexity"]
 
 
+def accuracy(run):
+    """Returns the figure: accuracy of RRHF's p_i as a reward model."""
+    return lambda seeds, k: seeds[k][run]["accuracy"]
+
+
 def rrhf_tables(seeds):
     rows = []
     for name, run in ({"SFT": "sft_itself"} | SOURCES).items():
         found = {"learned": learned(run), "gold": row(run, "gold/test"), "kl": row(run, "kl"), "perplexity": perplexity(run)}
         if name != "SFT":
             found |= {"mean": candidates(run, "mean"), "best": candidates(run), "std": candidates(run, "std"),
-                      "accuracy": lambda seeds, k, run=run: seeds[k][run]["accuracy"]}
+                      "accuracy": accuracy(run)}
         rows.append({"method": name} | {c: over_seeds(figure, seeds) for c, figure in found.items()})
     columns = {"mean": ("candidates' mean", ".2f"), "best": ("their best", ".2f"), "std": ("their spread", ".2f"),
                "learned": ("learned reward", ".2f"), "gold": ("gold", ".2f"), "kl": ("KL", ".2f"),
@@ -359,7 +362,7 @@ def chaudhari_tables(seeds):
 
     sweep = [{"method": f"{beta}", "kl": over_seeds(at_the_end(f"ppo_beta_{beta}", "kl"), seeds)}
              | {c: over_seeds(at_step(f"ppo_beta_{beta}", 1.0, c), seeds) for c in ("reward", "gold")}
-             for beta in (1.6, 0.8, 0.4, 0.2, 0.1, 0.05, 0.02)]
+             for beta in reversed(BETAS)]
     sweep_columns = {"kl": ("KL", ".1f"), "reward": ("gain in learned reward", ".2f"), "gold": ("gain in gold", ".2f")}
 
     forms, shown = [], {"log": "d(α − β log d)", "linear": "d(α − βd)"}
@@ -396,9 +399,6 @@ def chaudhari_plot(axes, seeds):
 
 
 # ---- The experiments ------------------------------------------------------------------------------------------------
-
-
-COMMON = ("base", "sft", "comparisons", "comparisons_test", "comparisons_ood_near", "comparisons_ood_far", "rm", "sft_itself")
 
 
 def rafailov(place, *claim):
@@ -503,13 +503,14 @@ EXPERIMENTS = {
                    f"learned reward, weight 1 − {w}") for w in (10, 100)),
             yuan("RRHF learns the best of n: its reward is nearer to its candidates' best than to their mean",
                  nearer_to_the_best("rrhf_dp"), "learned reward, distance to the mean − distance to the best",
-                 {"shown": "L_ft is the likelihood of each prompt's best candidate"}),
+                 {"shown": "L_ft copies the best candidate and L_rank pushes the others down; without L_rank the reward falls "
+                           "short of it"}),
             yuan("drawing candidates online (OP-k) reaches the highest reward", gain("rrhf_op_10", "rrhf_ip_3", "reward/test"),
                  "learned reward, OP-10 − IP-3"),
             yuan("KL in the reward keeps OP-k's texts likely", minus(perplexity("rrhf_op_10"), perplexity("rrhf_op_10_kl")),
                  "perplexity under the base model, OP-10 − with KL"),
             yuan("as a reward model RRHF is weaker than the reward model",
-                 minus(held_out("rm"), lambda seeds, k: seeds[k]["rrhf_dp"]["accuracy"]), "accuracy, reward model − RRHF"),
+                 minus(held_out("rm"), accuracy("rrhf_dp")), "accuracy, reward model − RRHF"),
             yuan("RRHF is as good as PPO", as_good("rrhf_dp", PPO, "reward/test", 0.9),
                  "gain in learned reward, DP − 90% of PPO's")],
         tables=rrhf_tables, plot=rrhf_plot),

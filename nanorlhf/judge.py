@@ -20,7 +20,6 @@ asks which answer in a dialogue helps more. `read --help` lists the options of r
 
 import dataclasses
 import hashlib
-import itertools
 import json
 import operator
 import random
@@ -34,7 +33,7 @@ from nanorlhf.evaluate import markdown_table
 from nanorlhf.files import read_jsonl, remove, require_file, write_json, write_records, write_text
 from nanorlhf.formats.chat import string
 from nanorlhf.metrics import mean_and_interval, share_interval, within
-from nanorlhf.options import check_options, one_line_errors, parse_options
+from nanorlhf.options import check_options, leading_words, one_line_errors, parse_options
 from nanorlhf.training import seed_for
 
 FORM = """
@@ -271,7 +270,7 @@ def read(files, options):
 
 
 def main():
-    words = list(itertools.takewhile(lambda word: not word.startswith("-"), sys.argv[1:]))
+    words = leading_words()
     command, files = "".join(words[:1]), words[1:]
     options = parse_options(Read if command == "read" else Ask, __doc__, sys.argv[1 + len(words):])
     with one_line_errors(options, lambda: "nothing was saved: give the same command again"):

@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import errno
 import inspect
+import itertools
 import json
 import os
 import re
@@ -67,6 +68,11 @@ def parse_options(Config, description="", argv=None):
         parser.set_defaults(**{k: v for k, v in options.items() if k not in HOW_TO_BEGIN})
         given = parser.parse_args(argv)
     return Config(**vars(given))
+
+
+def leading_words():
+    """Returns the words of the command line before its first option: files, folders or names that a program works on."""
+    return list(itertools.takewhile(lambda word: not word.startswith("-"), sys.argv[1:]))
 
 
 def metavar_of(field):

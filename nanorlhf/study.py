@@ -10,19 +10,19 @@ with its interval over the seeds, and whether it was shown.
 
 import dataclasses
 import fnmatch
-import importlib.util
-import itertools
+import functools
 import sys
 import time
 from pathlib import Path
 
+from nanorlhf.__main__ import can_plot, save_plot
 from nanorlhf.errors import NotFinite, UserError
 from nanorlhf.evaluate import cell
-from nanorlhf.experiments import POLICY_SCRIPTS, PPO, measured, runs
+from nanorlhf.experiments import COMMON, POLICY_SCRIPTS, PPO, measured, runs
 from nanorlhf.files import read_json, write_json, write_text
-from nanorlhf.findings import COMMON, EXPERIMENTS, over_seeds, verdict
+from nanorlhf.findings import EXPERIMENTS, over_seeds, verdict
 from nanorlhf.jobs import Job, is_finished, run_jobs, run_stage, stages_needed
-from nanorlhf.options import check_options, one_line_errors, parse_options
+from nanorlhf.options import check_options, leading_words, one_line_errors, parse_options
 from nanorlhf.run import git_commit
 
 
@@ -41,19 +41,20 @@ def jobs_of(names, seed, options):
     """Returns the Jobs that are still to be done for these runs of one seed: to train and measure each that has no file yet, and
     to train again those whose weights such a run needs."""
     root, results = Path(options.work) / f"seed-{seed}", Path(options.out) / "runs" / f"seed-{seed}"
-    table = {name: (script, settings) for name, script, settings in runs(seed, options.scale)}
-    needs = stages_needed([(name, *rest) for name, rest in table.items()], "@")
-    for name, (script, _) in table.items():                        # a policy is measured against SFT, by the reward model, ...
-        if script in POLICY_SCRIPTS and name not in ("base", "sft"):
-            needs[name] = tuple({*needs[name], *COMMON} - {"sft_itself"})
-    missing = {name for name in names if not has_result(results / f"{name}.json", table[name][1], options.scale)}
+    table = list(runs(seed, options.scale))
+    needs = stages_needed(table, "@")
+    for name, script, _ in table:                                  # a policy is measured against SFT, by the reward model, ...
+        if script in POLICY_SCRIPTS and name not in COMMON:
+            needs[name] = tuple({*needs[name], *COMMON})
+    missing = {name for name, _, settings in table
+               if name in names and not has_result(results / f"{name}.json", settings, options.scale)}
     wanted = set(missing)
-    for name in reversed(table):                                   # every run stands after those that it reads
+    for name, *_ in reversed(table):                               # every run stands after those that it reads
         if name in wanted:
             wanted |= {n for n in needs[name] if not is_finished(root / n)}
     return [Job(f"seed-{seed}/{name}", tuple(f"seed-{seed}/{n}" for n in needs[name]), str(root / f"{name}.log"), run_and_measure,
                 (name, settings, root, results / f"{name}.json" if name in missing else None, seed, options.scale))
-            for name, (_, settings) in table.items() if name in wanted]
+            for name, _, settings in table if name in wanted]
 
 
 def has_result(file, settings, scale):
@@ -101,7 +102,9 @@ def run_and_measure(name, settings, root, file, seed, scale):
 
 def chosen_runs(names, fast):
     """Returns the names of the runs of these experiments, or of their fast parts."""
-    patterns = [*COMMON, *(p for name in names for p in (EXPERIMENTS[name].fast if fast else EXPERIMENTS[name].runs))]
+    patterns = [*COMMON, "sft_itself"]
+    for name in names:
+        patterns += EXPERIMENTS[name].fast if fast else EXPERIMENTS[name].runs
     return [run for run, *_ in runs(0) if any(fnmatch.fnmatchcase(run, p) for p in patterns)]
 
 
@@ -122,13 +125,13 @@ def claims_table(experiment, seeds):
     for claim in experiment.claims:
         found = over_seeds(claim.figure, seeds)
         answer = verdict(found, len(seeds))
-        value = cell(found, ".3f")
-        rows.append(f"| {claim.text} | {claim.source} | {claim.unit} | {value} | {answer} | {claim.why.get(answer, '')} |")
+        why = claim.why.get(answer, "")
+        rows.append(f"| {claim.text} | {claim.source} | {claim.unit} | {cell(found, '.3f')} | {answer} | {why} |")
     return "\n".join(rows)
 
 
 def report(names, seeds, out, plots):
-    """Returns the page as Markdown and draws its plots, if matplotlib is there."""
+    """Returns the page as Markdown and, if `plots`, draws its plots."""
     count = f"{len(seeds)} seeds" if len(seeds) > 1 else "one seed, so without intervals"
     parts = [f"# What the papers found, tried on the built-in task\n\nMeans over {count}; ± is half of a 95% interval over the "
              f"seeds by Student's t. A claim is *shown* if the whole interval of its figure is above 0, *reversed* if it is "
@@ -139,31 +142,14 @@ def report(names, seeds, out, plots):
         experiment = EXPERIMENTS[name]
         parts.append(f"## {experiment.title}\n\n{claims_table(experiment, seeds)}")
         if plots:
-            draw(experiment.plot, seeds, Path(out) / f"{name}.png")
+            save_plot(functools.partial(experiment.plot, seeds=seeds), Path(out) / f"{name}.png")
             parts.append(f"![{experiment.title}]({name}.png)")
         parts.append(experiment.tables(seeds))
     return "\n\n".join(parts)
 
 
-def draw(plot, seeds, file):
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(figsize=(8, 5))
-    plot(axes, seeds)
-    figure.savefig(file, dpi=110, bbox_inches="tight")
-    plt.close(figure)
-
-
-def can_plot():
-    if importlib.util.find_spec("matplotlib"):
-        return True
-    print("no plots: they need the extra `plot` (pip install -e '.[plot]')")
-    return False
-
-
 def main():
-    names = list(itertools.takewhile(lambda a: not a.startswith("-"), sys.argv[1:]))
+    names = leading_words()
     options = parse_options(Options, __doc__, sys.argv[1 + len(names):])
     started = time.monotonic()
     with one_line_errors(options, lambda: "the same command continues from here"):

@@ -11,8 +11,8 @@ import pytest
 from conftest import ROOT
 from nanorlhf import findings, study
 from nanorlhf.errors import NotFinite, UserError
-from nanorlhf.experiments import PPO, exact_optimum, runs
-from nanorlhf.findings import COMMON, EXPERIMENTS, best_within, over_seeds, verdict
+from nanorlhf.experiments import COMMON, PPO, exact_optimum, runs
+from nanorlhf.findings import EXPERIMENTS, best_within, over_seeds, verdict
 from nanorlhf.jobs import stages_needed
 from nanorlhf.options import check_options
 from nanorlhf.study import Options, chosen_runs, jobs_of, main, measurements, report

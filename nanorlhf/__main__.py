@@ -57,9 +57,9 @@ def stages(out, seed, scale):
         yield f"comparisons_{split}", sample_bon, labels | dict(split=split, limit=steps(300))
     yield "rm", train_rm, dict(init=sft, data=pairs, seed=seed, lr=1e-3, max_steps=steps(240), eval_every=steps(120),
                                eval_data=",".join(f"{s}={out}/comparisons_{s}/comparisons.jsonl" for s in splits))
-    ppo = dict(init=sft, seed=seed, kl_target=5.0, kl_horizon=400.0, max_steps=steps(30))
-    yield "ppo", train_ppo, ppo | dict(reward=rm)
-    yield "ppo_gold", train_ppo, ppo | dict(reward="gold", value_init=rm)
+    ppo = dict(init=sft, seed=seed, max_steps=steps(30))                               # beta by the study's frontier
+    yield "ppo", train_ppo, ppo | dict(reward=rm, kl_coef=0.2)
+    yield "ppo_gold", train_ppo, ppo | dict(reward="gold", value_init=rm, kl_coef=0.05)
     pairwise = dict(init=sft, data=pairs, seed=seed, share_prompts=True)
     yield "dpo", train_dpo, pairwise | dict(max_steps=steps(100))
     for name, alpha in (("unlikelihood", 0.5), ("unlikelihood_1", 1.0)):
@@ -121,7 +121,7 @@ def evaluate_seed(out, seed, scale, first_words):
     print(f"\nevaluation of seed {seed}", flush=True)
     rows, samples = evaluate_policies({name: f"{out}/{folder}" for name, folder in POLICIES.items()}, EvaluateOptions(
         reference=f"{out}/sft", reward=f"{out}/rm", bon=N, seed=seed, num_prompts=max(8, round(250 * scale)),
-        diversity_prompts=max(4, round(30 * scale)), first_words=first_words))
+        diversity_prompts=max(4, round(30 * scale)), first_words=first_words, perplexity=f"{out}/base"))
     for row in rows:
         row["seconds"] = (seconds.get(POLICIES.get(row["method"], "bon"), 0.0), None, None)
     return rows, samples
@@ -215,7 +215,8 @@ def main():
             f"A run shortened to {options.scale:.3g} of its length (--scale): it shows that every stage runs. Its numbers say "
             f"nothing about the methods.")
         intervals = f"over the {options.seeds} seeds, by Student's t" if options.seeds > 1 else OVER_PROMPTS
-        table = report(rows, f"{note} The judge is `gold`, the true reward of the built-in task.".strip(), intervals)
+        judged_by = f"{note} The judge is `gold`, the true reward of the built-in task. Perplexity is under the base model.".strip()
+        table = report(rows, judged_by, intervals)
         table += f"\n{markdown_table(judge, REWARD_MODEL_COLUMNS, 'reward model on')}\n\n{REWARD_MODEL_LEGEND}"
         write_text(root / "table.md", table)
         write_json(root / "table.json", dict(rows=rows, judge=judge, seeds=tables, commit=git_commit(), frontier=lines, note=note,

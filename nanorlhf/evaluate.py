@@ -144,8 +144,8 @@ class Options:
     diversity_prompts: int = 50      # prompts of the first split for per-input diversity (Kirk 2023: 500)
     num_samples: int = 16            # samples for each of them (Kirk 2023: 16)
     first_words: int = 0             # words that length-matched EAD and distinct-2 read; 0 = as many as 90% of SFT's texts have
-    sbert: bool = False              # SBERT diversity too (extra `eval`, downloads a model)
-    nli: bool = False                # NLI diversity by roberta-large-mnli (extra `eval`), also on reviews
+    sbert: str = ""                  # SBERT diversity too, by this sentence-transformers model (extra `eval`)
+    nli: str = ""                    # NLI diversity by this model (extra `eval`), on reviews instead of the exact relation
     perplexity: str = ""             # model under which the texts' perplexity is measured: folder or hub name; '' = none
     max_length: int = 0              # longest prompt + response in tokens; 0 = the model's context
     max_prompt_length: int = 0       # cut longer prompts to this; 0 = half of max_length
@@ -302,12 +302,22 @@ def per_input_values(evaluation, model, n):
                "self_bleu": self_bleu}
     if e.first_words > 1:                                               # a single word has no pairs
         metrics["distinct2"] = functools.partial(distinct_n, n=2, first=e.first_words)
-    if e.options.nli or e.on_reviews:
-        relation = mnli_relation() if e.options.nli else reviews.relation
-        metrics["nli"] = functools.partial(nli_diversity, relation=relation)
-    if e.options.sbert:
-        metrics["sbert"] = sbert_diversity
+    metrics |= meaning_metrics(e.options, e.on_reviews)
     return {f"{k}_per_input": list(map(metric, outputs)) for k, metric in metrics.items()}
+
+
+def meaning_metrics(options, on_reviews):
+    """Returns {column: metric of a set of texts} of the diversity of their meaning."""
+    metrics = {}
+    if options.nli or on_reviews:
+        relation = mnli_relation(options.nli) if options.nli else reviews.relation
+        metrics["nli"] = functools.partial(nli_diversity, relation=relation)
+    if options.sbert:
+        metrics["sbert"] = functools.partial(sbert_diversity, model=options.sbert)
+    return metrics
+
+
+ACROSS_PAIRED = 50                   # texts whose meanings are compared pair by pair across inputs: 1,225 pairs
 
 
 def first_split_columns(evaluation, n, responses, scores):
@@ -319,11 +329,13 @@ def first_split_columns(evaluation, n, responses, scores):
     if e.written_scores is not None:
         columns["win_reference"] = win_rate(scores, e.written_scores)
     outputs = [[e.tokenizer.decode(y, start=False)] for y in responses]
-    # EAD across inputs gets no interval. The bootstrap would repeat texts, which lowers every count of distinct n-grams, and
+    # Diversity across inputs gets no interval. The bootstrap would repeat texts, which lowers every count of distinct n-grams, and
     # smaller sets drawn without replacement have another EAD.
     for column, first in (("ead_across", None), ("ead_first_across", e.first_words)):
         ead = across_input_diversity(outputs, functools.partial(expectation_adjusted_distinct, first=first))
         columns[column] = ead, None, None
+    for name, metric in meaning_metrics(e.options, e.on_reviews).items():
+        columns[f"{name}_across"] = across_input_diversity(outputs[:ACROSS_PAIRED], metric), None, None
     columns["ended"] = share_interval(float(np.mean([y[-1] in e.tokenizer.end_ids for y in responses])), len(responses))
     if e.options.perplexity:
         columns["ppl"] = bootstrap_interval(e.nll(responses), perplexity)
@@ -424,7 +436,9 @@ def table_columns(rows):
                                                               "is more diverse"),
         "nli_per_input": ("NLI per input", ".2f", "contradictions minus entailments between two samples of a prompt, both "
                                                   "directions, -2 to 2; higher is more diverse"),
+        "nli_across": ("NLI across", ".2f", f"the same of two samples of different prompts, the first {ACROSS_PAIRED} of the split"),
         "sbert_per_input": ("SBERT per input", ".2f", "1 - mean cosine of the embeddings of two samples of a prompt"),
+        "sbert_across": ("SBERT across", ".2f", "likewise, of samples of different prompts"),
         "length": ("tokens", ".1f", "mean length of a response, EOS included"),
         "ended": ("ended", ".0%", "share of responses that ended with EOS"),
         "repetition": ("repetition", ".1%", "share of a text's runs of 4 words that it has had before, mean over texts"),
@@ -489,6 +503,10 @@ def main():
         judged_by = f"The judge is `{column}` = {'the true reward of the built-in task' if judge == 'gold' else judge}."
         judged_by += (f" The learned reward is {options.reward}." if column == "gold" else
                       " It is also the learned reward: no --gold was given.")
+        if options.sbert:
+            judged_by += f" SBERT is {options.sbert}."
+        if options.nli:
+            judged_by += f" NLI is {options.nli}."
         if marks := marks_of(options.cut_at):
             judged_by += (f" A response ends before the first of {', '.join(map(repr, marks))} (--cut_at) and has "
                           f"ended then; KL and heed are of whole samples.")

@@ -159,8 +159,8 @@ def sbert_encoder(name):
 
 
 def sbert_diversity(texts, model="sentence-transformers/bert-large-nli-stsb-mean-tokens"):
-    """Returns 1 - mean cosine similarity over unordered pairs of sentence embeddings (Kirk 2023). `model` is a name, which
-    needs the extra `eval`, or a function texts -> array [N, d]."""
+    """Returns 1 - mean cosine similarity over unordered pairs of sentence embeddings (Kirk 2023). `model` is a name or a folder,
+    which needs the extra `eval`, or a function texts -> array [N, d]. The default is Kirk's."""
     encode = model if callable(model) else sbert_encoder(model)
     e = np.asarray(encode(texts), dtype=np.float64)
     e /= np.linalg.norm(e, axis=1, keepdims=True)

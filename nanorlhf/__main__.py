@@ -215,8 +215,8 @@ def main():
             f"A run shortened to {options.scale:.3g} of its length (--scale): it shows that every stage runs. Its numbers say "
             f"nothing about the methods.")
         intervals = f"over the {options.seeds} seeds, by Student's t" if options.seeds > 1 else OVER_PROMPTS
-        judged_by = f"{note} The judge is `gold`, the true reward of the built-in task. Perplexity is under the base model.".strip()
-        table = report(rows, judged_by, intervals)
+        judged_by = "The judge is `gold`, the true reward of the built-in task. Perplexity is under the base model."
+        table = report(rows, f"{note} {judged_by}".strip(), intervals)
         table += f"\n{markdown_table(judge, REWARD_MODEL_COLUMNS, 'reward model on')}\n\n{REWARD_MODEL_LEGEND}"
         write_text(root / "table.md", table)
         write_json(root / "table.json", dict(rows=rows, judge=judge, seeds=tables, commit=git_commit(), frontier=lines, note=note,

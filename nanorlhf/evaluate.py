@@ -329,8 +329,8 @@ def first_split_columns(evaluation, n, responses, scores):
     if e.written_scores is not None:
         columns["win_reference"] = win_rate(scores, e.written_scores)
     outputs = [[e.tokenizer.decode(y, start=False)] for y in responses]
-    # Diversity across inputs gets no interval. The bootstrap would repeat texts, which lowers every count of distinct n-grams, and
-    # smaller sets drawn without replacement have another EAD.
+    # Diversity across inputs gets no interval. The bootstrap would repeat texts, which lowers every count of distinct n-grams,
+    # and smaller sets drawn without replacement have another EAD.
     for column, first in (("ead_across", None), ("ead_first_across", e.first_words)):
         ead = across_input_diversity(outputs, functools.partial(expectation_adjusted_distinct, first=first))
         columns[column] = ead, None, None
@@ -436,7 +436,7 @@ def table_columns(rows):
                                                               "is more diverse"),
         "nli_per_input": ("NLI per input", ".2f", "contradictions minus entailments between two samples of a prompt, both "
                                                   "directions, -2 to 2; higher is more diverse"),
-        "nli_across": ("NLI across", ".2f", f"the same of two samples of different prompts, the first {ACROSS_PAIRED} of the split"),
+        "nli_across": ("NLI across", ".2f", f"likewise, of samples of different prompts, the first {ACROSS_PAIRED}"),
         "sbert_per_input": ("SBERT per input", ".2f", "1 - mean cosine of the embeddings of two samples of a prompt"),
         "sbert_across": ("SBERT across", ".2f", "likewise, of samples of different prompts"),
         "length": ("tokens", ".1f", "mean length of a response, EOS included"),

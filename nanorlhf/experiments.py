@@ -21,7 +21,7 @@ from nanorlhf.__main__ import LABEL_TEMPERATURE, stages
 from nanorlhf.data import encode_response
 from nanorlhf.evaluate import Evaluation, Options, measure, response_nll, table_row
 from nanorlhf.files import read_jsonl
-from nanorlhf.metrics import best_of_n_estimate, bon_kl, expectation_adjusted_distinct, perplexity, win_rate
+from nanorlhf.metrics import best_of_n_estimate, bon_kl, expectation_adjusted_distinct, win_rate
 from nanorlhf.model import Transformer
 from nanorlhf.tokenizer import load_tokenizer
 from nanorlhf.training import seed_for
@@ -36,6 +36,8 @@ FIRST_WORDS = 8                      # of the length-matched diversity: as many 
 PPO = "ppo_beta_0.2"                 # PPO where one run stands for it; of seed 0's two best the one of lower KL
 
 BETAS = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6)  # of PPO with a fixed price of KL
+COVERAGE = ((500, 2), (2000, 2), (500, 8), (2000, 8))  # prompts and responses of each that get feedback
+MEANINGS = ("sft", "dpo_beta_0.5", "rrhf", *(f"ppo_beta_{beta}" for beta in BETAS))  # policies that SBERT measures
 COMMON = ("base", "sft", "comparisons", "comparisons_test", "comparisons_ood_near", "comparisons_ood_far", "rm")  # all build on
 POLICY_SCRIPTS = (train_sft, train_ppo, train_dpo, train_rrhf)
 
@@ -117,11 +119,17 @@ def runs(seed, scale=1.0):
         yield f"comparisons_noise_{temperature}", sample_bon, labels | dict(limit=records(4000), label_temperature=temperature)
         yield f"rm_noise_{temperature}", train_rm, rm | dict(data=f"@/comparisons_noise_{temperature}/comparisons.jsonl",
                                                              max_steps=steps(170))
-    yield "comparisons_deep", sample_bon, labels | dict(limit=max(60, steps(250)), n=4, label_temperature=LABEL_TEMPERATURE)
-    for name, data in (("wide", PAIRS), ("deep", "@/comparisons_deep/comparisons.jsonl")):     # 4 responses make 6 pairs
-        yield f"rm_{name}", train_rm, rm | dict(data=data, limit=records(1500), max_steps=steps(104))
+    for prompts, responses in COVERAGE:                                                # of a pool of 2,000 prompts x 8 responses
+        name = f"{prompts}x{responses}"
+        yield f"comparisons_{name}", sample_bon, labels | dict(limit=records(prompts), n=responses,
+                                                               label_temperature=LABEL_TEMPERATURE)
+        yield f"rm_{name}", train_rm, rm | dict(data=f"@/comparisons_{name}/comparisons.jsonl",
+                                                max_steps=steps(240 * math.sqrt(prompts * responses / 16000)))
+        yield f"best_of_n_{name}", best_of_n, dict(policy=SFT, reward=f"@/rm_{name}", n=16)
     yield "ppo_rm_500", train_ppo, ppo | dict(reward="@/rm_500", kl_coef=0.02)
     yield "best_of_n_rm_500", best_of_n, dict(policy=SFT, reward="@/rm_500", n=128)
+
+    yield "sbert", sbert, dict(policies=",".join(f"@/{p}" for p in MEANINGS), reward=RM, model="all-MiniLM-L6-v2")
 
 
 # ---- Measuring a finished run ---------------------------------------------------------------------------------------
@@ -155,25 +163,26 @@ def evaluation_of(root, seed, scale, **options):
                               | options))
 
 
-def policy_values(folder, root, seed, scale, n=1, path=()):
-    """Returns {"row": {column of evaluate's table: value}, "independent": gold reward of a sample per test prompt that shares no
-    random numbers with those of another policy, "perplexity": of these samples under the base model, "path": its evaluations
-    while it trained, or if there are none, one point that is measured as those are; none of best-of-n}."""
-    e = evaluation_of(root, seed, scale)
+def row_of(e, folder, n=1):
+    """Returns (the policy in the folder, {column of evaluate's table: value} of it or of best-of-n of it)."""
     model = Transformer.from_pretrained(folder).to(e.reference.embed.weight.device)
     row, _, _ = table_row(e, folder.name, model, n)
-    drawn = [texts[0] for texts in e.draw(model, e.first, 1, n, f"wins of {folder.name}{n}")]
-    base = Transformer.from_pretrained(root / "base").to(model.embed.weight.device)
-    prompts, records = e.prompts[e.first], e.records[e.first]
-    found = {"row": {column: value[0] for column, value in row.items() if column not in ("method", "first_words")},
-             "independent": [round(v, 3) for v in e.rewards["gold"](prompts, drawn, records).tolist()],
-             "perplexity": perplexity(response_nll(base, e.tokenizer, prompts, drawn))}
+    return model, {column: value[0] for column, value in row.items() if column not in ("method", "first_words")}
+
+
+def policy_values(folder, root, seed, scale, n=1, path=()):
+    """Returns {"row": {column of evaluate's table: value}, "independent": gold reward of a sample per test prompt that shares no
+    random numbers with those of another policy, "path": its evaluations while it trained, or if there are none, one point that
+    is measured as those are; none of best-of-n}. Perplexity is under the base model."""
+    e = evaluation_of(root, seed, scale, perplexity=f"{root}/base")
+    model, row = row_of(e, folder, n)
+    found = {"row": row, "independent": [round(v, 3) for v in e.judged(model, n, f"opponent {folder.name}{n}").tolist()]}
     if path:
         found["path"] = path
     elif n == 1:
         few = slice(PATH_PROMPTS)
-        metrics, _ = measure(model, e.reference, e.tokenizer, prompts[few], e.rewards, e.options.response_length, seed=seed,
-                             records=records[few])
+        metrics, _ = measure(model, e.reference, e.tokenizer, e.prompts[e.first][few], e.rewards, e.options.response_length,
+                             seed=seed, records=e.records[e.first][few])
         found["path"] = [path_point(0, metrics)]
     return found
 
@@ -235,6 +244,15 @@ def temperatures(root, seed, scale, policies, reward):
                 "temperature": t, "gold": float(gold.mean()), "win": win_rate(gold, e.written_scores)[0],
                 "ead_first": expectation_adjusted_distinct(words, first=FIRST_WORDS)})
     return found
+
+
+def sbert(root, seed, scale, policies, reward, model):
+    """Returns {policy: {"kl", "sbert_per_input", "sbert_across"}} of the policies and of best-of-16 of the first. Needs the extra
+    `eval`; `model` is a name, or a folder of that name in the working directory."""
+    e = evaluation_of(root, seed, scale, sbert=model)
+    rows = [(Path(p).name, Path(p), 1) for p in policies.split(",")] + [("best_of_16", root / "sft", 16)]
+    found = {name: row_of(e, folder, n)[1] for name, folder, n in rows}
+    return {name: {c: row[c] for c in ("kl", "sbert_per_input", "sbert_across")} for name, row in found.items()}
 
 
 def exact_optimum(root, seed, scale, vocabulary=6, length=3, beta=0.5):

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from nanorlhf.evaluate import markdown_table
-from nanorlhf.experiments import BETAS, FIRST_WORDS, PPO
+from nanorlhf.experiments import BETAS, COVERAGE, FIRST_WORDS, MEANINGS, PPO
 from nanorlhf.metrics import mean_and_interval, win_matrix, within
 
 
@@ -32,6 +32,7 @@ class Experiment(NamedTuple):
     claims: list
     tables: Callable                 # seeds -> Markdown
     plot: Callable                   # (axes, seeds) -> None
+    extra: str = ""                  # the optional extra that it needs; such an experiment is not among "all"
 
 
 # ---- Figures --------------------------------------------------------------------------------------------------------
@@ -139,7 +140,7 @@ KIRK_RUNS = {"SFT": "sft_itself", "DPO 0.5": "dpo_beta_0.5", "RRHF": "rrhf", "be
              **{f"PPO β {beta}": f"ppo_beta_{beta}" for beta in reversed(BETAS)}}
 DIVERSITY = {"ead_per_input": "EAD", "ead_first_per_input": f"EAD, {FIRST_WORDS} words", "nli_per_input": "NLI",
              "self_bleu_per_input": "Self-BLEU", "ead_across": "EAD across",
-             "ead_first_across": f"EAD across, {FIRST_WORDS} words"}
+             "ead_first_across": f"EAD across, {FIRST_WORDS} words", "nli_across": "NLI across"}
 
 
 def lost_diversity(run, column):
@@ -265,7 +266,7 @@ def nearer_to_the_best(run):
 
 
 def perplexity(run):
-    return lambda seeds, k: seeds[k][run]["perplexity"]
+    return row(run, "ppl")
 
 
 def accuracy(run):
@@ -304,7 +305,6 @@ def rrhf_plot(axes, seeds):
 
 FEEDBACK = {"500": "rm_500", "1,000": "rm_1000", "2,000": "rm_2000", "4,000": "rm_4000", "8,000": "rm",
             "4,000, labels without noise": "rm_noise_0.0", "4,000, noise 0.5": "rm_noise_0.5", "4,000, noise 1": "rm_noise_1.0",
-            "1,500, two responses per prompt": "rm_wide", "1,500, four responses per prompt": "rm_deep",
             "1,000, prior precision 1": "rm_1000_prior_1", "1,000, prior precision 10": "rm_1000_prior_10"}
 OPTIMISED = {"PPO, β 0.02": "ppo_beta_0.02", "PPO, β 0.02, weak reward model": "ppo_rm_500", "best-of-n": "best_of_n",
              "best-of-n, weak reward model": "best_of_n_rm_500"}
@@ -355,10 +355,25 @@ def at_the_end(run, what):
     return lambda seeds, k: seeds[k][run]["path"][-1][what]
 
 
+def best_of_16_by(coverage):
+    """Returns the figure: gold reward of best-of-16 by the reward model of this coverage."""
+    return lambda seeds, k: seeds[k][f"best_of_n_{coverage}"]["path"][-1]["gold"]
+
+
+def mean_of(*figures):
+    return lambda seeds, k: float(np.mean([figure(seeds, k) for figure in figures]))
+
+
 def chaudhari_tables(seeds):
     feedback = [{"method": name} | {c: over_seeds(held_out(run, c), seeds) for c in ("accuracy", "loss", "ece")}
                 for name, run in FEEDBACK.items()]
     held_out_columns = {"accuracy": ("accuracy", ".1%"), "loss": ("loss", ".3f"), "ece": ("calibration error", ".3f")}
+
+    coverage = [{"method": f"{prompts:,}", "responses": (responses, None, None), "labelled": (prompts * responses, None, None)}
+                | {c: over_seeds(held_out(f"rm_{prompts}x{responses}", c), seeds) for c in held_out_columns}
+                | {"gold": over_seeds(best_of_16_by(f"{prompts}x{responses}"), seeds)} for prompts, responses in COVERAGE]
+    coverage_columns = {"responses": ("responses to each", ".0f"), "labelled": ("responses in all", ",.0f"), **held_out_columns,
+                        "gold": ("gold of best-of-16 by it", ".2f")}
 
     sweep = [{"method": f"{beta}", "kl": over_seeds(at_the_end(f"ppo_beta_{beta}", "kl"), seeds)}
              | {c: over_seeds(at_step(f"ppo_beta_{beta}", 1.0, c), seeds) for c in ("reward", "gold")}
@@ -380,6 +395,8 @@ def chaudhari_tables(seeds):
     return ("Reward models on 300 held-out comparisons per seed. Noise is the temperature of the judge who labels; it is 0.2 "
             "where nothing is said, and in the held-out labels.\n\n"
             f"{markdown_table([r for r in feedback if r['accuracy']], held_out_columns, 'comparisons')}\n\n"
+            "Feedback on a share of 2,000 prompts and of 8 responses to each; all pairs of a prompt are compared.\n\n"
+            f"{markdown_table([r for r in coverage if r['accuracy']], coverage_columns, 'prompts')}\n\n"
             f"PPO against the price of KL.\n\n{markdown_table([r for r in sweep if r['kl']], sweep_columns, 'β')}\n\n"
             "Gold reward along KL, with Gao 2022's two forms fitted to its gain over SFT, d = √KL; the error is the root of the "
             f"mean squared one.\n\n{markdown_table([r for r in forms if r['last kl']], columns, 'optimised')}\n\n"
@@ -396,6 +413,36 @@ def chaudhari_plot(axes, seeds):
             axes.plot(np.sqrt(kl), y, style, color=f"C{i}", markersize=4, label=label)
     axes.set(xlabel="√KL(policy || SFT)", ylabel="reward")
     axes.legend(fontsize=6)
+
+
+# ---- SBERT ----------------------------------------------------------------------------------------------------------
+
+
+def meaning(policy, over="per_input"):
+    """Returns the figure: SBERT diversity of a policy's samples of one prompt, or "across" prompts."""
+    return lambda seeds, k: seeds[k]["sbert"][policy][f"sbert_{over}"]
+
+
+def lost_meaning(policy, over="per_input"):
+    return lambda seeds, k: 1 - meaning(policy, over)(seeds, k) / meaning("sft", over)(seeds, k)
+
+
+def sbert_tables(seeds):
+    rows = [{"method": name, "kl": over_seeds(lambda seeds, k, name=name: seeds[k]["sbert"][name]["kl"], seeds)}
+            | {over: over_seeds(meaning(name, over), seeds) for over in ("per_input", "across")}
+            for name in ("sft", "best_of_16", *MEANINGS[1:])]
+    columns = {"kl": ("KL", ".1f"), "per_input": ("SBERT per input", ".3f"), "across": ("SBERT across", ".3f")}
+    return (f"{markdown_table(rows, columns)}\n\nThe model is all-MiniLM-L6-v2; Kirk's is another, and these texts are reviews "
+            f"of one form, so only differences mean something.\n")
+
+
+def sbert_plot(axes, seeds):
+    names = seeds[0]["sbert"]
+    for over, marker in (("per_input", "o"), ("across", "x")):
+        points = [(s["sbert"][name]["kl"], s["sbert"][name][f"sbert_{over}"]) for s in seeds for name in names]
+        axes.scatter(*zip(*points), marker=marker, s=14, label=over.replace("_", " "))
+    axes.set(xlabel="KL(policy || SFT), nats per response", xscale="symlog", xlim=(-0.05, 40), ylabel="SBERT diversity")
+    axes.legend(fontsize=7)
 
 
 # ---- The experiments ------------------------------------------------------------------------------------------------
@@ -517,15 +564,23 @@ EXPERIMENTS = {
     "chaudhari": Experiment(
         "Imperfect reward models",
         runs=("rm_*", "comparisons_*", "ppo_rm_500", "ppo_sentences", "ppo_[bt]*", "best_of_n*", "exact"),
-        fast=("rm_500", "rm_2000", "comparisons_noise_1.0", "rm_noise_1.0", "comparisons_deep", "rm_wide", "rm_deep",
-              "ppo_rm_500", "ppo_sentences", *FAST_PPO, "best_of_n", "best_of_n_rm_500", "exact"),
+        fast=("rm_500", "rm_2000", "comparisons_noise_1.0", "rm_noise_1.0", "ppo_rm_500",
+              *(f"{what}_{share}" for share in ("2000x2", "500x8") for what in ("comparisons", "rm", "best_of_n")),
+              "ppo_sentences", *FAST_PPO, "best_of_n", "best_of_n_rm_500", "exact"),
         claims=[
             Claim("Stiennon 2020", "more feedback makes a better reward model", minus(held_out("rm"), held_out("rm_500")),
                   "accuracy, 8,000 − 500 comparisons"),
             Claim("Chaudhari 2024", "noisy feedback makes a worse one", minus(held_out("rm_noise_0.0"), held_out("rm_noise_1.0")),
                   "accuracy, labels without noise − with noise 1"),
+            *(Claim("Chaudhari 2024", f"feedback on a larger share of the {what} makes a better reward model",
+                    mean_of(*(minus(held_out(f"rm_{a}"), held_out(f"rm_{b}")) for a, b in pairs)), f"accuracy, {unit}")
+              for what, pairs, unit in (
+                  ("prompts", (("2000x2", "500x2"), ("2000x8", "500x8")), "2,000 − 500 prompts, mean over 2 and 8 responses"),
+                  ("responses", (("500x8", "500x2"), ("2000x8", "2000x2")), "8 − 2 responses, mean over 500 and 2,000 prompts"))),
+            Claim("Chaudhari 2024", "with feedback on more of both, the policy earns more of the true reward",
+                  minus(best_of_16_by("2000x8"), best_of_16_by("500x2")), "gold of best-of-16, 2,000 x 8 − 500 x 2 responses"),
             Claim("ours", "more prompts are worth more than more responses to each",
-                  minus(held_out("rm_wide"), held_out("rm_deep")), "accuracy, 1,500 pairs: two responses per prompt − four"),
+                  minus(held_out("rm_2000x2"), held_out("rm_500x8")), "accuracy, 4,000 responses: two per prompt − eight"),
             Claim("ours", "a prior on the weights helps where feedback is little",
                   minus(held_out("rm_1000_prior_1"), held_out("rm_1000")), "accuracy, prior precision 1 − none"),
             Claim("Gao 2022", "further from the reference the learned reward is higher",
@@ -545,4 +600,19 @@ EXPERIMENTS = {
                     "share of the possible gain − 95%")
               for name, m in (("PPO", "ppo"), ("DPO on all comparisons", "dpo"), ("DPO on 20,000 comparisons", "dpo_20000")))],
         tables=chaudhari_tables, plot=chaudhari_plot),
+    "sbert": Experiment(
+        "Diversity of meaning by SBERT",
+        runs=("sbert", *MEANINGS[1:]),
+        fast=("sbert", *MEANINGS[1:]),
+        claims=[
+            kirk("RLHF lowers the diversity of meaning per input", minus(meaning("sft"), meaning(PPO)), "SBERT, SFT − PPO"),
+            kirk("RLHF lowers the diversity of meaning across inputs", minus(meaning("sft", "across"), meaning(PPO, "across")),
+                 "SBERT across inputs, SFT − PPO"),
+            kirk("it lowers it more per input than across inputs", minus(lost_meaning(PPO), lost_meaning(PPO, "across")),
+                 "share of SFT's SBERT lost, per input − across"),
+            kirk("RLHF's texts are less diverse than best-of-16's", minus(meaning("best_of_16"), meaning(PPO)),
+                 "SBERT, best-of-16 − PPO"),
+            kirk("a larger KL coefficient lowers the diversity of meaning",
+                 minus(meaning("ppo_beta_0.05"), meaning("ppo_beta_0.8")), "SBERT, β 0.05 − β 0.8")],
+        tables=sbert_tables, plot=sbert_plot, extra="eval"),
 }

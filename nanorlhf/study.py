@@ -1,6 +1,7 @@
 """The study: what the four papers found, tried on the built-in task.
 
-    python -m nanorlhf.study [NAME...] [options]      NAME: frontier, kirk, temperature, rrhf or chaudhari; none means all
+    python -m nanorlhf.study [NAME...] [options]      NAME: frontier, kirk, temperature, rrhf or chaudhari; none means all.
+                                                      sbert, which is not among all, needs the extra `eval`
 
 Every finished run leaves a small file below --out (runs/seed-N/NAME.json) and is not run again while that file is there. So a
 study can be stopped at any moment and continued by the same command, on another machine too: the weights below --work are made
@@ -156,7 +157,7 @@ def main():
         check_options(options)
         if unknown := [name for name in names if name not in EXPERIMENTS]:
             raise UserError(f"{unknown[0]}: not one of {', '.join(EXPERIMENTS)}")
-        names = names or list(EXPERIMENTS)
+        names = names or [name for name, experiment in EXPERIMENTS.items() if not experiment.extra]
         wanted = chosen_runs(names, options.fast)
         seeds = range(options.seed, options.seed + (1 if options.fast else options.seeds))
         order = [name for name, *_ in runs(0)]

@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT
 from nanorlhf import findings, study
 from nanorlhf.errors import NotFinite, UserError
-from nanorlhf.experiments import COMMON, PPO, exact_optimum, runs
+from nanorlhf.experiments import COMMON, MEANINGS, PPO, exact_optimum, runs
 from nanorlhf.findings import EXPERIMENTS, best_within, over_seeds, verdict
 from nanorlhf.jobs import stages_needed
 from nanorlhf.options import check_options
@@ -38,19 +38,20 @@ def test_every_run_has_valid_options_and_stands_after_those_that_it_reads(scale)
 
 
 def test_the_fast_study_is_a_part_of_the_whole_and_the_whole_is_all_runs():
-    fast, whole = chosen_runs(list(EXPERIMENTS), True), chosen_runs(list(EXPERIMENTS), False)
-    assert set(fast) < set(whole) == {name for name, *_ in runs(0)}
+    fast, whole = (chosen_runs([n for n in EXPERIMENTS if n != "sbert"], fast) for fast in (True, False))
+    assert [n for n, experiment in EXPERIMENTS.items() if experiment.extra] == ["sbert"]
+    assert set(fast) < set(whole) == {name for name, *_ in runs(0)} - {"sbert"}
 
 
 def made_up(seed=0):
     """Returns made-up measurements of every run, of the shape that experiments.py writes."""
     rng = np.random.default_rng(seed)
-    columns = ["kl", "gold/test", "gold/ood_near", "gold/ood_far", "gap/ood_near", "gap/ood_far", "reward/test", *findings.DIVERSITY]
+    columns = ["kl", "gold/test", "gold/ood_near", "gold/ood_far", "gap/ood_near", "gap/ood_far", "reward/test", *findings.DIVERSITY, "ppl"]
     found = {}
     for name, _, _ in runs(seed):
-        policy = {"row": {c: float(rng.random()) for c in columns}, "independent": rng.random(50).tolist(), "perplexity": 2.0,
+        policy = {"row": {c: float(rng.random()) for c in columns}, "independent": rng.random(50).tolist(),
                   "path": [{"step": s, "kl": s / 10, "gold": float(rng.random()), "reward": float(rng.random())}
-                                              for s in range(5, 31, 5)],
+                           for s in range(5, 31, 5)],
                   "candidates": {"best": 1.0, "mean": 0.0, "std": 1.0}, "accuracy": 0.5}
         found[name] = policy | {"held_out": {f"{s}/{c}": float(rng.random()) for s in ("test", "ood_near", "ood_far")
                                              for c in ("accuracy", "loss", "ece", "ceiling")}}
@@ -58,6 +59,8 @@ def made_up(seed=0):
             found[name]["path"] = [{"n": 2 ** k, "kl": k / 2, "gold": k / 10, "reward": k / 5} for k in range(8)]
     found["temperatures"] = {p: [{"temperature": t, "gold": 0.0, "win": float(rng.random())} for t in (0.0, 0.25, 0.5, 0.75, 1.0)]
                              for p in ("sft", "dpo_beta_0.5", PPO, "best_of_16")}
+    found["sbert"] = {p: {c: float(rng.random()) for c in ("kl", "sbert_per_input", "sbert_across")}
+                      for p in (*MEANINGS, "best_of_16")}
     found["exact"] = {m: {"share": 0.9, "kl": 0.1} for m in ("ppo", "dpo", "dpo_20000")}
     return found
 
@@ -142,7 +145,7 @@ def test_the_committed_page_follows_from_the_committed_measurements(tmp_path):
     """Without its plots. A run that the table no longer has, or has with other options, is not counted as measured."""
     committed = ROOT / "results" / "study"
     assert jobs_of([name for name, *_ in runs(0)], 0, Options(work=str(tmp_path), out=str(committed))) == []
-    found = measurements(range(3), [name for name, *_ in runs(0)], committed)
+    found = measurements(range(len(list((committed / "runs").iterdir()))), [name for name, *_ in runs(0)], committed)
     page = (committed / "report.md").read_text(encoding="utf-8")
     for name in EXPERIMENTS:
         page = page.replace(f"![{EXPERIMENTS[name].title}]({name}.png)\n\n", "")

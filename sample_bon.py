@@ -31,7 +31,8 @@ import numpy as np
 from nanorlhf.data import (Example, cut_response, decode_response, describe, encode_prompts, load_records,
                            marks_of)
 from nanorlhf.errors import UserError
-from nanorlhf.files import require_folder, sha256_of, write_json, write_records
+from nanorlhf.files import (append_records, read_jsonl, remove, require_folder, sha256_of, write_json,
+                            write_records)
 from nanorlhf.formats.records import other_columns
 from nanorlhf.generate import generate, repeated
 from nanorlhf.metrics import best_of_n_estimate, bon_kl, mean_and_interval
@@ -150,11 +151,12 @@ def sample(config):
         eval_reward = load_reward(measured, tokenizer, run.device, records, config.data, dtype=config.dtype)
     columns, marks = other_columns(records), marks_of(config.cut_at)
 
-    # --resume starts again: the same seed draws the same samples.
-    run.begin(0)
-    stream = stream_of(config)
-    scored, n = [], config.n
-    for first in range(0, len(prompts), config.batch_size):
+    # A row's samples depend on the seed and its number only, so --resume goes on after the rows that exist.
+    drawn, n, stream = run.out / "drawn.jsonl", config.n, stream_of(config)
+    scored = read_jsonl(drawn) if config.resume else []
+    run.begin(len(scored))
+    write_records(drawn, scored)
+    for first in range(len(scored), len(prompts), config.batch_size):
         queries, asked = (items[first:first + config.batch_size] for items in (prompts, records))
         with run.autocast():
             samples = generate(policy, queries, config.response_length, config.temperature, config.top_k,
@@ -173,14 +175,17 @@ def sample(config):
             scored.append(dict(prompt=record["prompt"], responses=texts, scores=scores[i].tolist(),
                                values=values[i].tolist() if eval_reward else None,
                                finished=samples.finished[rows].tolist(), columns=columns[first + i]))
+        append_records(drawn, scored[first:])
         metrics = {"scores/mean": scores.mean(), "scores/best": scores.max(1).values.mean()}
         if eval_reward:
             metrics["eval_reward/of_best"] = values.gather(1, scores.argmax(1, keepdim=True)).mean()
         run.log(len(scored), len(prompts), metrics, tokens=sum(map(len, responses)))
+        run.stop_if_asked(len(scored), len(prompts))
 
     write_outputs(run, scored, config, stream)
     write_curve(run, scored, config)
     run.done()
+    remove(drawn)
 
 
 def write_outputs(run, scored, config, stream):

@@ -209,8 +209,7 @@ def train(config):
         if run.due(config.eval_every, step + 1, total):
             metrics |= evaluate(model, eval_groups, tokenizer, run, config) | evaluate_samples(step + 1)
         run.log(step + 1, total, metrics, tokens)
-        if run.due(config.save_every, step + 1, total):
-            run.save_checkpoint(step + 1, {"model": model}, {"optimizer": optimizer})
+        run.checkpoint(step + 1, total, {"model": model}, {"optimizer": optimizer})
     run.finish(model, tokenizer)
 
 

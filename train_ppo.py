@@ -358,8 +358,7 @@ def train(config):
         if run.due(config.eval_every, step + 1, config.max_steps):
             metrics |= evaluate_samples(step + 1)
         run.log(step + 1, config.max_steps, metrics, tokens=sum(lengths))
-        if run.due(config.save_every, step + 1, config.max_steps):
-            run.save_checkpoint(step + 1, modules, optimizers, {"kl_coef": kl_coef})
+        run.checkpoint(step + 1, config.max_steps, modules, optimizers, {"kl_coef": kl_coef})
     run.finish(policy, tokenizer)
 
 

@@ -224,8 +224,7 @@ def train(config):
             for name, part in eval_groups.items():
                 metrics |= evaluate(model, part, tokenizer, run, name)
         run.log(step + 1, total, metrics, tokens)
-        if run.due(config.save_every, step + 1, total):
-            run.save_checkpoint(step + 1, {"model": model}, {"optimizer": optimizer})
+        run.checkpoint(step + 1, total, {"model": model}, {"optimizer": optimizer})
 
     if config.normalize != "none":
         normalize(model, scored, tokenizer, run, config.normalize)

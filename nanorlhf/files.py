@@ -100,6 +100,12 @@ def write_records(path, records):
             f.writelines(json.dumps(r, ensure_ascii=False, allow_nan=False) + "\n" for r in records)
 
 
+def append_records(path, records):
+    """Appends JSON lines. A crash leaves at most one line half written, which read_jsonl drops."""
+    with open(path, "a", encoding="utf-8") as f:
+        f.writelines(json.dumps(r, ensure_ascii=False, allow_nan=False) + "\n" for r in records)
+
+
 def read_json(path):
     return json.loads(Path(path).read_text(encoding="utf-8"))
 

@@ -57,10 +57,11 @@ def held_out(run, what="accuracy", split="test"):
 
 
 def over_seeds(figure, seeds):
-    """Returns (mean over the seeds, low end, high end of its 95% interval); None if a run is missing or diverged."""
+    """Returns (mean over the seeds, low end, high end of its 95% interval); None if a run is missing or diverged, or if it
+    is a share of nothing."""
     try:
         return within(*mean_and_interval([figure(seeds, k) for k in range(len(seeds))]))
-    except KeyError:
+    except (KeyError, ZeroDivisionError):
         return None
 
 

@@ -34,7 +34,8 @@ def run_jobs(jobs, processes=0):
     """Calls function(*arguments) of every job, at most `processes` at a time; 0 means one per core, and one on a GPU. Jobs start
     in order, each once those that it needs are finished; a name that is not among the jobs counts as finished.
 
-    The first error of a job stops the others and is raised here. Every function must therefore survive being killed.
+    The first error of a job, or Ctrl-C, stops the others and is raised here: a run of a script ends its step and saves, and other
+    functions are interrupted. A second Ctrl-C kills them, so every function must survive that.
     """
     cores = torch.get_num_threads()
     processes = processes or (1 if torch.cuda.is_available() else cores)
@@ -48,7 +49,9 @@ def run_jobs(jobs, processes=0):
             say(job := waiting.pop(next_ready(waiting)))
             job.function(*job.arguments)
         return
-    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), begin_worker)
+    context = multiprocessing.get_context("spawn")
+    stop = context.Event()
+    pool = ProcessPoolExecutor(processes, context, begin_worker, (stop,))
     try:
         while waiting or running:
             while len(running) < processes and (i := next_ready(waiting, running.values())) is not None:
@@ -60,10 +63,17 @@ def run_jobs(jobs, processes=0):
                 future.result()
                 job = running.pop(future)
                 say(job, f": finished, {time.monotonic() - started:.0f} s after the start; {len(running)} running")
+    except BaseException:
+        stop.set()
+        print(f"stopping {', '.join(job.name for job in running.values())}: each ends its step and saves", flush=True)
+        raise
     finally:
-        for process in multiprocessing.active_children():                              # none is busy unless a job failed
-            process.terminate()
-        pool.shutdown(cancel_futures=True)
+        try:
+            pool.shutdown(cancel_futures=True)
+        except BaseException:
+            for process in multiprocessing.active_children():
+                process.kill()
+            raise
 
 
 def next_ready(waiting, running=()):
@@ -72,18 +82,43 @@ def next_ready(waiting, running=()):
     return next((i for i, job in enumerate(waiting) if not unfinished & set(job.needs)), None)
 
 
-def begin_worker():
-    """Lets Ctrl-C, and the end of the process that started this one, end it at once and silently."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+STOP = getattr(signal, "SIGUSR1", signal.SIGTERM)
+stopping = None                      # in a worker: the event that ends its job
+
+
+def begin_worker(stop):
+    """Ctrl-C in the terminal reaches the workers too, but the parent decides: it sets the event `stop`. The end of the parent is
+    the worker's end at once."""
+    global stopping
+    stopping = stop
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(STOP, lambda number, frame: None)                # between jobs
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    threading.Thread(target=lambda: (stop.wait(), interrupt_worker()), daemon=True).start()
+
+
+def interrupt_worker():
+    if hasattr(signal, "pthread_kill"):
+        signal.pthread_kill(threading.main_thread().ident, STOP)       # the main thread may be waiting for something
+    else:                                                          # Windows
+        os._exit(1)
 
 
 def call(job, threads):
-    torch.set_num_threads(threads)
-    Path(job.log).parent.mkdir(parents=True, exist_ok=True)
-    with open(job.log, "a", encoding="utf-8") as file, contextlib.redirect_stdout(file):
-        job.function(*job.arguments)
+    """Runs a job in a worker. The event `stop` interrupts it; a run of a script handles that itself while it takes steps."""
+    def interrupt(number, frame):
+        raise KeyboardInterrupt
+    before = signal.signal(STOP, interrupt)
+    try:
+        if stopping.is_set():
+            raise KeyboardInterrupt
+        torch.set_num_threads(threads)
+        Path(job.log).parent.mkdir(parents=True, exist_ok=True)
+        with open(job.log, "a", encoding="utf-8") as file, contextlib.redirect_stdout(file):
+            job.function(*job.arguments)
+    finally:
+        signal.signal(STOP, before)
 
 
 # ---- Runs of scripts as jobs ----------------------------------------------------------------------------------------

@@ -10,13 +10,16 @@ import json
 import os
 import re
 import shlex
+import signal
 import sys
+import threading
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
 import torch
 
 from nanorlhf.errors import UserError, one_line
+from nanorlhf.files import read_jsonl
 
 HOW_TO_BEGIN = ("out", "resume", "overwrite")     # never taken from the run that --resume continues
 
@@ -176,7 +179,28 @@ def how_to_continue(config):
     command = shlex.join(["python", sys.argv[0], "--out", str(out), "--resume"])
     if saved := sorted(out.glob("checkpoints/step-*")):
         return f"continue after step {int(saved[-1].name.removeprefix('step-'))} with: {command}"
+    if prompts := len(read_jsonl(out / "drawn.jsonl")):
+        return f"continue after {prompts} prompts with: {command}"
     return f"no checkpoint was saved yet; to start from the beginning: {command}"
+
+
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+
+
+@contextlib.contextmanager
+def interrupted_by_signals():
+    """Within it SIGTERM and SIGUSR1, which Slurm sends ahead of the end of a job, raise KeyboardInterrupt as SIGINT does."""
+    def interrupt(number, frame):
+        raise KeyboardInterrupt
+    here = threading.current_thread() is threading.main_thread()
+    taken = [number for number in STOP_SIGNALS if here and signal.getsignal(number) == signal.SIG_DFL]
+    for number in taken:
+        signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)
 
 
 @contextlib.contextmanager
@@ -184,7 +208,8 @@ def one_line_errors(options, go_on):
     """Turns an error that the user can fix into one line on stderr and the exit code 1. options: the parsed command line;
     go_on(): what the user can do after an interruption."""
     try:
-        yield
+        with interrupted_by_signals():
+            yield
     except UserError as error:
         raise SystemExit(f"error: {error}")
     except OSError as error:                      # a full disk, a folder that may not be written to

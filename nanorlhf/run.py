@@ -13,19 +13,22 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
+import threading
 import time
+import weakref
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
 from nanorlhf.errors import NotFinite, UserError
-from nanorlhf.files import (FolderLock, atomic_write, fingerprint, read_json, read_jsonl, remove, sha256_of, write_json,
-                            write_records)
+from nanorlhf.files import (FolderLock, append_records, atomic_write, fingerprint, read_json, read_jsonl, remove, sha256_of,
+                            write_json, write_records)
 from nanorlhf.formats.checkpoints import check_finite, write_tensors
 from nanorlhf.model import ModelConfig, Transformer, check_fit, freeze, pick_device
-from nanorlhf.options import HOW_TO_BEGIN, check_options, named_files, read_options
+from nanorlhf.options import HOW_TO_BEGIN, STOP_SIGNALS, check_options, named_files, read_options
 from nanorlhf.tokenizer import check_same_ids, load_tokenizer
 from nanorlhf.training import seed_for
 
@@ -103,6 +106,7 @@ class Run:
         in a resumed run, steps after the checkpoint are run and logged again, so their old rows go. The clock starts here."""
         self.started = time.monotonic()
         self.lock = FolderLock.of(self.out)
+        self.asked_to_stop = StopSignals(self)
         if not self.config.resume:
             if self.config.overwrite:
                 for old in self.out.iterdir():    # not the folder, which is locked
@@ -166,8 +170,7 @@ class Run:
         seconds = max(now - self.started, 1e-9)   # of this part of the run
         whole, count = self.before["time"] + seconds, self.before["tokens"] + self.tokens
         times = {"time": round(whole, 3), "tokens": count, "tokens_per_second": round(count / whole, 3)}
-        with open(self.out / "metrics.jsonl", "a", encoding="utf-8") as f:
-            f.write(json.dumps({"step": step, **times, **row}) + "\n")
+        append_records(self.out / "metrics.jsonl", [{"step": step, **times, **row}])
         if step >= total or step == 1 or now - self.printed > 5:
             self.printed = now
             left = int(seconds / max(1, step - self.first_step) * (total - step))
@@ -179,10 +182,20 @@ class Run:
 
     def log_samples(self, step, records):
         """Appends texts to samples.jsonl."""
-        with open(self.out / "samples.jsonl", "a", encoding="utf-8") as f:
-            f.writelines(json.dumps({"step": step, **r}, ensure_ascii=False) + "\n" for r in records)
+        append_records(self.out / "samples.jsonl", [{"step": step, **r} for r in records])
 
     # ---- Checkpoints ------------------------------------------------------------------------------------------------
+
+    def checkpoint(self, step, total, modules, optimizers, state=None):
+        """Saves a checkpoint if one is due (--save_every), or if a signal asked the run to stop, which ends it here."""
+        if self.due(self.config.save_every, step, total) or self.asked_to_stop:
+            self.save_checkpoint(step, modules, optimizers, state)
+        self.stop_if_asked(step, total)
+
+    def stop_if_asked(self, step, total):
+        """Raises KeyboardInterrupt if a signal asked the run to stop, but not after its last step. Call it when all is saved."""
+        if self.asked_to_stop and step < total:
+            raise KeyboardInterrupt
 
     def save_checkpoint(self, step, modules, optimizers, state=None):
         """Writes checkpoints/step-N: weights and optimizer tensors as safetensors, the rest as JSON, and a sha256 of each.
@@ -233,8 +246,42 @@ class Run:
     def done(self):
         """Marks the run finished."""
         self._write_run_json(finished=True)
+        self.asked_to_stop.restore()
         self.lock = None
         print(f"{self.name} done: {self.out}", flush=True)
+
+
+class StopSignals:
+    """True once SIGINT, SIGTERM or SIGUSR1 asked a run to stop; for then it ends after its step and saves. Slurm sends the last
+    two ahead of the end of a job. A second signal acts as if this object were not there, and so ends the run at once.
+
+    Signals that are ignored stay so. It does nothing outside the main thread, or once the run that it was made for is gone.
+    """
+
+    def __init__(self, run):
+        self.run, self.signal, self.before = weakref.ref(run), None, {}
+        if threading.current_thread() is threading.main_thread():
+            self.before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+            self.before = {number: handler for number, handler in self.before.items() if handler not in (None, signal.SIG_IGN)}
+            for number in self.before:
+                signal.signal(number, self.ask)
+
+    def __bool__(self):
+        return self.signal is not None
+
+    def ask(self, number, frame):
+        self.restore()
+        if (run := self.run()) is None:
+            signal.raise_signal(number)
+            return
+        self.signal = number
+        print(f"{run.name}: {signal.Signals(number).name}: stops after this step and saves; a second signal stops it at once",
+              flush=True)
+
+    def restore(self):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        self.before = {}
 
 
 def new_model(config):

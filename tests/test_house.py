@@ -11,7 +11,8 @@ from conftest import ROOT, SCRIPTS
 # The levels, lowest first: a module may import only modules of earlier lines.
 ORDER = """
 errors
-files options training reviews
+files
+options training reviews
 formats.chat formats.tokenizer_files formats.checkpoints
 formats.records
 tokenizer

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -670,6 +671,47 @@ def test_a_killed_process_resumes(root, tmp_path):
     assert [r["step"] for r in rows] == list(range(1, 121))
     go(train_sft, tmp_path / "whole", **{**options, "save_every": 0})
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "x"))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+@pytest.mark.parametrize("module, how, length", [
+    (train_sft, "SIGINT", dict(max_steps=400)), (train_ppo, "SIGUSR1", dict(max_steps=40, kl_target=6.0)),
+    (sample_bon, "SIGTERM", dict(limit=300, batch_size=2, reward="gold"))], ids=lambda x: getattr(x, "__name__", ""))
+def test_a_signal_lets_the_step_end_and_saves_it(root, tmp_path, monkeypatch, module, how, length):
+    """Although no checkpoint was due; and what follows is what would have followed."""
+    options = {**COMMON[module], **length} | known_options(module, dict(save_every=0, eval_every=0, device="cpu"))
+    words = [w for k, v in options.items() for w in (f"--{k}", v)]
+    process = start(root, f"{module.__name__} --out", tmp_path / "x", *words)
+    while process.poll() is None and len(read_jsonl(tmp_path / "x/metrics.jsonl")) < 3:
+        time.sleep(0.01)
+    process.send_signal(getattr(signal, how))
+    found, last = done(process), read_jsonl(tmp_path / "x/metrics.jsonl")[-1]["step"]
+    assert found.code == 1 and f"{how}: stops after this step and saves" in found.out
+    unit = f"{last} prompts" if module is sample_bon else f"step {last}"
+    assert found.err.startswith(f"interrupted; continue after {unit} with: python ") and len(found.err.splitlines()) == 1
+    again = done(start(root, found.err.split("with: python ")[1].replace(".py", "").strip()))
+    assert again.code == 0 and f"resumes {tmp_path / 'x'} after step {last}" in again.out, again.err
+    monkeypatch.chdir(root)
+    whole, parts = go(module, tmp_path / "whole", **options), read_jsonl(tmp_path / "x/metrics.jsonl")
+    assert 3 <= last < parts[-1]["step"]
+    assert [{k: v for k, v in r.items() if k not in TIMES} for r in parts] == [
+        {k: v for k, v in r.items() if k not in TIMES} for r in whole]
+    for file in ("ranked.jsonl", "curve.json") if module is sample_bon else ("model.safetensors",):
+        assert (tmp_path / "x" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+
+
+def test_a_second_signal_stops_at_once(root, tmp_path):
+    """As one before the first step does, when nothing is lost."""
+    process = start(root, "train_ppo --out", tmp_path / "x", *[w for k, v in COMMON[train_ppo].items() for w in (f"--{k}", v)],
+                    "--max_steps", 1, "--limit", 4000, "--batch_size", 4000, "--response_length", 48)
+    while process.poll() is None and not (tmp_path / "x/run.json").exists():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    found = done(process)
+    assert found.code == 1 and found.err.startswith("interrupted; no checkpoint was saved yet"), found.err
+    assert not (tmp_path / "x/checkpoints").exists()
 
 
 RENAMED = [(module, old, new) for module in SCRIPTS.values() for old, new in getattr(module.Config, "renamed", {}).items()]

@@ -36,7 +36,7 @@ def atomic_write(path):
             with open(file, "rb+") as f:
                 os.fsync(f.fileno())
         if path.is_dir() and temporary.is_dir():
-            shutil.rmtree(path)                   # rename cannot replace a folder; the new one is already on disk
+            remove(path)                          # rename cannot replace a folder; the new one is already on disk
         os.replace(temporary, path)
     except BaseException:
         remove(temporary)
@@ -48,9 +48,12 @@ def atomic_write(path):
 
 
 def remove(path):
-    """Deletes a file or a folder, if there is one."""
+    """Deletes a file or a folder, if there is one. A crash leaves no half of a folder under its name."""
     if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
+        doomed = path.with_name(f".{path.name}.removing")
+        shutil.rmtree(doomed, ignore_errors=True)
+        os.replace(path, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
 

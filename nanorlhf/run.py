@@ -12,7 +12,6 @@ import math
 import os
 import platform
 import re
-import shutil
 import signal
 import subprocess
 import threading
@@ -40,6 +39,9 @@ MAKE_COMPARISONS = ("python sample_bon.py --split train --limit 8000 --n 2 --rew
 MAKE_BASE = "python train_sft.py --init scratch --family llama --kind text --packing false --lr 2.5e-3 --out out/base"
 
 
+NOT_YET = ".run.json.writing"         # all that is there if a run was killed while it wrote its first file
+
+
 class Run:
     """The run folder and the device of one script; `config` is the script's Config and `name` the script's short name.
 
@@ -64,7 +66,7 @@ class Run:
         self.before = {"time": 0.0, "tokens": 0}  # of the parts of the run before this one
 
     def _check_unused(self):
-        if self.out.exists() and any(self.out.iterdir()):
+        if self.out.exists() and any(file.name != NOT_YET for file in self.out.iterdir()):
             if not self.config.overwrite:
                 raise UserError(f"{self.out} already holds files: name another --out, or continue with --resume, "
                                 f"or replace it with --overwrite")
@@ -108,9 +110,13 @@ class Run:
         self.lock = FolderLock.of(self.out)
         self.asked_to_stop = StopSignals(self)
         if not self.config.resume:
-            if self.config.overwrite:
-                for old in self.out.iterdir():    # not the folder, which is locked
-                    remove(old)
+            if self.config.overwrite and (self.out / "run.json").exists():
+                # Killed at any moment, it must leave a run folder: --overwrite touches no other. Until the old run.json is
+                # replaced it is that of an unfinished run, which --resume would take up at its beginning.
+                write_json(self.out / "run.json", read_json(self.out / "run.json") | {"finished": False})
+                for old in [self.out / "checkpoints", *self.out.iterdir()]:            # not the folder, which is locked
+                    if old.name != "run.json":
+                        remove(old)
             self._write_run_json(finished=False)
             return
         for log in (self.out / "metrics.jsonl", self.out / "samples.jsonl"):
@@ -213,7 +219,7 @@ class Run:
             state = dict(step=step, **(state or {}))
             write_json(folder / "state.json", dict(state, sha256=dict(digests, state=digest_of(state))))
         for old in sorted((self.out / "checkpoints").glob("step-*"))[:-2]:
-            shutil.rmtree(old)
+            remove(old)
 
     def load_checkpoint(self, modules, optimizers):
         """Loads the newest checkpoint in place and returns its state; {"step": 0} without --resume or before the first one."""

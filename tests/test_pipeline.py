@@ -252,7 +252,7 @@ def test_the_sample_texts_are_verbatim_from_the_committed_run():
     samples = (ROOT / "results/reviews/samples.md").read_text(encoding="utf-8")
     section = samples.split("## Review of the book Paper Road: style and ending.")[1].split("\n## ")[0]
     rows = re.findall(r"^\| ([\w -]+) \| (.+) \| (-?\d\.\d\d) \|$", README.split("## Run it")[0], re.MULTILINE)
-    assert len(rows) == 4
+    assert len(rows) == 5
     for method, text, reward in rows:
         assert f"- **{method}** [{reward}] {text.removesuffix(' ...')}" in section, method
 

@@ -11,7 +11,6 @@ import bisect
 import collections
 import gzip
 import hashlib
-import json
 import re
 import sys
 import unicodedata
@@ -23,6 +22,7 @@ import torch
 
 from nanorlhf import reviews
 from nanorlhf.errors import DataError, UserError, one_line
+from nanorlhf.files import parse_json
 from nanorlhf.formats.chat import (ASSISTANT, answer_affixes, conversation, encode_for_reply, encode_turns, is_open,
                                    messages_of, without_oldest)
 from nanorlhf.formats.records import FIELDS, Record, convert, records_of
@@ -156,8 +156,8 @@ def rows_in(path):
                         f"pandas' to_json(orient='records', lines=True)")
     if content.lstrip()[:1] == b"[":
         try:
-            return list(enumerate(json.loads(content.decode()), 1))
-        except (ValueError, RecursionError) as e:
+            return list(enumerate(parse_json(content.decode()), 1))
+        except ValueError as e:
             raise DataError(f"{path}: bad JSON array ({one_line(e)})") from None
     lines = enumerate(content.split(b"\n"), 1)  # at \n only: texts contain U+0085, a line end to str.splitlines
     return [(number, line) for number, line in lines if line.strip()]

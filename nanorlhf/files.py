@@ -109,8 +109,16 @@ def append_records(path, records):
         f.writelines(json.dumps(r, ensure_ascii=False, allow_nan=False) + "\n" for r in records)
 
 
+def parse_json(text):
+    """json.loads, but with a ValueError for what is nested too deeply, as for other damage."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
 def read_json(path):
-    return json.loads(Path(path).read_text(encoding="utf-8"))
+    return parse_json(Path(path).read_text(encoding="utf-8"))
 
 
 def read_jsonl(path):
@@ -118,7 +126,7 @@ def read_jsonl(path):
     rows = []
     for line in Path(path).read_bytes().split(b"\n") if Path(path).exists() else []:
         with contextlib.suppress(ValueError):
-            rows.append(json.loads(line))
+            rows.append(parse_json(line))
     return rows
 
 

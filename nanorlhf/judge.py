@@ -30,7 +30,7 @@ from pathlib import Path
 from nanorlhf.data import cut_text, marks_of, rows_in
 from nanorlhf.errors import DataError, UserError
 from nanorlhf.evaluate import markdown_table
-from nanorlhf.files import read_jsonl, remove, require_file, write_json, write_records, write_text
+from nanorlhf.files import parse_json, read_jsonl, remove, require_file, write_json, write_records, write_text
 from nanorlhf.formats.chat import string
 from nanorlhf.metrics import mean_and_interval, share_interval, within
 from nanorlhf.options import check_options, leading_words, one_line_errors, parse_options
@@ -79,12 +79,12 @@ def read_rows(file, **fields):
     or a null (None: there must be one)."""
     for line, content in rows_in(Path(require_file(file, "", ""))):
         try:
-            row = json.loads(content) if isinstance(content, bytes) else content
+            row = parse_json(content) if isinstance(content, bytes) else content
             for field, default in fields.items():
                 row[field] = string(default if row.get(field) is None else row[field], field)
         except DataError as error:
             raise DataError(f"{file}:{line}: {error}")
-        except (ValueError, AttributeError, RecursionError):
+        except (ValueError, AttributeError):
             raise DataError(f"{file}:{line}: no JSON object")
         yield f"{file}:{line}", row
 

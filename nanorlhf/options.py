@@ -6,7 +6,6 @@ import dataclasses
 import errno
 import inspect
 import itertools
-import json
 import os
 import re
 import shlex
@@ -19,7 +18,7 @@ from typing import Literal, get_args, get_origin
 import torch
 
 from nanorlhf.errors import UserError, one_line
-from nanorlhf.files import read_jsonl
+from nanorlhf.files import read_json, read_jsonl
 
 HOW_TO_BEGIN = ("out", "resume", "overwrite")     # never taken from the run that --resume continues
 
@@ -85,13 +84,22 @@ def metavar_of(field):
 
 def read_options(out, Config):
     """Options saved in a run folder's run.json that Config still has, by their new names; {} if there is no run.json."""
+    saved = read_run(out).get("options", {})
+    saved = {getattr(Config, "renamed", {}).get(name, name): value for name, value in saved.items()}
+    return {f.name: saved[f.name] for f in dataclasses.fields(Config) if f.name in saved}
+
+
+def read_run(out):
+    """Returns the run.json of a run folder, {} if there is none; UserError if it is damaged."""
     file = Path(out) / "run.json"
     try:
-        saved = json.loads(file.read_text(encoding="utf-8"))["options"] if file.exists() else {}
-        saved = {getattr(Config, "renamed", {}).get(name, name): value for name, value in saved.items()}
-        return {f.name: saved[f.name] for f in dataclasses.fields(Config) if f.name in saved}
-    except (ValueError, KeyError, TypeError, AttributeError):
+        run = read_json(file) if file.exists() else {"options": {}}
+        whole = isinstance(run["options"], dict) and isinstance(run.get("inputs") or {}, dict)
+    except (ValueError, KeyError, TypeError):
+        whole = False
+    if not whole:
         raise UserError(f"{file} is damaged")
+    return run
 
 
 def _boolean(text):

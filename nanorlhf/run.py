@@ -27,7 +27,7 @@ from nanorlhf.files import (FolderLock, append_records, atomic_write, fingerprin
                             write_json, write_records)
 from nanorlhf.formats.checkpoints import check_finite, write_tensors
 from nanorlhf.model import ModelConfig, Transformer, check_fit, freeze, pick_device
-from nanorlhf.options import HOW_TO_BEGIN, STOP_SIGNALS, check_options, named_files, read_options
+from nanorlhf.options import HOW_TO_BEGIN, STOP_SIGNALS, check_options, named_files, read_options, read_run
 from nanorlhf.tokenizer import check_same_ids, load_tokenizer
 from nanorlhf.training import seed_for
 
@@ -83,7 +83,7 @@ class Run:
         if not (self.out / "run.json").exists():
             raise UserError(f"{self.out} holds no run to resume")
         options = read_options(self.out, type(self.config))
-        before = read_json(self.out / "run.json")
+        before = read_run(self.out)
         if before.get("script", self.name) != self.name:
             raise UserError(f"{self.out} is a run of another script, {before['script']}: {self.name} cannot resume it")
         for option, was in options.items():
@@ -97,7 +97,7 @@ class Run:
             return True
         now = self.inputs | {"data": self.data_sha256}
         for option, was in {**(before.get("inputs") or {}), "data": before.get("data_sha256", self.data_sha256)}.items():
-            if now.get(option) != was:            # a run.json of an older version has no "inputs"
+            if hasattr(self.config, option) and now.get(option) != was:                # an older run.json has no "inputs"
                 changed = "has changed" if now.get(option) else "is gone"
                 raise UserError(f"--{option} {getattr(self.config, option)} {changed} since the run in {self.out} began; start "
                                 f"again with --overwrite, or name another --out")
@@ -113,7 +113,7 @@ class Run:
             if self.config.overwrite and (self.out / "run.json").exists():
                 # Killed at any moment, it must leave a run folder: --overwrite touches no other. Until the old run.json is
                 # replaced it is that of an unfinished run, which --resume would take up at its beginning.
-                write_json(self.out / "run.json", read_json(self.out / "run.json") | {"finished": False})
+                write_json(self.out / "run.json", read_run(self.out) | {"finished": False})
                 for old in [self.out / "checkpoints", *self.out.iterdir()]:            # not the folder, which is locked
                     if old.name != "run.json":
                         remove(old)

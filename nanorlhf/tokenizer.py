@@ -18,7 +18,7 @@ from pathlib import Path
 import tiktoken
 
 from nanorlhf.errors import DataError, one_line
-from nanorlhf.files import local_folder
+from nanorlhf.files import local_folder, parse_json
 from nanorlhf.formats.checkpoints import read_end_ids
 from nanorlhf.formats.tokenizer_files import (BYTE_LEVEL, FLAGS, GPT2_PATTERN, TOKENIZER_FILES, bos_template, byte_symbols,
                                               encoding_of, from_sentencepiece, from_spec, from_tekken, from_vocab_and_merges,
@@ -237,7 +237,7 @@ class Tokenizer:
             new["tokenizer_config.json"] = json.dumps(config, indent=2).encode()
         # transformers pads with this token, and reads a reward before config.json's pad: all must be the same.
         for name in {"tokenizer_config.json", "special_tokens_map.json"} & self.files.keys():
-            config = json.loads(self.files[name])
+            config = parse_json(self.files[name])
             named = config.pop("pad_token", None)
             named = named["content"] if isinstance(named, dict) else named
             if named != pad and (named or self.special_text.get("pad_token") != pad):

@@ -1,12 +1,14 @@
-"""Tests that a run survives SIGKILL at any moment: 50 kills of each script, and the result is that of a run without a break.
+"""Tests that a run survives SIGKILL and a failing disk at any moment, and then comes to the result of a run without a break.
 
     python tests/test_kills.py [--kills 50] > results/faults/kills.md
 
-A child process is forked for every attempt and killed after a random time, or at a random call that writes to the disk, just before
-or just after it. The next attempt resumes. Runs that reach their end are compared with one that was never killed.
+Every attempt is a forked child. It is killed after a random time, or at a random call that changes the disk, just before or just
+after it; or each such call in turn fails; or each file may only grow to a random size. The next attempt resumes. Runs that
+reach their end are compared with one that was left alone.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -33,10 +35,13 @@ KILLED = {
     "train_sft, bfloat16": ("train_sft", dict(limit=60, dtype="bfloat16")),
     "train_sft, --overwrite": ("train_sft", dict(limit=60)),
     "train_rm": ("train_rm", {}),
+    "train_ppo, bfloat16": ("train_ppo", dict(limit=32, dtype="bfloat16")),
     "train_ppo, adaptive KL": ("train_ppo", dict(limit=32, kl_target=6.0, whiten_rewards=True)),
     "train_dpo": ("train_dpo", {}),
     "train_rrhf, resampled": ("train_rrhf", dict(limit=16, resample_every=3)),
     "sample_bon": ("sample_bon", dict(n=4, limit=60, batch_size=4, reward="gold", keep_unfinished=True))}
+FAILING = ("train_sft", "train_ppo, adaptive KL", "train_rrhf, resampled", "sample_bon")
+SHORT = dict(max_steps=4, eval_every=2)        # of the runs whose every call fails in turn
 TIMES = ("time", "tokens_per_second")
 CALLS = ((os, "replace"), (os, "fsync"), (os, "mkdir"), (os, "unlink"), (os, "rmdir"), (os, "chmod"))   # and opening for writing
 
@@ -66,19 +71,24 @@ def die():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def die_at_call(number, after):
-    """Kills this process at its number-th call that changes the disk, before or after it."""
+def no_space():
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def at_call(number, before=None, after=None):
+    """Calls `before` or `after` at this process's number-th call that changes the disk. Returns a function that tells whether it
+    came to that."""
     count = 0
 
     def watched(call):
         def wrapper(*args, **kwargs):
             nonlocal count
             count += 1
-            if count == number and not after:
-                die()
+            if count == number and before:
+                before()
             result = call(*args, **kwargs)
             if count == number and after:
-                die()
+                after()
             return result
         return wrapper
     import builtins
@@ -86,94 +96,125 @@ def die_at_call(number, after):
         setattr(module, name, watched(getattr(module, name)))
     opened, writes = builtins.open, watched(builtins.open)
     builtins.open = lambda file, mode="r", *args, **kwargs: (opened if mode in ("r", "rb") else writes)(file, mode, *args, **kwargs)
+    return lambda: count >= number
 
 
-def attempt(name, options, out, plan):
-    """Forks a child that starts or resumes the run and is killed by the plan: ("time", seconds), ("call", number, after) or None.
-    Returns True if it was killed; raises RuntimeError if it ended with an error."""
+def attempt(name, options, out, plan=("nothing",)):
+    """Forks a child that starts or resumes the run, under a plan: ("time", seconds) or ("call", number, "before" or "after") kill it,
+    ("fail", number) lets a call fail, ("limit", bytes) the writing of longer files. Returns "finished", "killed", "refused" (one
+    line, as a user gets it), "error", or "survived" if a call failed and the run reached its end all the same."""
+    from nanorlhf.errors import UserError
     child = os.fork()
     if child == 0:
-        code = 1
+        answer, reached = 3, bool
         try:
-            if plan and plan[0] == "call":
-                die_at_call(*plan[1:])
+            if plan[0] == "call":
+                at_call(plan[1], **{plan[2]: die})
+            if plan[0] == "fail":
+                reached = at_call(plan[1], before=no_space)
+            if plan[0] == "limit":
+                import resource
+                resource.setrlimit(resource.RLIMIT_FSIZE, (plan[1], plan[1]))
             start(name, options, out)
-            code = 0
+            answer = 4 if reached() else 0
+        except (UserError, OSError) as error:
+            answer = 2 if "\n" not in str(error) else 3
         except BaseException as error:
-            print(f"{name}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            print(f"{name}, {plan}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
         finally:
-            os._exit(code)
-    if plan and plan[0] == "time":
+            os._exit(answer)
+    if plan[0] == "time":
         time.sleep(plan[1])
         with contextlib.suppress(ProcessLookupError):
             os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
-    if os.WIFSIGNALED(status):
-        return True
-    if os.WEXITSTATUS(status):
-        raise RuntimeError(f"{name} did not resume after the plan {plan}")
-    return False
+    return "killed" if os.WIFSIGNALED(status) else ("finished", "", "refused", "error", "survived")[os.WEXITSTATUS(status)]
 
 
-def torture(folder, title, kills):
-    """Kills one script until it was killed `kills` times. Returns a row of the table."""
-    (name, options), rng = KILLED[title], random.Random(title)
-    whole, out = folder / "whole", folder / "killed"
-    for path in (whole, out):
-        shutil.rmtree(path, ignore_errors=True)
-    began = time.monotonic()
-    attempt(name, options, whole, None)
-    seconds, expected = time.monotonic() - began, outcome(whole)
-    row = {"script": title, "killed": 0, "while writing": 0, "runs finished": 0, "not resumed": 0, "other result": 0}
-    while True:
+def left_alone(name, options):
+    """Returns (seconds, outcome) of the run that nothing happens to."""
+    whole, began = Path("whole"), time.monotonic()
+    shutil.rmtree(whole, ignore_errors=True)
+    assert attempt(name, options, whole) == "finished"
+    return time.monotonic() - began, outcome(whole)
+
+
+def killed(title, kills):
+    """Kills a run, and the runs after it, until this many attempts were killed. Returns a row of the table."""
+    (name, options), rng, out = KILLED[title], random.Random(title), Path("killed")
+    seconds, expected = left_alone(name, options)
+    row = {"script": title, "killed": 0, "of these at a call": 0, "runs finished": 0, "not resumed": 0, "other result": 0}
+    while row["killed"] < kills or out.exists():
         if title.endswith("--overwrite") and not out.exists():
             shutil.copytree("out/sft", out)
-        plan = None
-        if row["killed"] < kills:
-            timed = rng.random() < 0.5
-            plan = ("time", rng.uniform(0, seconds / 3)) if timed else ("call", rng.randint(1, 60), rng.random() < 0.5)
-        try:
-            killed = attempt(name, options, out, plan)
-        except RuntimeError:
-            row["not resumed"] += 1
-            shutil.rmtree(out)
-            continue
-        row["killed"] += killed
-        row["while writing"] += killed and plan[0] == "call"
-        if not killed:
+        plan = ("time", rng.uniform(0, seconds / 3))
+        if rng.random() < 0.5:
+            plan = ("call", rng.randint(1, 60), rng.choice(("before", "after")))
+        answer = attempt(name, options, out, plan if row["killed"] < kills else ("nothing",))
+        row["killed"] += answer == "killed"
+        row["of these at a call"] += answer == "killed" and plan[0] == "call"
+        row["not resumed"] += answer in ("refused", "error")
+        if answer == "finished":
             row["runs finished"] += 1
             row["other result"] += outcome(out) != expected
-            shutil.rmtree(out)
-            if row["killed"] == kills:
-                break
+        if answer != "killed":
+            shutil.rmtree(out, ignore_errors=True)
+    return row
+
+
+def failed(title, sizes=20):
+    """Lets each call that changes the disk fail in turn, and then files be longer than a random number of bytes. Returns a row."""
+    (name, options), rng, out = KILLED[title], random.Random(title), Path("failed")
+    options = options | {k: v for k, v in SHORT.items() if name != "sample_bon"}
+    _, expected = left_alone(name, options)
+    largest = max(p.stat().st_size for p in Path("whole").rglob("*") if p.is_file())
+    row = {"script": title, "calls that failed": 0, "files too long": 0, "in one line": 0, "all the same": 0, "not resumed": 0, "other result": 0}
+
+    def one(plan, column):
+        shutil.rmtree(out, ignore_errors=True)
+        answer = attempt(name, options, out, plan)
+        if answer != "finished":
+            row[column] += 1
+            row["in one line"] += answer == "refused"
+            row["all the same"] += answer == "survived"
+            row["not resumed"] += answer != "survived" and attempt(name, options, out) != "finished"
+        row["other result"] += not out.exists() or outcome(out) != expected
+        return answer
+    for number in range(1, 10000):
+        if one(("fail", number), "calls that failed") == "finished":
+            break
+    for _ in range(sizes):
+        one(("limit", rng.randint(1, largest)), "files too long")
+    shutil.rmtree(out)
     return row
 
 
 def main(kills):
-    """Prints the table as Markdown and its rows as a line of JSON, in a working directory of its own."""
+    """Prints two tables as Markdown. Works in the working directory."""
     import torch
     torch.set_num_threads(1)         # bits, and a forked child has no other threads
     sys.path.insert(0, str(Path(__file__).parent))
     for out, (name, options) in INPUTS.items():
-        attempt(name, options, Path("out") / out, None)
-    rows = [torture(Path(), title, kills) for title in KILLED]
-    print("| " + " | ".join(rows[0]) + " |\n|---|" + "---:|" * (len(rows[0]) - 1))
-    for row in rows:
-        print("| " + " | ".join(map(str, row.values())) + " |")
-    return rows
+        assert attempt(name, options, Path("out") / out) == "finished"
+    for rows in ([killed(title, kills) for title in KILLED], [failed(title) for title in FAILING]):
+        print("| " + " | ".join(rows[0]) + " |\n|---|" + "---:|" * (len(rows[0]) - 1))
+        print("\n".join("| " + " | ".join(map(str, row.values())) + " |" for row in rows) + "\n", flush=True)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_every_script_survives_kills(tmp_path):
+def test_every_script_survives_kills_and_a_failing_disk(tmp_path):
     env = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(Path(__file__).parents[1]))
     child = subprocess.run([sys.executable, __file__, "--kills", str(KILLS)], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert child.returncode == 0, child.stderr
-    rows = [line.strip("| ").split(" | ") for line in child.stdout.splitlines()[2:]]
-    assert [r[0] for r in rows] == list(KILLED)
-    for _, killed, writing, finished, not_resumed, other in rows:
-        assert int(killed) == KILLS and 0 < int(writing) < KILLS and int(finished) > 0
-        assert (not_resumed, other) == ("0", "0"), child.stdout + child.stderr
+    rows = [line.strip("| ").split(" | ") for line in child.stdout.splitlines() if line.startswith(("| train", "| sample"))]
+    assert [r[0] for r in rows] == [*KILLED, *FAILING], child.stdout
+    assert all(row[-2:] == ["0", "0"] for row in rows), child.stdout + child.stderr
+    for title, *numbers in rows[:len(KILLED)]:
+        assert int(numbers[0]) == KILLS and 0 < int(numbers[1]) < KILLS and int(numbers[2]) > 0, title
+    for title, *numbers in rows[len(KILLED):]:
+        calls, sizes, one_line, survived, _, _ = map(int, numbers)
+        assert calls > 20 and calls + sizes == one_line + survived, title
 
 
 if __name__ == "__main__":

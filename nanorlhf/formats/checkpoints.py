@@ -7,7 +7,6 @@ one entry of FAMILIES. The spellings of transformers 4 and 5 are both read; tran
 
 import dataclasses
 import errno
-import json
 import math
 import os
 import re
@@ -18,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from nanorlhf.errors import NotFinite, UserError, one_line
-from nanorlhf.files import atomic_write, local_folder, write_json
+from nanorlhf.files import atomic_write, local_folder, read_json, write_json
 
 ACTIVATION_NAMES = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu": "gelu",
                     "relu": "relu", "silu": "silu", "swish": "silu"}
@@ -179,7 +178,7 @@ def read_config(folder):
     """Reads config.json. Returns (fields of a ModelConfig, the raw dictionary)."""
     path = local_folder(folder) / "config.json"
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = read_json(path)
     except FileNotFoundError:
         raise UserError(f"{folder} is no checkpoint folder: it has no config.json")
     except ValueError as error:
@@ -217,7 +216,7 @@ def read_end_ids(folder):
     for file in (Path(folder) / "config.json", Path(folder) / "generation_config.json"):
         if file.is_file():
             try:
-                ids += as_list(json.loads(file.read_text(encoding="utf-8")).get("eos_token_id"))
+                ids += as_list(read_json(file).get("eos_token_id"))
             except (ValueError, AttributeError):
                 raise UserError(f"{file}: not JSON, or no object")
             if wrong := [i for i in ids if type(i) is not int or not 0 <= i < 2**31]:
@@ -264,7 +263,7 @@ def tensor_index(folder):
     files = [folder / "model.safetensors"]
     if (index := folder / "model.safetensors.index.json").exists() and not files[0].exists():
         try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            names = sorted(set(read_json(index)["weight_map"].values()))
             outside = [n for n in names if Path(n).name != n or not n.endswith(".safetensors")]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{index}: not an index of tensors ({type(error).__name__}: {error})")

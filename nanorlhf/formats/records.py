@@ -12,6 +12,7 @@ import re
 import sys
 
 from nanorlhf.errors import DataError, one_line
+from nanorlhf.files import parse_json
 from nanorlhf.formats.chat import ASSISTANT, TURN, content_of, messages_of, name_of, string, transcript
 
 FIELDS = {"text": ("text",), "prompt": ("prompt",), "completion": ("prompt", "completion"),
@@ -77,10 +78,10 @@ def records_of(row, kind):
     """Returns the records of `kind` that one row makes. Raises a DataError that says what is wrong with the row."""
     if isinstance(row, bytes):
         try:
-            row = json.loads(row.decode())
+            row = parse_json(row.decode())
         except UnicodeDecodeError:
             raise DataError("bad UTF-8: save the file as UTF-8") from None
-        except (ValueError, RecursionError):
+        except ValueError:
             raise DataError("bad JSON") from None
     if not isinstance(row, dict):
         raise DataError("row is not a JSON object")

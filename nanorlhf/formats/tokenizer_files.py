@@ -19,6 +19,7 @@ from pathlib import Path
 import tiktoken
 
 from nanorlhf.errors import DataError, one_line
+from nanorlhf.files import parse_json
 
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # the same after a pre-tokenizer that splits off every digit: one digit per piece, and a digit ends a run of spaces
@@ -630,8 +631,8 @@ def from_sentencepiece(path, content):
 
 def _json_object(path, content):
     try:
-        value = json.loads(content)
-    except (ValueError, RecursionError) as e:
+        value = parse_json(content)
+    except ValueError as e:
         raise DataError(f"{path}: not JSON ({one_line(e)})") from None
     if not isinstance(value, dict):
         raise DataError(f"{path}: not a JSON object")

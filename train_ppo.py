@@ -85,6 +85,7 @@ class Config:
     batch_size: int = 128            # prompts per step, one response each
     micro_batch_size: int = 0        # rows in memory at a time; 0 = a whole minibatch
     gradient_checkpointing: bool = False  # compute each layer again in the backward pass, to save memory
+    frozen_layers: float = 0.0       # do not train this share of the layers, the lowest, and the embeddings
     lr: float = 3e-4                 # of the policy, falling linearly to 0
     value_lr: float = 1e-3           # of the value model, falling linearly to 0
     warmup_steps: int = 0            # linear warm-up

@@ -64,6 +64,7 @@ class Config:
     batch_size: int = 32             # rows per step
     micro_batch_size: int = 0        # rows in memory at a time; 0 = batch_size
     gradient_checkpointing: bool = False  # compute each layer again in the backward pass, to save memory
+    frozen_layers: float = 0.0       # do not train this share of the layers, the lowest, and the embeddings
     lr: float = 3e-4                 # peak learning rate
     warmup_steps: int = 10           # linear warm-up
     lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"  # after the warm-up
@@ -89,8 +90,8 @@ def preference_loss(chosen, rejected):
 
 
 def negative_log_prior(parameters, precision):
-    """- log of the prior N(0, 1 / precision) of all weights, without its constant. Scalar."""
-    return 0.5 * precision * sum((p ** 2).sum() for p in parameters)
+    """- log of the prior N(0, 1 / precision) of the trained weights, without its constant. Scalar."""
+    return 0.5 * precision * sum((p ** 2).sum() for p in parameters if p.requires_grad)
 
 
 def ranked_pairs(scores):

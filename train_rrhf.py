@@ -78,6 +78,7 @@ class Config:
     batch_size: int = 32             # rows per step
     micro_batch_size: int = 0        # rows in memory at a time; 0 = batch_size
     gradient_checkpointing: bool = False  # compute each layer again in the backward pass, to save memory
+    frozen_layers: float = 0.0       # do not train this share of the layers, the lowest, and the embeddings
     share_prompts: bool = False      # compute a prompt once for all its responses; same result up to rounding
     lr: float = 2e-4                 # peak learning rate
     warmup_steps: int = 10           # linear warm-up

@@ -125,7 +125,7 @@ RANGES = {                        # {interval: the numeric options that lie in i
     "[1e-20, 1]": "adam_eps", "[1e-3, 1e3]": "scale",
     "[-1e6, 1e6]": "missing_eos_penalty label_temperature",
     "0 or [1e-3, 1e3]": "temperature",
-    "[0, 1)": "eval_fraction", "[0, 0.5)": "label_smoothing", "[0, 1]": "gamma lam alpha", "(0, 1]": "top_p"}
+    "[0, 1)": "eval_fraction", "[0, 0.5)": "label_smoothing", "[0, 1]": "gamma lam alpha frozen_layers", "(0, 1]": "top_p"}
 
 
 def lies_in(value, interval):

@@ -26,7 +26,7 @@ from nanorlhf.errors import NotFinite, UserError
 from nanorlhf.files import (FolderLock, append_records, atomic_write, fingerprint, read_json, read_jsonl, remove, sha256_of,
                             write_json, write_records)
 from nanorlhf.formats.checkpoints import check_finite, write_tensors
-from nanorlhf.model import ModelConfig, Transformer, check_fit, freeze, pick_device
+from nanorlhf.model import ModelConfig, Transformer, check_fit, freeze, freeze_layers, pick_device
 from nanorlhf.options import HOW_TO_BEGIN, STOP_SIGNALS, check_options, named_files, read_options, read_run
 from nanorlhf.tokenizer import check_same_ids, load_tokenizer
 from nanorlhf.training import seed_for
@@ -139,12 +139,13 @@ class Run:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16")
 
     def prepare(self, model, tokenizer):
-        """Checks that the model has an embedding for every token id and moves it to the device; --compile and
+        """Checks that the model has an embedding for every token id and moves it to the device; --frozen_layers, --compile and
         --gradient_checkpointing act here. Returns the model."""
         trunk = check_fit(model, tokenizer)
         # config.json must name the EOS and pad ids that were really used.
         trunk.config.eos_id, trunk.config.end_ids, trunk.config.pad_id = tokenizer.eos_id, tokenizer.end_ids, tokenizer.pad_id
         model.to(self.device)
+        freeze_layers(trunk, getattr(self.config, "frozen_layers", 0.0))
         trunk.checkpointing = getattr(self.config, "gradient_checkpointing", False)
         if self.config.compile:
             trunk.compile_layers()

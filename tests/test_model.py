@@ -17,7 +17,7 @@ from nanorlhf.data import Example, collate
 from nanorlhf.errors import UserError
 from nanorlhf.formats.checkpoints import FAMILIES, tensor_layout
 from nanorlhf.generate import generate
-from nanorlhf.model import ModelConfig, RewardModel, Transformer, ValueModel, freeze, rope_frequencies, rotate
+from nanorlhf.model import ModelConfig, RewardModel, Transformer, ValueModel, freeze, freeze_layers, rope_frequencies, rotate
 
 GOLDENS = json.loads((Path(__file__).parent / "golden" / "model.json").read_text())
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -431,6 +431,14 @@ def shard(folder):
         save_file({k: v for k, v in tensors.items() if where[k] == file}, folder / file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
     return sorted(set(where.values()))
+
+
+def test_the_lowest_layers_and_the_embeddings_are_frozen():
+    model = Transformer(small(layers=5))
+    freeze_layers(model, 0.8)
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    assert frozen == {name for name, _ in model.named_parameters() if name.startswith(("embed", "positions"))
+                      or name.startswith("blocks.") and not name.startswith("blocks.4.")}
 
 
 def test_sharded_files_load_like_a_single_file(tmp_path):

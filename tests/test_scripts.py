@@ -588,6 +588,21 @@ def test_the_gradient_does_not_depend_on_micro_batches_checkpoints_and_shared_pr
             assert a.norm() > 0 and (a - b).norm() / a.norm() < tolerance
 
 
+@pytest.mark.parametrize("module", TRAINERS.values(), ids=lambda m: m.__name__)
+def test_frozen_layers_and_embeddings_do_not_change_and_the_rest_does(here, tmp_path, monkeypatch, module):
+    """The models have one layer."""
+    before = weights(COMMON[module]["init"])
+    go(module, tmp_path / "x", frozen_layers=1.0, eval_every=0, save_every=2)
+    frozen, after = ("embed", "wte", "wpe", "h.0.", "layers.0."), weights(tmp_path / "x")
+    changed = {k for k in before.keys() & after.keys() if not torch.equal(before[k], after[k])}
+    assert changed and not [k for k in changed if any(part in k for part in frozen)]
+    assert any(part in k for k in before.keys() & after.keys() for part in frozen[-2:])
+    saved = load_file(next((tmp_path / "x/checkpoints").glob(f"step-*/{'policy_' if module is train_ppo else ''}optimizer.safetensors")))
+    trained = [k for k in after if not any(part in k for part in frozen)]
+    assert len({k.split(".")[0] for k in saved}) == len(trained) < len(after)          # no optimizer state of the others
+    assert "0.5 of 1 layers is none" in stops(monkeypatch, module, "--out", tmp_path / "y", "--frozen_layers", 0.5)
+
+
 def test_the_same_seed_gives_the_same_weights_and_another_seed_does_not(here, tmp_path):
     results = []
     for i, seed in enumerate((5, 5, 6)):

@@ -23,7 +23,7 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from nanorlhf.data import (collate, describe, load_and_hold_out, make_group, micro_batches, post_of,
+from nanorlhf.data import (collate, describe, load_and_hold_out, make_group, post_of,
                            to_device)
 from nanorlhf.errors import UserError
 from nanorlhf.evaluate import eval_sampler
@@ -119,7 +119,6 @@ class Forward(NamedTuple):
     rejected: torch.Tensor           # [B] log pi(y_l|x)
     chosen_lengths: torch.Tensor     # [B] |y_w| in tokens
     rejected_lengths: torch.Tensor   # [B] |y_l|
-    tokens: int                      # processed, prompts included
 
 
 def forward(model, groups, tokenizer, run):
@@ -132,7 +131,7 @@ def forward(model, groups, tokenizer, run):
     logps = logprobs.sum(1)                                                  # [2B]
     chosen, rejected = logps.chunk(2)
     chosen_lengths, rejected_lengths = batch.mask.sum(1).chunk(2)
-    return Forward(chosen, rejected, chosen_lengths, rejected_lengths, sum(e.length for e in examples))
+    return Forward(chosen, rejected, chosen_lengths, rejected_lengths)
 
 
 def losses_and_stats(out, groups, config):
@@ -156,12 +155,11 @@ def evaluate(model, groups, tokenizer, run, config):
     """Mean loss and accuracy of the implicit reward on held-out comparisons, and their standard errors."""
     if not groups:
         return {}
-    losses, accuracies, posts = [], [], []
-    for part in micro_batches(groups, run.micro_batch_size):
-        part_losses, stats = losses_and_stats(forward(model, part, tokenizer, run), part, config)
-        losses += part_losses.tolist()
-        accuracies += stats["rewards/accuracies"].tolist()
-        posts += [g.post for g in part]
+    def measured(part):
+        losses, stats = losses_and_stats(forward(model, part, tokenizer, run), part, config)
+        return zip(losses.tolist(), stats["rewards/accuracies"].tolist())
+    losses, accuracies = zip(*run.of_each(groups, measured))
+    posts = [g.post for g in groups]
     return with_error("eval/loss", losses, None, posts) | with_error("eval/accuracy", accuracies, None, posts)
 
 
@@ -182,11 +180,12 @@ def train(config):
     evaluate_samples = eval_sampler(config, records, tokenizer, model, reference, rewards={}, run=run)
 
     # The reference's log-probabilities, once per example.
+    def of_reference(part):
+        out = forward(reference, part, tokenizer, run)
+        return zip(out.chosen.tolist(), out.rejected.tolist())
     with torch.no_grad():
-        for part in micro_batches(groups + eval_groups, run.micro_batch_size):
-            out = forward(reference, part, tokenizer, run)
-            for group, chosen, rejected in zip(part, out.chosen.tolist(), out.rejected.tolist()):
-                group.numbers.extend([chosen, rejected])
+        for group, numbers in zip(groups + eval_groups, run.of_each(groups + eval_groups, of_reference)):
+            group.numbers.extend(numbers)
 
     optimizer = make_optimizer(model.parameters(), config.optimizer, config.lr, config.weight_decay)
     state = run.load_checkpoint({"model": model}, {"optimizer": optimizer})
@@ -194,15 +193,14 @@ def train(config):
     total = config.max_steps or steps_of(config.epochs, len(records), config.batch_size)
     for step in range(state["step"], total):
         rows = batch_indices(len(records), config.batch_size, step, config.seed)
-        parts, tokens = [], 0
+        parts, tokens = [], sum(groups[i].tokens for i in rows)
         with run.autocast():
-            for part in micro_batches([groups[i] for i in rows], run.micro_batch_size):
+            for part in run.micro_batches([groups[i] for i in rows]):
                 out = forward(model, part, tokenizer, run)
                 losses, stats = losses_and_stats(out, part, config)
                 loss = losses.sum() / len(rows)
                 loss.backward()
                 parts.append({"loss": loss, **{k: v.sum() / len(rows) for k, v in stats.items()}})
-                tokens += out.tokens
         lr = learning_rate(step, total, config.lr, config.warmup_steps, config.lr_schedule)
         [norm], sums = optimizer_step({optimizer: lr}, config.max_grad_norm, step + 1, rows, parts)
 

@@ -32,7 +32,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from nanorlhf.data import Example, collate, describe, encode_prompts, load_records, micro_batches, to_device
+from nanorlhf import ranks
+from nanorlhf.data import Example, collate, describe, encode_prompts, load_records, to_device
 from nanorlhf.errors import UserError
 from nanorlhf.evaluate import eval_sampler
 from nanorlhf.files import require_folder
@@ -238,15 +239,16 @@ def values_before(value_model, tokens):
 def rollout_logprobs_and_values(policy, reference, value_model, examples, tokenizer, config, run):
     """(log pi_old, log pi_ref, entropy of pi_old, V_old) of the rollouts, each [B, T]."""
     parts, T = [], max(e.length for e in examples)
+    own = ranks.deal(range(len(examples)), lambda i: examples[i].length)
     with run.autocast():
-        for first in range(0, len(examples), run.micro_batch_size):
-            tokens, mask, _, where, _ = collate(examples[first:first + run.micro_batch_size],
-                                                tokenizer.pad_id, run.device)
+        for first in range(0, len(own), run.micro_batch_size):
+            part = [examples[i] for i in own[first:first + run.micro_batch_size]]
+            tokens, mask, _, where, _ = collate(part, tokenizer.pad_id, run.device)
             logprobs, entropy = policy.logprobs(tokens, mask, config.temperature, entropy=True, where=where)
             ref_logprobs = reference.logprobs(tokens, mask, config.temperature, where=where)
             columns = logprobs, ref_logprobs, entropy, values_before(value_model, tokens)
             parts.append([F.pad(column, (0, T - tokens.shape[1])) for column in columns])
-    return [torch.cat(column) for column in zip(*parts)]
+    return ranks.rows_of_all([torch.cat(column) for column in zip(*parts)], own, len(examples))
 
 
 def train(config):
@@ -324,7 +326,7 @@ def train(config):
             for minibatch in np.array_split(order, min(config.num_mini_batches, size)):
                 count, parts = sum(len(responses[i]) for i in minibatch), []
                 with run.autocast():
-                    for part in micro_batches(minibatch.tolist(), run.micro_batch_size, lengths.__getitem__):
+                    for part in run.micro_batches(minibatch.tolist(), lengths.__getitem__):
                         batch = collate([examples[i] for i in part], tokenizer.pad_id, run.device)
                         at, T = to_device(part, run.device), batch.tokens.shape[1]   # its rows and its width
                         logprobs = policy.logprobs(batch.tokens, batch.mask, config.temperature,

@@ -26,7 +26,8 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from nanorlhf.data import (collate, describe, load_records, make_group, micro_batches, post_of, split_records,
+from nanorlhf import ranks
+from nanorlhf.data import (collate, describe, load_records, make_group, post_of, split_records,
                            to_device)
 from nanorlhf.errors import UserError
 from nanorlhf.files import require_file, require_folder
@@ -112,7 +113,6 @@ class Forward(NamedTuple):
     better: torch.Tensor             # [number of pairs] index of the better response
     worse: torch.Tensor              # [number of pairs] index of the other one
     weight: torch.Tensor             # [number of pairs] 1 / C(K, 2)
-    tokens: int                      # processed, prompts included
 
 
 def forward(model, groups, tokenizer, run):
@@ -129,7 +129,7 @@ def forward(model, groups, tokenizer, run):
         weight += [1 / math.comb(len(scores), 2) for _ in i]                 # Ouyang 2022, Eq. 1
         first += len(scores)
     better, worse, weight = (to_device(x, run.device) for x in (better, worse, weight))
-    return Forward(rewards, better, worse, weight, sum(e.length for e in examples))
+    return Forward(rewards, better, worse, weight)
 
 
 @torch.no_grad()
@@ -139,12 +139,11 @@ def evaluate(model, groups, tokenizer, run, name):
     quarter. If sigmoid(|r_w - r_l|) is the probability of being right, ece is near 0."""
     if not groups:
         return {}
-    by_group, posts = [], []
-    for part in micro_batches(groups, run.micro_batch_size):
+    def measured(part):
         out = forward(model, part, tokenizer, run)
         margins = (out.rewards[out.better] - out.rewards[out.worse]).float().cpu()
-        by_group += margins.split([len(ranked_pairs(g.numbers)[0]) for g in part])
-        posts += [g.post for g in part]
+        return margins.split([len(ranked_pairs(g.numbers)[0]) for g in part])
+    by_group, posts = run.of_each(groups, measured), [g.post for g in groups]
     margins, pairs = torch.cat(by_group), [len(m) for m in by_group]     # pairs about one post are dependent
     metrics = {f"eval/{name}/pairs": len(margins),
                **with_error(f"eval/{name}/loss", [-F.logsigmoid(m).sum() for m in by_group], pairs, posts),
@@ -161,8 +160,9 @@ def evaluate(model, groups, tokenizer, run, name):
 @torch.no_grad()
 def normalize(model, groups, tokenizer, run, how):
     """Stores the mean of these groups' rewards and, with how = "standard", their standard deviation."""
-    rewards = torch.cat([forward(model, part, tokenizer, run).rewards
-                         for part in micro_batches(groups, run.micro_batch_size)])
+    def measured(part):
+        return forward(model, part, tokenizer, run).rewards.cpu().split([len(g.examples) for g in part])
+    rewards = torch.cat(run.of_each(groups, measured))
     model.reward_mean = float(rewards.mean())
     if how == "standard":
         model.reward_std = float(rewards.std(correction=0)) or 1.0           # 0 if all responses score alike
@@ -204,22 +204,23 @@ def train(config):
     total = config.max_steps or steps_of(config.epochs, len(groups), config.batch_size)
     for step in range(state["step"], total):
         rows = batch_indices(len(groups), config.batch_size, step, config.seed)
-        parts, tokens, pairs = [], 0, 0
+        parts, tokens = [], sum(groups[i].tokens for i in rows)
         with run.autocast():
-            for part in micro_batches([groups[i] for i in rows], run.micro_batch_size):
+            for part in run.micro_batches([groups[i] for i in rows]):
                 out = forward(model, part, tokenizer, run)
                 chosen, rejected = out.rewards[out.better], out.rewards[out.worse]   # [number of pairs]
                 loss = (out.weight * preference_loss(chosen, rejected)).sum() / len(rows)
                 loss.backward()
                 parts.append({"loss": loss, "correct": (chosen > rejected).sum()})
-                tokens, pairs = tokens + out.tokens, pairs + len(chosen)
         if config.prior_precision > 0:
             prior = negative_log_prior(model.parameters(), config.prior_precision) / len(groups)
+            prior = prior / ranks.count()                                    # which are added up
             prior.backward()
             parts.append({"loss": prior})
         lr = learning_rate(step, total, config.lr, config.warmup_steps, config.lr_schedule)
         [norm], sums = optimizer_step({optimizer: lr}, config.max_grad_norm, step + 1, rows, parts)
 
+        pairs = sum(len(ranked_pairs(groups[i].numbers)[0]) for i in rows)
         metrics = {"loss": sums["loss"], "accuracy": sums["correct"] / pairs, "lr": lr, "grad_norm": norm}
         if run.due(config.eval_every, step + 1, total):
             for name, part in eval_groups.items():

@@ -32,8 +32,9 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from nanorlhf import ranks
 from nanorlhf.data import (Example, Group, collate, describe, encode_prompts, encode_response,
-                           length_limits, load_records, micro_batches, to_device)
+                           length_limits, load_records, to_device)
 from nanorlhf.errors import UserError
 from nanorlhf.evaluate import eval_sampler
 from nanorlhf.files import read_jsonl, require_folder, write_records
@@ -138,7 +139,6 @@ class Forward(NamedTuple):
     lengths: torch.Tensor            # [B, K] |y| in tokens, likewise
     scores: torch.Tensor             # [B, K] likewise
     width: int                       # of the padded batch
-    tokens: int                      # processed, prompts included
 
 
 def forward(model, groups, tokenizer, run):
@@ -158,8 +158,7 @@ def forward(model, groups, tokenizer, run):
     def by_group(flat):                                                      # [sum of K] -> [B, K]
         zeros = torch.zeros(B * K, dtype=flat.dtype, device=run.device)
         return zeros.scatter(0, place, flat).view(B, K)
-    return Forward(by_group(logps), by_group(batch.mask.sum(1)), by_group(scores), batch.tokens.shape[1],
-                   sum(e.length for e in examples))
+    return Forward(by_group(logps), by_group(batch.mask.sum(1)), by_group(scores), batch.tokens.shape[1])
 
 
 def losses_and_stats(out, groups, config):
@@ -210,12 +209,12 @@ def subtract_kl(candidates, policy, reference, tokenizer, config, run):
     """Lowers each candidate's score by kl_coef * (log pi(y|x) - log pi_ref(y|x)), where pi is the policy that
     draws now, and keeps the score before as "raw_scores". Then sampling again and again does not run after
     the reward alone (OP-k with KL in Yuan 2023)."""
-    for first in range(0, len(candidates), run.micro_batch_size):
-        part = candidates[first:first + run.micro_batch_size]
-        logps, ref_logps = (forward(m, to_groups(part), tokenizer, run).logps for m in (policy, reference))
-        for c, ratios in zip(part, (logps - ref_logps).tolist()):            # [K]
-            c["raw_scores"] = c["scores"]
-            c["scores"] = [score - config.kl_coef * ratio for score, ratio in zip(c["scores"], ratios)]
+    def log_ratios(part):
+        logps, ref_logps = (forward(m, part, tokenizer, run).logps for m in (policy, reference))
+        return (logps - ref_logps).tolist()                                  # [B][K]
+    for c, ratios in zip(candidates, run.of_each(to_groups(candidates), log_ratios)):
+        c["raw_scores"] = c["scores"]
+        c["scores"] = [score - config.kl_coef * ratio for score, ratio in zip(c["scores"], ratios)]
 
 
 def train(config):
@@ -260,7 +259,8 @@ def train(config):
             needed = sorted({i for s in range(first, min(first + every, total))
                              for i in batch_indices(len(records), config.batch_size, s, config.seed)})
             file = run.out / f"candidates-{first:06d}.jsonl"
-            if not file.exists():
+            candidates = ranks.on_first(read_jsonl, file)
+            if not candidates:
                 asked, queries = [records[i] for i in needed], [prompts[i] for i in needed]
                 seed = seed_for(config.seed, "candidates", first)
                 with run.autocast():
@@ -269,18 +269,17 @@ def train(config):
                     if config.kl_coef > 0:
                         subtract_kl(candidates, model, reference, tokenizer, config, run)
                 write_records(file, candidates)
-            groups = dict(zip(needed, to_groups(read_jsonl(file))))
+            groups = dict(zip(needed, to_groups(candidates)))
 
         rows = batch_indices(len(records), config.batch_size, step, config.seed)
-        parts, tokens = [], 0
+        parts, tokens = [], sum(groups[i].tokens for i in rows)
         with run.autocast():
-            for part in micro_batches([groups[i] for i in rows], run.micro_batch_size):
+            for part in run.micro_batches([groups[i] for i in rows]):
                 out = forward(model, part, tokenizer, run)
                 losses, stats = losses_and_stats(out, part, config)
                 loss = losses.sum() / len(rows)
                 loss.backward()
                 parts.append({"loss": loss, **{k: v.sum() / len(rows) for k, v in stats.items()}})
-                tokens += out.tokens
         lr = learning_rate(step, total, config.lr, config.warmup_steps, config.lr_schedule)
         [norm], sums = optimizer_step({optimizer: lr}, config.max_grad_norm, step + 1, rows, parts)
 

@@ -19,7 +19,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from nanorlhf.data import (Group, collate, describe, length_limits, load_and_hold_out, make_all_turns_example,
-                           make_example, micro_batches, pack_texts, post_of)
+                           make_example, pack_texts, post_of)
 from nanorlhf.files import require_folder
 from nanorlhf.metrics import with_error
 from nanorlhf.model import Transformer
@@ -113,7 +113,6 @@ def to_groups(records, tokenizer, config, context):
 class Forward(NamedTuple):
     logprobs: torch.Tensor           # [B, T] log pi(y_t | x, y_<t), 0 outside the mask
     mask: torch.Tensor               # [B, T] True on the tokens that count
-    tokens: int                      # processed, prompts included
 
 
 def forward(model, groups, tokenizer, run):
@@ -122,19 +121,20 @@ def forward(model, groups, tokenizer, run):
     batch = collate(examples, tokenizer.pad_id, run.device)
     with run.autocast():
         logprobs = model.logprobs(batch.tokens, batch.mask, where=batch.where)   # [B, T]
-    return Forward(logprobs, batch.mask, sum(e.length for e in examples))
+    return Forward(logprobs, batch.mask)
 
 
 @torch.no_grad()
 def evaluate(model, groups, tokenizer, run):
     """Mean loss per token on held-out examples, in nats, and its standard error."""
-    losses, counts, posts = [], [], []
-    for part in micro_batches(groups, run.micro_batch_size):
+    def measured(part):
         out = forward(model, part, tokenizer, run)
-        losses += (-out.logprobs.sum(1)).tolist()
-        counts += out.mask.sum(1).tolist()
-        posts += [g.post for g in part]                                      # packed texts have none
-    return with_error("eval/loss", losses, counts, posts if any(posts) else None) if losses else {}
+        return zip((-out.logprobs.sum(1)).tolist(), out.mask.sum(1).tolist())
+    if not groups:
+        return {}
+    losses, counts = zip(*run.of_each(groups, measured))
+    posts = [g.post for g in groups]                                         # packed texts have none
+    return with_error("eval/loss", losses, counts, posts if any(posts) else None)
 
 
 def train(config):
@@ -162,14 +162,13 @@ def train(config):
     for step in range(state["step"], total):
         rows = batch_indices(len(groups), config.batch_size, step, config.seed)
         count = sum(e.count for i in rows for e in groups[i].examples)       # response tokens of the batch
-        parts, tokens = [], 0
+        parts, tokens = [], sum(groups[i].tokens for i in rows)
         with run.autocast():
-            for part in micro_batches([groups[i] for i in rows], run.micro_batch_size):
+            for part in run.micro_batches([groups[i] for i in rows]):
                 out = forward(model, part, tokenizer, run)
                 loss = sft_loss(out.logprobs, out.mask, count)
                 loss.backward()
                 parts.append({"loss": loss})
-                tokens += out.tokens
         lr = learning_rate(step, total, config.lr, config.warmup_steps, config.lr_schedule)
         [norm], sums = optimizer_step({optimizer: lr}, config.max_grad_norm, step + 1, rows, parts)
 

@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 
 from nanorlhf import reviews
+from nanorlhf import ranks
 from nanorlhf.errors import DataError, UserError, one_line
 from nanorlhf.files import parse_json
 from nanorlhf.formats.chat import (ASSISTANT, answer_affixes, conversation, encode_for_reply, encode_turns, is_open,
@@ -220,8 +221,12 @@ class Group(NamedTuple):
     post: str = ""      # what they are about (post_of): groups about one post are not independent
 
     @property
-    def length(self):
+    def length(self):     # of the longest
         return max(len(e.tokens) for e in self.examples)
+
+    @property
+    def tokens(self):     # of all, prompts included
+        return sum(len(e.tokens) for e in self.examples)
 
 
 class Packed(NamedTuple):
@@ -485,3 +490,12 @@ def micro_batches(items, micro_batch_size, length=lambda item: item.length):
     is free because a loss is summed over the whole batch and divided by the count of the whole batch."""
     ordered = sorted(items, key=length)
     return [ordered[i:i + micro_batch_size] for i in range(0, len(ordered), micro_batch_size)]
+
+
+def of_each(items, size, function, length=lambda item: item.length):
+    """Returns function's result for each item, in the order of the items. function: a list of items -> as many results. Each rank
+    calls it for its share of the items, in lists of at most `size` of similar length."""
+    items, found = list(items), []
+    for part in micro_batches(ranks.deal(range(len(items)), lambda i: length(items[i])), size, lambda i: length(items[i])):
+        found += zip(part, function([items[i] for i in part]))
+    return ranks.collect(found)

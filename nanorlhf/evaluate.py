@@ -17,7 +17,7 @@ import torch
 
 from nanorlhf import reviews
 from nanorlhf.data import (Example, collate, cut_response, decode_response, encode_prompts, encode_response, length_limits,
-                           load_records, marks_of, micro_batches, post_of)
+                           load_records, marks_of, of_each, post_of)
 from nanorlhf.errors import UserError
 from nanorlhf.files import local_folder, require_folder, write_json, write_records, write_text
 from nanorlhf.generate import generate, repeated
@@ -97,21 +97,19 @@ def sampled_kl(policy, reference, tokenizer, prompts, responses, temperature, ba
     without a distribution: then the KL is that of temperature 1 along the text. other: prompts that the reference reads in
     place of `prompts`."""
     batch_of = functools.partial(tokens_and_mask, policy, tokenizer, responses)
-    kl = np.empty(len(prompts))
-    for rows in micro_batches(range(len(prompts)), batch_size, length=lambda i: len(prompts[i]) + len(responses[i])):
-        kl[rows] = sequence_kl(policy, reference, *batch_of(prompts, rows), temperature or 1.0,
-                               other=batch_of(other, rows) if other else None).cpu()
-    return kl.tolist()
+    return of_each(range(len(prompts)), batch_size, lambda rows: sequence_kl(
+        policy, reference, *batch_of(prompts, rows), temperature or 1.0, other=batch_of(other, rows) if other else None).tolist(),
+        length=lambda i: len(prompts[i]) + len(responses[i]))
 
 
 @torch.no_grad()
 def response_nll(model, tokenizer, prompts, responses, batch_size=64):
     """Returns (-log p(response | prompt) in nats, number of tokens) of each response, EOS included, under a model whose ids these
     are. `perplexity` of the list is that of all of them; rows of it are independent, so bootstrap_interval takes it too."""
-    nll = np.empty(len(prompts))
-    for rows in micro_batches(range(len(prompts)), batch_size, length=lambda i: len(prompts[i]) + len(responses[i])):
-        nll[rows] = -model.logprobs(*tokens_and_mask(model, tokenizer, responses, prompts, rows)).sum(1).cpu()
-    return list(zip(nll.tolist(), map(len, responses)))
+    nll = of_each(range(len(prompts)), batch_size, lambda rows: (
+        -model.logprobs(*tokens_and_mask(model, tokenizer, responses, prompts, rows)).sum(1)).tolist(),
+        length=lambda i: len(prompts[i]) + len(responses[i]))
+    return list(zip(nll, map(len, responses)))
 
 
 def tokens_and_mask(model, tokenizer, responses, prompts, rows):

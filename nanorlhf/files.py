@@ -11,6 +11,7 @@ import shutil
 import weakref
 from pathlib import Path
 
+from nanorlhf import ranks
 from nanorlhf.errors import UserError
 
 # ---- Writing and reading --------------------------------------------------------------------------------------------
@@ -88,6 +89,9 @@ class FolderLock:
 
 
 def write_text(path, text):
+    """Writes a file, on the first rank only, as all that write below."""
+    if ranks.mine() > 0:
+        return
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
@@ -98,6 +102,8 @@ def write_json(path, value):
 
 def write_records(path, records):
     """Writes JSON lines, one record per line."""
+    if ranks.mine() > 0:
+        return
     with atomic_write(path) as temporary:
         with open(temporary, "w", encoding="utf-8") as f:
             f.writelines(json.dumps(r, ensure_ascii=False, allow_nan=False) + "\n" for r in records)
@@ -105,6 +111,8 @@ def write_records(path, records):
 
 def append_records(path, records):
     """Appends JSON lines. A crash leaves at most one line half written, which read_jsonl drops."""
+    if ranks.mine() > 0:
+        return
     with open(path, "a", encoding="utf-8") as f:
         f.writelines(json.dumps(r, ensure_ascii=False, allow_nan=False) + "\n" for r in records)
 

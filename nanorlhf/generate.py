@@ -9,7 +9,8 @@ import math
 import numpy as np
 import torch
 
-from nanorlhf.data import encode_prompt, to_device
+from nanorlhf import ranks
+from nanorlhf.data import encode_prompt, of_each, to_device
 from nanorlhf.errors import UserError
 from nanorlhf.kernels import filter_logits, sample, static_shapes
 from nanorlhf.model import Cache, Transformer
@@ -38,7 +39,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
     end_ids ends a response (without a tokenizer: of config.json's), and ids beyond its vocabulary are never drawn. Row r uses
     only the random stream (seed, first_row + r), so its draws depend neither on its neighbours nor on batch_size, the number of
     rows decoded at once, and a caller that splits its prompts over several calls can number them through. Raises UserError if
-    a prompt leaves no room in the context.
+    a prompt leaves no room in the context. The prompts are dealt out to the ranks; each returns the samples of all.
     """
     if stop and tokenizer is None:
         raise ValueError("stop strings need a tokenizer")
@@ -50,8 +51,9 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
     check_prompts(model, prompts, max_new_tokens)
     device = model.embed.weight.device
     R = len(prompts) * num_samples
-    uniform = np.empty((R, max_new_tokens), dtype=np.float32)
-    for row in range(R):
+    mine = ranks.deal(range(len(prompts)), lambda p: len(prompts[p]))
+    uniform = np.zeros((R, max_new_tokens), dtype=np.float32)
+    for row in (p * num_samples + i for p in mine for i in range(num_samples)):
         stream = np.random.Generator(np.random.Philox(key=[seed, first_row + row]))
         uniform[row] = stream.random(max_new_tokens, dtype=np.float32)
     uniform = torch.from_numpy(uniform).to(device)
@@ -59,15 +61,17 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
     out = Samples(torch.full((R, max_new_tokens), pad, device=device), torch.zeros(R, max_new_tokens, device=device),
                   torch.zeros(R, max_new_tokens, dtype=torch.bool, device=device),
                   torch.zeros(R, dtype=torch.bool, device=device))
-    by_length = sorted(range(len(prompts)), key=lambda p: len(prompts[p]))             # so that a chunk has little padding
+    by_length = sorted(mine, key=lambda p: len(prompts[p]))                            # so that a chunk has little padding
     size, n = batch_shape(model, max(map(len, prompts), default=1), num_samples, max_new_tokens, batch_size)
     options = dict(temperature=temperature, top_k=top_k, top_p=top_p)
-    for first in range(0, len(prompts), size):
+    for first in range(0, len(by_length), size):
         chunk = by_length[first:first + size]
         for start in range(0, num_samples, n):
             samples = range(start, min(start + n, num_samples))
             rows = to_device([p * num_samples + i for p in chunk for i in samples], device)
             _decode(model, [prompts[p] for p in chunk], rows, uniform[rows], len(samples), out, options, stop, tokenizer)
+    ranks.add_up_rows([out.tokens.sub_(pad), out.logprobs, out.mask, out.finished])
+    out.tokens += pad
     longest = int(out.mask.sum(1).max()) if R else 0
     return Samples(out.tokens[:, :longest], out.logprobs[:, :longest], out.mask[:, :longest], out.finished)
 
@@ -252,16 +256,8 @@ def beam_search(model, prompts, max_new_tokens, num_beams=4, num_groups=1, diver
         raise UserError(f"{num_beams} beams, {num_groups} groups, temperature {temperature}: each must be above 0")
     if num_beams % num_groups:
         raise UserError(f"{num_beams} beams do not divide into {num_groups} groups")
-    order = sorted(range(len(prompts)), key=lambda p: len(prompts[p]))
-    results = [None] * len(prompts)
-    size = max(1, batch_size // num_beams)
-    for first in range(0, len(prompts), size):
-        chunk = order[first:first + size]
-        found = _beams(model, [prompts[p] for p in chunk], max_new_tokens, num_beams, num_groups, diversity_penalty,
-                       temperature, length_penalty, tokenizer)
-        for p, hypotheses in zip(chunk, found):
-            results[p] = hypotheses
-    return results
+    return of_each(prompts, max(1, batch_size // num_beams), lambda chunk: _beams(
+        model, chunk, max_new_tokens, num_beams, num_groups, diversity_penalty, temperature, length_penalty, tokenizer), len)
 
 
 def _beams(model, prompts, T, n, groups, penalty, temperature, length_penalty, tokenizer):

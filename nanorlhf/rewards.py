@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 
-from nanorlhf import reviews
-from nanorlhf.data import Example, collate, decode_response, encode_prompt, encode_response, micro_batches
+from nanorlhf import ranks, reviews
+from nanorlhf.data import Example, collate, decode_response, encode_prompt, encode_response, of_each
 from nanorlhf.errors import UserError, one_line
 from nanorlhf.files import local_folder
 from nanorlhf.formats.records import columns_of
@@ -74,11 +74,12 @@ class ModelReward:
         if not self.same:
             prompts, responses = in_own_tokens(self.own, self.model.config.context, self.policy, prompts, responses, records)
         examples = [Example(p + r, len(p)) for p, r in zip(prompts, responses)]
-        scores = torch.empty(len(examples))
-        for rows in micro_batches(range(len(examples)), self.batch_size, length=lambda i: examples[i].length):
-            batch = collate([examples[i] for i in rows], self.own.pad_id, self.device)
+
+        def score(part):
+            batch = collate(part, self.own.pad_id, self.device)
             with self.autocast:
-                scores[list(rows)] = self.model.score(batch.tokens, batch.lengths).cpu()
+                return self.model.score(batch.tokens, batch.lengths).tolist()
+        scores = torch.tensor(of_each(examples, self.batch_size, score))
         if not torch.isfinite(scores).all():
             raise UserError(f"--reward {self.spec}: the reward model gives {scores[~torch.isfinite(scores)][0]}")
         return scores
@@ -139,6 +140,10 @@ class TextReward:
         self.columns |= dict.fromkeys(columns)
 
     def __call__(self, prompts, responses, records=None):
+        """The first rank calls the function with all rows, as a single process would."""
+        return ranks.on_first(self.scores, prompts, responses, records)
+
+    def scores(self, prompts, responses, records):
         texts = texts_of(prompts, records, self.tokenizer)
         given = {"prompts": texts, "completion_ids": responses,
                  "completions": [decode_response(self.tokenizer, r, t) for r, t in zip(responses, texts)]}

@@ -22,6 +22,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from nanorlhf import ranks
+from nanorlhf.data import micro_batches, of_each
 from nanorlhf.errors import NotFinite, UserError
 from nanorlhf.files import (FolderLock, append_records, atomic_write, fingerprint, read_json, read_jsonl, remove, sha256_of,
                             write_json, write_records)
@@ -52,20 +54,17 @@ class Run:
         """Raises UserError if an option is wrong or the folder may not be used."""
         check_options(config)
         self.config, self.name, self.out = config, name, Path(config.out)
-        self.device = pick_device(config.device)
+        self.device = ranks.join(pick_device(config.device))
         self.micro_batch_size = getattr(config, "micro_batch_size", 0) or config.batch_size
         data = Path(getattr(config, "data", ""))
         self.data_sha256 = sha256_of(data) if data.is_file() else None                 # the data as the run started
         self.inputs = {option: found for option in INPUTS if (found := content_of(getattr(config, option, "")))}
-        if config.resume:
-            self.finished = self._check_resumable()
-        else:
-            self.finished = False
-            self._check_unused()
+        self.finished = ranks.on_first(self._check_resumable if config.resume else self._check_unused)
         self.started, self.printed, self.tokens, self.first_step, self.step = time.monotonic(), 0.0, 0, 0, 0
         self.before = {"time": 0.0, "tokens": 0}  # of the parts of the run before this one
 
     def _check_unused(self):
+        """Checks that a new run may write to the folder; returns False, for it is not finished."""
         if self.out.exists() and any(file.name != NOT_YET for file in self.out.iterdir()):
             if not self.config.overwrite:
                 raise UserError(f"{self.out} already holds files: name another --out, or continue with --resume, "
@@ -77,6 +76,7 @@ class Run:
                     if self.out.resolve() in (path.resolve(), *path.resolve().parents):
                         raise UserError(f"--{option} {path} lies in --out {self.out}, which --overwrite deletes: move it, or "
                                         f"name another --out")
+        return False
 
     def _check_resumable(self):
         """Checks that the run in the folder is one this config continues; returns whether it is finished already."""
@@ -107,8 +107,11 @@ class Run:
         """Makes the folder ready for the steps after `step`. A new run replaces an old one (--overwrite) and writes run.json;
         in a resumed run, steps after the checkpoint are run and logged again, so their old rows go. The clock starts here."""
         self.started = time.monotonic()
-        self.lock = FolderLock.of(self.out)
         self.asked_to_stop = StopSignals(self)
+        if ranks.mine() > 0:
+            self.first_step = self.step = step
+            return
+        self.lock = FolderLock.of(self.out)
         if not self.config.resume:
             if self.config.overwrite and (self.out / "run.json").exists():
                 # Killed at any moment, it must leave a run folder: --overwrite touches no other. Until the old run.json is
@@ -131,7 +134,17 @@ class Run:
         device = torch.cuda.get_device_name() if self.device.type == "cuda" else f"{platform.machine()}, {os.cpu_count()} cores"
         write_json(self.out / "run.json", dict(
             script=self.name, finished=finished, options=dataclasses.asdict(self.config), data_sha256=self.data_sha256,
-            inputs=self.inputs, device=device, commit=git_commit(), python=platform.python_version(), **versions))
+            inputs=self.inputs, device=device, world_size=ranks.count(), commit=git_commit(), python=platform.python_version(), **versions))
+
+    def micro_batches(self, items, length=lambda item: item.length):
+        """Returns this rank's share of a step's items, in lists of at most --micro_batch_size of similar length."""
+        if len(items) < ranks.count():
+            raise UserError(f"a step of {len(items)} rows does not give each of {ranks.count()} processes one: raise --batch_size")
+        return micro_batches(ranks.deal(items, length), self.micro_batch_size, length)
+
+    def of_each(self, items, function):
+        """Returns function's result for each item, see data.of_each, in micro-batches."""
+        return of_each(items, self.micro_batch_size, function)
 
     def autocast(self):
         """Autocast for --dtype bfloat16; the weights stay float32. Within the outermost context, each weight that is trained is
@@ -195,13 +208,15 @@ class Run:
 
     def checkpoint(self, step, total, modules, optimizers, state=None):
         """Saves a checkpoint if one is due (--save_every), or if a signal asked the run to stop, which ends it here."""
-        if self.due(self.config.save_every, step, total) or self.asked_to_stop:
-            self.save_checkpoint(step, modules, optimizers, state)
-        self.stop_if_asked(step, total)
+        asked = ranks.any_of(self.asked_to_stop)
+        if self.due(self.config.save_every, step, total) or asked:
+            ranks.on_first(self.save_checkpoint, step, modules, optimizers, state)
+        if asked and step < total:
+            raise KeyboardInterrupt
 
     def stop_if_asked(self, step, total):
         """Raises KeyboardInterrupt if a signal asked the run to stop, but not after its last step. Call it when all is saved."""
-        if self.asked_to_stop and step < total:
+        if ranks.any_of(self.asked_to_stop) and step < total:
             raise KeyboardInterrupt
 
     def save_checkpoint(self, step, modules, optimizers, state=None):
@@ -246,13 +261,14 @@ class Run:
             output = model(torch.full((2, 2), tokenizer.eos_id, device=self.device))
             output = model.logits(output) if isinstance(model, Transformer) else output
         check_finite({"the model's output": output}, f"step {self.step}")
-        model.save_pretrained(self.out)
-        tokenizer.save(self.out)
+        if ranks.mine() == 0:
+            model.save_pretrained(self.out)
+            tokenizer.save(self.out)
         self.done()
 
     def done(self):
         """Marks the run finished."""
-        self._write_run_json(finished=True)
+        ranks.on_first(self._write_run_json, True)
         self.asked_to_stop.restore()
         self.lock = None
         print(f"{self.name} done: {self.out}", flush=True)

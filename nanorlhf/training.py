@@ -7,6 +7,7 @@ import math
 import numpy as np
 import torch
 
+from nanorlhf import ranks
 from nanorlhf.errors import NotFinite, UserError
 
 
@@ -82,15 +83,20 @@ def totals(parts):
 def optimizer_step(rates, max_grad_norm, step, rows, parts):
     """Takes one guarded step of each optimizer. rates: {optimizer: learning rate}. Clips each optimizer's gradient to the norm
     max_grad_norm (0: no clipping). parts: of each micro-batch, a dict of scalar tensors to log, its part of the "loss" among
-    them. Returns the list of gradient norms before clipping, in the order of rates, and the `totals` of parts.
+    them. Returns the list of gradient norms before clipping, in the order of rates, and the `totals` of parts. Gradients and
+    parts are added up over the ranks first.
 
     A loss or gradient that is not finite raises UserError here, before any weight changes. The message names `step` and
     `rows`, the indices of the batch's examples.
     """
+    for optimizer in rates:
+        ranks.add_up_gradients([p for g in optimizer.param_groups for p in g["params"]])
     norms = [torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], max_grad_norm or math.inf)
              for optimizer in rates]
     sums = totals([dict(enumerate(norms)), *parts])
-    norms, loss = [sums.pop(i) for i in range(len(norms))], sums["loss"]
+    norms = [sums.pop(i) for i in range(len(norms))]
+    sums = ranks.add_up_numbers(sums)
+    loss = sums["loss"]
     if not all(map(math.isfinite, [loss, *norms])):
         raise NotFinite(f"step {step}: loss {loss}, gradient norm {', '.join(map(str, norms))}, on the examples "
                         f"{list(rows)[:8]} (of {len(rows)}); the weights were not changed by this update (lower --lr?)")

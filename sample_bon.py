@@ -28,6 +28,7 @@ from typing import Literal
 
 import numpy as np
 
+from nanorlhf import ranks
 from nanorlhf.data import (Example, cut_response, decode_response, describe, encode_prompts, load_records,
                            marks_of)
 from nanorlhf.errors import UserError
@@ -153,7 +154,7 @@ def sample(config):
 
     # A row's samples depend on the seed and its number only, so --resume goes on after the rows that exist.
     drawn, n, stream = run.out / "drawn.jsonl", config.n, stream_of(config)
-    scored = read_jsonl(drawn) if config.resume else []
+    scored = ranks.on_first(read_jsonl, drawn) if config.resume else []
     run.begin(len(scored))
     write_records(drawn, scored)
     for first in range(len(scored), len(prompts), config.batch_size):

@@ -17,6 +17,7 @@ import train_ppo
 import train_rm
 import train_rrhf
 import train_sft
+from nanorlhf import ranks
 from nanorlhf.errors import UserError
 from nanorlhf.evaluate import Options as EvaluateOptions
 from nanorlhf.evaluate import GOLD_RANGE, OVER_PROMPTS, evaluate_policies, markdown_table, possible_range, report
@@ -202,6 +203,7 @@ def main():
     root = Path(options.out)
     with one_line_errors(options, lambda: "the same command resumes from here"):
         check_options(options)
+        ranks.refuse()
         folders = [root / f"seed-{options.seed + k}" for k in range(options.seeds)] if options.seeds > 1 else [root]
         train_all(folders, options.seed, options.scale, options.processes)
         results, first_words = [], 0

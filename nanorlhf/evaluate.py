@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from nanorlhf import reviews
+from nanorlhf import ranks, reviews
 from nanorlhf.data import (Example, collate, cut_response, decode_response, encode_prompts, encode_response, length_limits,
                            load_records, marks_of, of_each, post_of)
 from nanorlhf.errors import UserError
@@ -185,7 +185,7 @@ class Evaluation:
     of the reference's texts that a policy's texts have to beat."""
 
     def __init__(self, options):
-        self.options, device, self.marks = options, pick_device(options.device), marks_of(options.cut_at)
+        self.options, device, self.marks = options, ranks.join(pick_device(options.device)), marks_of(options.cut_at)
         self.tokenizer = tokenizer = load_tokenizer(local_folder(options.reference))
         self.reference = Transformer.from_pretrained(options.reference).to(device)
         check_fit(self.reference, tokenizer)
@@ -493,7 +493,8 @@ def main():
     options = parse_options(Options, description, sys.argv[1 + len(folders):])
     with one_line_errors(options, lambda: "nothing was saved: give the same command again"):
         check_options(options)
-        check_unused(options)
+        ranks.join(pick_device(options.device))
+        ranks.on_first(check_unused, options)
         names = [Path(f).name for f in folders]
         taken = [*names, "SFT", f"best-of-{options.bon}"]
         rows, samples = evaluate_policies({name if taken.count(name) == 1 else f: f for name, f in zip(names, folders)}, options)

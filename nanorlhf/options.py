@@ -17,6 +17,7 @@ from typing import Literal, get_args, get_origin
 
 import torch
 
+from nanorlhf import ranks
 from nanorlhf.errors import UserError, one_line
 from nanorlhf.files import read_json, read_jsonl
 
@@ -218,18 +219,24 @@ def one_line_errors(options, go_on):
     try:
         with interrupted_by_signals():
             yield
+        ranks.leave()
     except UserError as error:
-        raise SystemExit(f"error: {error}")
+        raise SystemExit(f"{who()}error: {error}")
     except OSError as error:                      # a full disk, a folder that may not be written to
         more = f"; make room first; {go_on()}" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
-        raise SystemExit(f"error: {error}{more}")
+        raise SystemExit(f"{who()}error: {error}{more}")
     except KeyboardInterrupt:
-        raise SystemExit(f"interrupted; {go_on()}")
+        raise SystemExit(f"{who()}interrupted; {go_on()}")
     except (RuntimeError, MemoryError) as error:
         if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "allocate memory" not in str(error):
             raise
         smaller = [o for o in ("micro_batch_size", "batch_size", "bon", "num_samples") if hasattr(options, o)][:2]
-        raise SystemExit(f"error: out of memory; lower {' or '.join('--' + o for o in smaller)} ({one_line(error)})")
+        raise SystemExit(f"{who()}error: out of memory; lower {' or '.join('--' + o for o in smaller)} ({one_line(error)})")
+
+
+def who():
+    """Names this process if there are several."""
+    return f"rank {ranks.mine()}: " if ranks.count() > 1 else ""
 
 
 def main(Config, run, description):

@@ -5,13 +5,14 @@ What differs is the work: of a step's rows each rank gets a share (`deal`), grad
 what is measured row by row is collected (`collect`). Only the first rank writes, prints and calls the user's functions.
 """
 
-import contextlib
 import datetime
 import os
 import sys
 
 import torch
 import torch.distributed as dist
+
+from nanorlhf.errors import UserError
 
 
 def count():
@@ -27,12 +28,13 @@ def mine():
 def join(device, minutes=10.0):
     """Joins the other ranks if torchrun started this process, and returns the torch.device of this rank: with `cuda` or `auto`
     each rank of a machine gets a GPU of its own. A rank that waits longer than `minutes` for another ends with an error."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
+    if not launched():
         return device
-    local = int(os.environ.get("LOCAL_RANK", 0))
     if device.type == "cuda":
-        device = torch.device("cuda", local)
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
+    if dist.is_initialized():
+        return device
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(minutes=minutes))
     if mine() > 0:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
@@ -52,16 +54,24 @@ def deal(items, length):
     return [items[i] for i in sorted(own)]
 
 
-def add_up(tensors):
-    """Adds up each of these tensors over the ranks, in place. All of a dtype travel together."""
+BUCKET = 2 ** 24                     # numbers that travel together: few calls, and little memory on top
+
+
+def add_up_gradients(parameters):
+    """Adds up the gradients over the ranks."""
     if count() == 1:
         return
-    for dtype in {t.dtype for t in tensors}:
-        same = [t for t in tensors if t.dtype == dtype]
-        flat = torch.cat([t.flatten() for t in same])
-        dist.all_reduce(flat)
-        for t, part in zip(same, flat.split([t.numel() for t in same])):
-            t.copy_(part.view_as(t))
+    bucket, size = [], 0
+    for p in [*parameters, None]:
+        if bucket and (p is None or size + p.numel() > BUCKET or p.grad.dtype != bucket[0].dtype):
+            flat = torch.cat([g.flatten() for g in bucket])
+            dist.all_reduce(flat)
+            for g, part in zip(bucket, flat.split([g.numel() for g in bucket])):
+                g.copy_(part.view_as(g))
+            bucket, size = [], 0
+        if p is not None:
+            bucket.append(p.grad)
+            size += p.numel()
 
 
 def device_of_ranks():
@@ -94,16 +104,6 @@ def rows_of_all(tensors, own, total):
     filled = [t.new_zeros(total, *t.shape[1:]).index_copy_(0, torch.tensor(own, device=t.device), t) for t in tensors]
     add_up_rows(filled)
     return filled
-
-
-def add_up_gradients(parameters):
-    """Adds up the gradients over the ranks. A rank without rows has none, which counts as 0."""
-    if count() == 1:
-        return
-    for p in parameters:
-        if p.grad is None:
-            p.grad = torch.zeros_like(p)
-    add_up([p.grad for p in parameters])
 
 
 def collect(pairs):
@@ -140,11 +140,18 @@ def any_of(flag):
     return bool(found.item())
 
 
-@contextlib.contextmanager
-def leaving():
-    """Leaves the other ranks at the end, so that none waits for one that is gone."""
-    try:
-        yield
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+def leave():
+    """Leaves the other ranks, at the end of a run."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def launched():
+    """True if torchrun started this process beside others."""
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1
+
+
+def refuse():
+    """Raises UserError for what torchrun cannot share out."""
+    if launched():
+        raise UserError("torchrun starts single scripts: this program runs several side by side by itself (--processes)")

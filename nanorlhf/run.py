@@ -134,12 +134,13 @@ class Run:
         device = torch.cuda.get_device_name() if self.device.type == "cuda" else f"{platform.machine()}, {os.cpu_count()} cores"
         write_json(self.out / "run.json", dict(
             script=self.name, finished=finished, options=dataclasses.asdict(self.config), data_sha256=self.data_sha256,
-            inputs=self.inputs, device=device, world_size=ranks.count(), commit=git_commit(), python=platform.python_version(), **versions))
+            inputs=self.inputs, device=device, world_size=ranks.count(),
+            commit=git_commit(), python=platform.python_version(), **versions))
 
     def micro_batches(self, items, length=lambda item: item.length):
         """Returns this rank's share of a step's items, in lists of at most --micro_batch_size of similar length."""
         if len(items) < ranks.count():
-            raise UserError(f"a step of {len(items)} rows does not give each of {ranks.count()} processes one: raise --batch_size")
+            raise UserError(f"{len(items)} rows at a time are too few for {ranks.count()} processes: raise --batch_size")
         return micro_batches(ranks.deal(items, length), self.micro_batch_size, length)
 
     def of_each(self, items, function):

@@ -16,6 +16,7 @@ import sys
 import time
 from pathlib import Path
 
+from nanorlhf import ranks
 from nanorlhf.__main__ import can_plot, save_plot
 from nanorlhf.errors import NotFinite, UserError
 from nanorlhf.evaluate import cell
@@ -155,6 +156,7 @@ def main():
     started = time.monotonic()
     with one_line_errors(options, lambda: "the same command continues from here"):
         check_options(options)
+        ranks.refuse()
         if unknown := [name for name in names if name not in EXPERIMENTS]:
             raise UserError(f"{unknown[0]}: not one of {', '.join(EXPERIMENTS)}")
         names = names or [name for name, experiment in EXPERIMENTS.items() if not experiment.extra]

@@ -11,6 +11,7 @@ from conftest import ROOT, SCRIPTS
 # The levels, lowest first: a module may import only modules of earlier lines.
 ORDER = """
 errors
+ranks
 files
 options training reviews
 formats.chat formats.tokenizer_files formats.checkpoints

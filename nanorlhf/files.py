@@ -53,8 +53,9 @@ def remove(path):
     if path.is_dir():
         doomed = path.with_name(f".{path.name}.removing")
         shutil.rmtree(doomed, ignore_errors=True)
-        os.replace(path, doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            path.rename(doomed)
+        shutil.rmtree(doomed if doomed.exists() else path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
 

@@ -79,6 +79,7 @@ def test_no_worker_outlives_its_parent(tmp_path, how):
                "if __name__ == '__main__':\n    t.run_jobs([t.Job('s', (), str(folder / 's.txt'), t.sleep, (folder,))], 2)")
     (tmp_path / "main.py").write_text(program)
     parent = subprocess.Popen([sys.executable, str(tmp_path / "main.py")], cwd=ROOT, stderr=subprocess.DEVNULL,
+                              preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
                               env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"})
     file = tmp_path / "sleeping"
     wait_until(lambda: file.exists() and file.read_text())

@@ -124,7 +124,8 @@ def test_no_two_purposes_share_random_numbers(run_once):
     of = collections.defaultdict(dict)
     for (keys, row), users in streams.items():
         of[keys[0]][keys, row] = users
-    assert set(of) == {"model", "head", "order", "bon", "labels", "rollout", "minibatches", "candidates", "evaluate", "table"}
+    assert set(of) == {"model", "head", "order", "bon", "labels", "rollout", "minibatches", "candidates", "evaluate", "table",
+                       "bootstrap"}
     for purpose in ("model", "head", "bon", "labels", "candidates"):
         assert all(len(users) == 1 for users in of[purpose].values()), purpose
     for purpose in ("rollout", "minibatches"):
@@ -180,7 +181,7 @@ def test_a_study_runs_writes_its_page_and_goes_on_where_it_stopped(finished, tmp
     learned = [p["reward"] for p in result["measured"]["path"]]
     assert learned == sorted(learned) and result["options"]["reward"] == "@/rm_500"
     sft = json.loads((tmp_path / "out" / "runs" / "seed-0" / "sft_itself.json").read_text())["measured"]
-    assert sft["row"]["kl"] == sft["path"][0]["kl"] == 0 and len(sft["independent"]) == 8 and sft["perplexity"] > 1
+    assert sft["row"]["kl"] == sft["path"][0]["kl"] == 0 and len(sft["independent"]) == 8 and sft["row"]["ppl"] > 1
     nanorlhf.study.main()
     assert "seed-0/" not in capsys.readouterr().out                                    # no job
     (tmp_path / "out" / "runs" / "seed-0" / "rm_500.json").unlink()                    # its weights are still there

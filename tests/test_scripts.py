@@ -63,7 +63,13 @@ def start(cwd, command, *more):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=heed_ctrl_c if os.name == "posix" else None,
     )
+
+
+def heed_ctrl_c():
+    """A shell lets what it starts in the background ignore SIGINT, and so these tests, if it started them there."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def done(process):

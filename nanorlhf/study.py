@@ -137,9 +137,9 @@ def report(names, seeds, out, plots):
     count = f"{len(seeds)} seeds" if len(seeds) > 1 else "one seed, so without intervals"
     parts = [f"# What the papers found, tried on the built-in task\n\nMeans over {count}; ± is half of a 95% interval over the "
              f"seeds by Student's t. A claim is *shown* if the whole interval of its figure is above 0, *reversed* if it is "
-             f"below, and otherwise *not shown*. The claims are in our words. Of as many as stand here, three or so would come out "
-             f"shown or reversed if nothing were true. Gold is the true reward. Where one run stands for PPO, it is that with "
-             f"β = {PPO.removeprefix('ppo_beta_')}."]
+             f"below, and otherwise *not shown*. The claims are in our words. Of as many as stand here, three or so would come "
+             f"out shown or reversed if nothing were true. Gold is the true reward. Where one run stands for PPO, it is that "
+             f"with β = {PPO.removeprefix('ppo_beta_')}."]
     for name in names:
         experiment = EXPERIMENTS[name]
         parts.append(f"## {experiment.title}\n\n{claims_table(experiment, seeds)}")

@@ -235,13 +235,13 @@ def test_k_way_ranking_divides_by_k_choose_2_and_drops_ties(run):
     rm = reward_model()
     rows = make_rows(6)
     rankings = [Group(rows[:4], [3.0, 1.0, 2.0, 1.0]), Group(rows[4:], [0.0, 1.0])]
-    rewards, better, worse, weight, tokens = train_rm.forward(rm, rankings, TOKENIZER, run)
+    rewards, better, worse, weight = train_rm.forward(rm, rankings, TOKENIZER, run)
     loss = (weight * preference_loss(rewards[better], rewards[worse])).sum() / 2
     r = [rm.score(torch.tensor([row.tokens]), torch.tensor([len(row.tokens)])).item() for row in rows]
     first = sum(-log_sigmoid(r[i] - r[j]) for i, j in ((0, 1), (0, 2), (0, 3), (2, 1), (2, 3))) / 6
     second = -log_sigmoid(r[5] - r[4])
     assert loss.item() == pytest.approx((first + second) / 2, rel=1e-5)
-    assert len(better) == 6 and tokens == sum(len(row.tokens) for row in rows)
+    assert len(better) == 6 and sum(g.tokens for g in rankings) == sum(len(row.tokens) for row in rows)
 
 
 def test_reward_is_read_at_the_last_real_token_and_padding_does_not_matter():
@@ -266,7 +266,7 @@ def test_the_rm_gradient_does_not_depend_on_order_or_micro_batches(run):
         rm = reward_model()
         shuffled = [rankings[i] for i in order]
         for i in range(0, 8, size):
-            rewards, better, worse, weight, _ = train_rm.forward(rm, shuffled[i : i + size], TOKENIZER, run)
+            rewards, better, worse, weight = train_rm.forward(rm, shuffled[i : i + size], TOKENIZER, run)
             ((weight * preference_loss(rewards[better], rewards[worse])).sum() / 8).backward()
         gradients.append(torch.cat([p.grad.flatten() for p in rm.parameters()]))
     assert torch.allclose(gradients[0], gradients[1], rtol=1e-4, atol=1e-7)
@@ -341,12 +341,12 @@ def test_dpo_forward_sums_logprobs_whatever_the_batch(model, run):
     """Traps 10 and 11: these are sums over response tokens, with EOS, without prompt and padding."""
     rows = make_rows(8)
     pairs = [Group([rows[i], rows[i + 4]]) for i in range(4)]
-    chosen, rejected, chosen_lengths, rejected_lengths, n = train_dpo.forward(model, pairs, TOKENIZER, run)
+    chosen, rejected, chosen_lengths, rejected_lengths = train_dpo.forward(model, pairs, TOKENIZER, run)
     for i, pair in enumerate(pairs):
         assert chosen[i].item() == pytest.approx(sum(x.item() for x in logprobs_by_hand(model, pair.examples[0])), abs=1e-12)
         assert rejected[i].item() == pytest.approx(sum(x.item() for x in logprobs_by_hand(model, pair.examples[1])), abs=1e-12)
         assert [chosen_lengths[i].item(), rejected_lengths[i].item()] == [e.count for e in pair.examples]
-    assert n == sum(len(row.tokens) for row in rows)
+    assert sum(pair.tokens for pair in pairs) == sum(len(row.tokens) for row in rows)
 
 
 def test_the_dpo_gradient_does_not_depend_on_order_or_micro_batches(model, run):
@@ -471,7 +471,7 @@ def test_the_mean_loss_and_the_prior_s_share_are_minimal_at_the_map():
 def test_a_tie_counts_half_in_dpo_s_accuracy():
     """At the start the policy is the reference, so every pair ties, and an accuracy of 0 would be wrong."""
     groups = [Group([], [-5.0, -7.0]) for _ in range(3)]
-    out = train_dpo.Forward(torch.tensor([-5.0, -4.0, -6.0]), torch.tensor([-7.0] * 3), None, None, 0)
+    out = train_dpo.Forward(torch.tensor([-5.0, -4.0, -6.0]), torch.tensor([-7.0] * 3), None, None)
     _, stats = train_dpo.losses_and_stats(out, groups, train_dpo.Config())
     assert stats["rewards/accuracies"].tolist() == [0.5, 1.0, 0.0]
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-TIMES, SECONDS = 25, 20
+TIMES, SECONDS = 12, 20
 HOSTILE = [None, True, -1, 0, 10**400, 1e308, 5e-324, "", "x" * 5000, "\ud800", "\x00", "../../../etc/passwd", "/dev/zero", [], {}, [[]],
            {"": ""}, "(a+)+$", "(?:a|aa)+$", "[", "{{ 0 }}", "{% for i in range(10**9) %}x{% endfor %}", [1] * 100, {"a": {"a": {"a": 1}}}]
 

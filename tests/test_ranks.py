@@ -134,6 +134,7 @@ def test_any_number_of_processes_does_what_one_does(folder_of, name, count):
     assert json.loads((parts / "run.json").read_text())["world_size"] == count
 
 
+@pytest.mark.slow
 def test_a_run_resumes_on_another_number_of_processes(folder_of, tmp_path):
     """2 processes, stopped after step 2 of 3; then 1. It ends as the run of one process does, but for float32's rounding."""
     root, options = folder_of(1).parent, ["--init", "out/sft", "--data", "out/comparisons/comparisons.jsonl", "--batch_size", 8,
@@ -151,6 +152,7 @@ def test_a_run_resumes_on_another_number_of_processes(folder_of, tmp_path):
     assert [r["step"] for r in rows_of(tmp_path / "parts/metrics.jsonl")] == [1, 2, 3]
 
 
+@pytest.mark.slow
 def test_a_killed_rank_ends_the_job(folder_of, tmp_path):
     root = folder_of(1).parent
     env = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(TESTS.parent))
@@ -168,6 +170,7 @@ def test_a_killed_rank_ends_the_job(folder_of, tmp_path):
     assert job.returncode != 0 and "Signal 9 (SIGKILL)" in said and time.monotonic() - began < 60
 
 
+@pytest.mark.slow
 def test_evaluate_gives_the_same_table(folder_of, tmp_path):
     words = ["-m", "nanorlhf.evaluate"]
     options = ["out/sft", "--reference", "out/base", "--reward", "out/rm", "--bon", 2, "--response_length", 8, "--num_prompts", 6,

@@ -20,8 +20,7 @@ from typing import NamedTuple
 
 import torch
 
-from nanorlhf import reviews
-from nanorlhf import ranks
+from nanorlhf import ranks, reviews
 from nanorlhf.errors import DataError, UserError, one_line
 from nanorlhf.files import parse_json
 from nanorlhf.formats.chat import (ASSISTANT, answer_affixes, conversation, encode_for_reply, encode_turns, is_open,

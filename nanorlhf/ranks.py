@@ -1,8 +1,9 @@
 """Several processes, started by torchrun, one per GPU: the ranks. A single process needs none of this and pays nothing for it.
 
 Every rank runs the same script on the same data and takes every decision alike, because all of them depend on (seed, step) only.
-What differs is the work: of a step's rows each rank gets a share (`deal`), gradients and logged sums are added up (`add_up`), and
-what is measured row by row is collected (`collect`). Only the first rank writes, prints and calls the user's functions.
+What differs is the work. Of a step's rows each rank gets a share (`deal`); gradients, logged sums and rows are added up
+(`add_up_gradients`, `add_up_numbers`, `add_up_rows`); what is measured item by item is collected (`collect`). Only the first rank
+writes, prints and calls the user's functions.
 """
 
 import datetime

@@ -2,11 +2,13 @@
 
 import dataclasses
 import importlib
+import json
 import random
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).parents[1]
 # Every script at the top level, so a copy with another loss is tested as soon as it is written.
@@ -29,6 +31,17 @@ def known_options(module, options):
     """Returns those options that the script's Config has."""
     fields = {f.name for f in dataclasses.fields(module.Config)}
     return {k: v for k, v in options.items() if k in fields}
+
+
+def shard(folder):
+    """Splits model.safetensors in two, with an index; returns the names of the parts."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    where = {name: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(sorted(tensors))}
+    for file in set(where.values()):
+        save_file({k: v for k, v in tensors.items() if where[k] == file}, folder / file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    return sorted(set(where.values()))
 
 
 @pytest.fixture(scope="session")

@@ -65,11 +65,10 @@ def damaged(content, rng, is_json):
 def write_inputs(folder):
     """Writes a checkpoint in two shards, its tokenizer with a chat template, an unfinished run with a checkpoint, and records."""
     import torch
-    from safetensors.torch import load_file, save_file
 
     import train_sft
+    from conftest import shard
     from nanorlhf.files import write_records
-    from nanorlhf.formats.checkpoints import write_tensors  # noqa: F401
     from nanorlhf.model import Transformer
     from nanorlhf.tokenizer import load_tokenizer
 
@@ -85,12 +84,7 @@ def write_inputs(folder):
     config = json.loads((model / "tokenizer_config.json").read_text())
     template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\\n' }}{% endfor %}assistant:"
     (model / "tokenizer_config.json").write_text(json.dumps(dict(config, chat_template=template)))
-    tensors = load_file(model / "model.safetensors")
-    (model / "model.safetensors").unlink()
-    where = {name: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(sorted(tensors))}
-    for file in set(where.values()):
-        save_file({k: v for k, v in tensors.items() if where[k] == file}, model / file)
-    (model / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    shard(model)
     talk = [{"role": "user", "content": "Hello"}]
     kinds = {"completion": {"prompt": "What is 3 + 4?", "completion": " It is 7."},
              "preference": {"prompt": talk, "chosen": "Yes.", "rejected": "No.", "group": "a"},

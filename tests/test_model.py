@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from conftest import shard
 from golden.make_goldens import CASES, TOKENS, weights_of
 from nanorlhf.data import Example, collate
 from nanorlhf.errors import UserError
@@ -420,17 +421,6 @@ def test_pickles_and_quantized_weights_are_rejected(tmp_path):
     assert f"{name} holds torch.int8" in refusal(folder)
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     assert "pytorch_model.bin is a pickle" in refusal(folder)
-
-
-def shard(folder):
-    """Splits model.safetensors in two, with an index; returns the names of the parts."""
-    tensors = load_file(folder / "model.safetensors")
-    (folder / "model.safetensors").unlink()
-    where = {name: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(sorted(tensors))}
-    for file in set(where.values()):
-        save_file({k: v for k, v in tensors.items() if where[k] == file}, folder / file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
-    return sorted(set(where.values()))
 
 
 def test_the_lowest_layers_and_the_embeddings_are_frozen():

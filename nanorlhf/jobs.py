@@ -107,9 +107,7 @@ def interrupt_worker():
 
 def call(job, threads):
     """Runs a job in a worker. The event `stop` interrupts it; a run of a script handles that itself while it takes steps."""
-    def interrupt(number, frame):
-        raise KeyboardInterrupt
-    before = signal.signal(STOP, interrupt)
+    before = signal.signal(STOP, signal.default_int_handler)                           # raises KeyboardInterrupt
     try:
         if stopping.is_set():
             raise KeyboardInterrupt

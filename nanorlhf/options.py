@@ -199,12 +199,10 @@ STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1
 @contextlib.contextmanager
 def interrupted_by_signals():
     """Within it SIGTERM and SIGUSR1, which Slurm sends ahead of the end of a job, raise KeyboardInterrupt as SIGINT does."""
-    def interrupt(number, frame):
-        raise KeyboardInterrupt
     here = threading.current_thread() is threading.main_thread()
     taken = [number for number in STOP_SIGNALS if here and signal.getsignal(number) == signal.SIG_DFL]
     for number in taken:
-        signal.signal(number, interrupt)
+        signal.signal(number, signal.default_int_handler)
     try:
         yield
     finally:

@@ -82,6 +82,7 @@ class Config:
     device: str = "auto"             # cpu, cuda, cuda:1, ...; auto = a GPU if there is one
     dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16 is autocast
     compile: bool = False            # torch.compile the layers
+    shard: bool = False              # with torchrun: split each model over the processes (FSDP2)
 
 
 def prefers(score_a, score_b, temperature, rng):

@@ -109,6 +109,7 @@ class Config:
     device: str = "auto"             # cpu, cuda, cuda:1, ...; auto = a GPU if there is one
     dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16 is autocast; weights stay float32
     compile: bool = False            # torch.compile the layers
+    shard: bool = False              # with torchrun: split each model over the processes (FSDP2)
 
     renamed = {"eval_data": "eval_prompts"}  # old names that still work for one release
 
@@ -241,9 +242,9 @@ def rollout_logprobs_and_values(policy, reference, value_model, examples, tokeni
     parts, T = [], max(e.length for e in examples)
     own = ranks.deal(range(len(examples)), lambda i: examples[i].length)
     with run.autocast():
-        for first in range(0, len(own), run.micro_batch_size):
-            part = [examples[i] for i in own[first:first + run.micro_batch_size]]
-            tokens, mask, _, where, _ = collate(part, tokenizer.pad_id, run.device)
+        for part in ranks.split(own, len(examples), run.micro_batch_size):
+            batch = collate([examples[i] for i in part], tokenizer.pad_id, run.device)
+            tokens, mask, where = batch.tokens, batch.mask, batch.where
             logprobs, entropy = policy.logprobs(tokens, mask, config.temperature, entropy=True, where=where)
             ref_logprobs = reference.logprobs(tokens, mask, config.temperature, where=where)
             columns = logprobs, ref_logprobs, entropy, values_before(value_model, tokens)

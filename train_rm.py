@@ -83,6 +83,7 @@ class Config:
     device: str = "auto"             # cpu, cuda, cuda:1, ...; auto = a GPU if there is one
     dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16 is autocast; weights stay float32
     compile: bool = False            # torch.compile the layers
+    shard: bool = False              # with torchrun: split each model over the processes (FSDP2)
 
 
 def preference_loss(chosen, rejected):
@@ -213,8 +214,8 @@ def train(config):
                 loss.backward()
                 parts.append({"loss": loss, "correct": (chosen > rejected).sum()})
         if config.prior_precision > 0:
-            prior = negative_log_prior(model.parameters(), config.prior_precision) / len(groups)
-            prior = prior / ranks.count()                                    # which are added up
+            weights = [ranks.own_share(p) for p in model.parameters() if p.requires_grad]
+            prior = negative_log_prior(weights, config.prior_precision) / len(groups)
             prior.backward()
             parts.append({"loss": prior})
         lr = learning_rate(step, total, config.lr, config.warmup_steps, config.lr_schedule)

@@ -105,6 +105,7 @@ class Config:
     device: str = "auto"             # cpu, cuda, cuda:1, ...; auto = a GPU if there is one
     dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16 is autocast; weights stay float32
     compile: bool = False            # torch.compile the layers
+    shard: bool = False              # with torchrun: split each model over the processes (FSDP2)
 
     renamed = {"eval_data": "eval_prompts"}  # old names that still work for one release
 

@@ -485,8 +485,7 @@ def to_device(values, device):
 
 
 def micro_batches(items, micro_batch_size, length=lambda item: item.length):
-    """Splits Examples or Groups into lists of at most micro_batch_size of similar length, so that little is padding. Their order
-    is free because a loss is summed over the whole batch and divided by the count of the whole batch."""
+    """Splits items into lists of at most micro_batch_size of similar length, so that little is padding."""
     ordered = sorted(items, key=length)
     return [ordered[i:i + micro_batch_size] for i in range(0, len(ordered), micro_batch_size)]
 
@@ -495,6 +494,8 @@ def of_each(items, size, function, length=lambda item: item.length):
     """Returns function's result for each item, in the order of the items. function: a list of items -> as many results. Each rank
     calls it for its share of the items, in lists of at most `size` of similar length."""
     items, found = list(items), []
-    for part in micro_batches(ranks.deal(range(len(items)), lambda i: length(items[i])), size, lambda i: length(items[i])):
-        found += zip(part, function([items[i] for i in part]))
+    parts = micro_batches(ranks.deal(range(len(items)), lambda i: length(items[i])), size, lambda i: length(items[i]))
+    for part, counts in ranks.in_step(parts, spare=[0]):
+        results = function([items[i] for i in part])
+        found += zip(part, results) if counts else []
     return ranks.collect(found)

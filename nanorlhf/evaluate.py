@@ -153,6 +153,7 @@ class Options:
     cut_at: str = ""                 # end responses before the first of these texts, comma-separated; \n is a newline
     seed: int = 0                    # of the samples
     device: str = "auto"             # cpu, cuda, cuda:1, ...; auto = a GPU if there is one
+    shard: bool = False              # with torchrun: split each model over the processes (FSDP2)
     out: str = "out/evaluation"      # folder for table.md, table.json and samples.jsonl
     overwrite: bool = False          # overwrite the table in --out
 
@@ -185,10 +186,10 @@ class Evaluation:
     of the reference's texts that a policy's texts have to beat."""
 
     def __init__(self, options):
-        self.options, device, self.marks = options, ranks.join(pick_device(options.device)), marks_of(options.cut_at)
+        self.options, self.marks = options, marks_of(options.cut_at)
+        self.device = device = ranks.join(pick_device(options.device), options.shard)
         self.tokenizer = tokenizer = load_tokenizer(local_folder(options.reference))
-        self.reference = Transformer.from_pretrained(options.reference).to(device)
-        check_fit(self.reference, tokenizer)
+        self.reference = self.load(options.reference, tokenizer)
         self.on_reviews = options.data == "reviews"
         self.judge, judge = judge_of(options)
         self.rewards = {"reward": load_reward(options.reward, tokenizer, device)}
@@ -196,9 +197,8 @@ class Evaluation:
             self.rewards["gold"] = load_reward(judge, tokenizer, device)
         self.gold_range = GOLD_RANGE if judge == "gold" else ANY
         if options.perplexity:
-            self.reader = Transformer.from_pretrained(options.perplexity).to(device)
             self.reader_tokenizer = tokenizer_of(options.perplexity, tokenizer)
-            check_fit(self.reader, self.reader_tokenizer)
+            self.reader = self.load(options.perplexity, self.reader_tokenizer)
         if self.on_reviews:
             sources = {split: ("reviews", split) for split in ("test", "ood_near", "ood_far")}
         else:
@@ -219,6 +219,12 @@ class Evaluation:
             self.written_scores = self.rewards[self.judge](self.prompts[self.first], written, asked)
         self.opponent_scores = self.judged(self.reference, 1, "opponent")
         self.first_words = options.first_words or None                  # None: set by the first row, the reference's
+
+    def load(self, folder, tokenizer):
+        """Returns the policy of a folder, on the device."""
+        model = Transformer.from_pretrained(folder)
+        check_fit(model, tokenizer)
+        return ranks.place(model, self.device)
 
     def cut(self, responses, records):
         """Returns responses, lists of ids, as --cut_at leaves them."""
@@ -359,8 +365,7 @@ def evaluate_policies(folders, options):
         start = time.monotonic()
         model = evaluation.reference
         if folder != options.reference:
-            model = Transformer.from_pretrained(folder).to(evaluation.reference.embed.weight.device)
-            check_fit(model, evaluation.tokenizer)
+            model = evaluation.load(folder, evaluation.tokenizer)
         row, values, texts = table_row(evaluation, name, model, n)
         if of_sft is None:
             of_sft, row["win_sft"], scores[name] = values, (0.5, None, None), evaluation.opponent_scores
@@ -493,7 +498,7 @@ def main():
     options = parse_options(Options, description, sys.argv[1 + len(folders):])
     with one_line_errors(options, lambda: "nothing was saved: give the same command again"):
         check_options(options)
-        ranks.join(pick_device(options.device))
+        ranks.join(pick_device(options.device), options.shard)
         ranks.on_first(check_unused, options)
         names = [Path(f).name for f in folders]
         taken = [*names, "SFT", f"best-of-{options.bon}"]

@@ -165,7 +165,7 @@ def evaluation_of(root, seed, scale, **options):
 
 def row_of(e, folder, n=1):
     """Returns (the policy in the folder, {column of evaluate's table: value} of it or of best-of-n of it)."""
-    model = Transformer.from_pretrained(folder).to(e.reference.embed.weight.device)
+    model = e.load(folder, e.tokenizer)
     row, _, _ = table_row(e, folder.name, model, n)
     return model, {column: value[0] for column, value in row.items() if column not in ("method", "first_words")}
 
@@ -236,7 +236,7 @@ def temperatures(root, seed, scale, policies, reward):
         prompts, records = e.prompts[e.first], e.records[e.first]
         rows = [(Path(p).name, Path(p), 1) for p in policies.split(",")] + [("best_of_16", root / "sft", 16)]
         for name, folder, n in rows:
-            model = Transformer.from_pretrained(folder).to(e.reference.embed.weight.device)
+            model = e.load(folder, e.tokenizer)
             texts = [drawn[0] for drawn in e.draw(model, e.first, 1, n, f"temperature {t}")]
             gold = e.rewards["gold"](prompts, texts, records)
             words = [e.tokenizer.decode(y, start=False) for y in texts]

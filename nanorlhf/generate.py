@@ -39,7 +39,8 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
     end_ids ends a response (without a tokenizer: of config.json's), and ids beyond its vocabulary are never drawn. Row r uses
     only the random stream (seed, first_row + r), so its draws depend neither on its neighbours nor on batch_size, the number of
     rows decoded at once, and a caller that splits its prompts over several calls can number them through. Raises UserError if
-    a prompt leaves no room in the context. The prompts are dealt out to the ranks; each returns the samples of all.
+    a prompt leaves no room in the context. The prompts are dealt out to the ranks; each returns the samples of all. A sharded
+    model is gathered for the time of the call if it takes at most half of the free memory, else layer by layer at every step.
     """
     if stop and tokenizer is None:
         raise ValueError("stop strings need a tokenizer")
@@ -52,24 +53,25 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
     device = model.embed.weight.device
     R = len(prompts) * num_samples
     mine = ranks.deal(range(len(prompts)), lambda p: len(prompts[p]))
-    uniform = np.zeros((R, max_new_tokens), dtype=np.float32)
+    uniform = np.zeros((R + 1, max_new_tokens), dtype=np.float32)                      # row R is for what does not count
     for row in (p * num_samples + i for p in mine for i in range(num_samples)):
         stream = np.random.Generator(np.random.Philox(key=[seed, first_row + row]))
         uniform[row] = stream.random(max_new_tokens, dtype=np.float32)
     uniform = torch.from_numpy(uniform).to(device)
     pad = model.config.pad_id or 0
-    out = Samples(torch.full((R, max_new_tokens), pad, device=device), torch.zeros(R, max_new_tokens, device=device),
-                  torch.zeros(R, max_new_tokens, dtype=torch.bool, device=device),
-                  torch.zeros(R, dtype=torch.bool, device=device))
+    out = Samples(torch.full((R + 1, max_new_tokens), pad, device=device), torch.zeros(R + 1, max_new_tokens, device=device),
+                  torch.zeros(R + 1, max_new_tokens, dtype=torch.bool, device=device),
+                  torch.zeros(R + 1, dtype=torch.bool, device=device))
     by_length = sorted(mine, key=lambda p: len(prompts[p]))                            # so that a chunk has little padding
-    size, n = batch_shape(model, max(map(len, prompts), default=1), num_samples, max_new_tokens, batch_size)
     options = dict(temperature=temperature, top_k=top_k, top_p=top_p)
-    for first in range(0, len(by_length), size):
-        chunk = by_length[first:first + size]
-        for start in range(0, num_samples, n):
-            samples = range(start, min(start + n, num_samples))
-            rows = to_device([p * num_samples + i for p in chunk for i in samples], device)
-            _decode(model, [prompts[p] for p in chunk], rows, uniform[rows], len(samples), out, options, stop, tokenizer)
+    with gathered(model) as in_step:
+        size, n = batch_shape(model, max(map(len, prompts), default=1), num_samples, max_new_tokens, batch_size)
+        chunks = [by_length[i:i + size] for i in range(0, len(by_length), size)]
+        jobs = [(chunk, range(i, min(i + n, num_samples))) for chunk in chunks for i in range(0, num_samples, n)]
+        for (chunk, samples), counts in ranks.in_step(jobs, ([0], [0]), in_step):
+            rows = to_device([p * num_samples + i if counts else R for p in chunk for i in samples], device)
+            _decode(model, [prompts[p] for p in chunk], rows, uniform[rows], len(samples), out, options, stop, tokenizer, in_step)
+    out = Samples(out.tokens[:R], out.logprobs[:R], out.mask[:R], out.finished[:R])
     ranks.add_up_rows([out.tokens.sub_(pad), out.logprobs, out.mask, out.finished])
     out.tokens += pad
     longest = int(out.mask.sum(1).max()) if R else 0
@@ -85,6 +87,12 @@ def free_memory(device):
             return 1024 * next(int(line.split()[1]) for line in f if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
         return None
+
+
+def gathered(model):
+    """`ranks.gathered` with half of the free memory; the rest is for the cache."""
+    free = free_memory(model.embed.weight.device) if ranks.sharded else None
+    return ranks.gathered(model, free and free // 2)
 
 
 def batch_shape(model, longest, num_samples, max_new_tokens, batch_size):
@@ -120,22 +128,22 @@ def check_prompts(model, prompts, max_new_tokens):
                             f"context of {model.config.context}")
 
 
-def prefill(model, prompts, num_samples, max_new_tokens):
+def prefill(model, prompts, num_samples, max_new_tokens, in_step=False):
     """Runs each prompt once. Returns the cache and the logits of the first new token, [P, V] float32.
 
     A few prompts run at once: if they are sorted by length, they need little padding, and what a layer holds of them stays
-    small (on a CPU, near its cache).
+    small (on a CPU, near its cache). in_step: all ranks run the model equally often.
     """
     device = model.embed.weight.device
     lengths = [len(p) for p in prompts]
     cache = Cache(to_device(lengths, device), num_samples, max_new_tokens, static_shapes(device) or model.compiled)
     size, logits = max(1, (2**9 if device.type == "cpu" else 2**14) // max(lengths)), []
-    for first in range(0, len(prompts), size):
-        part = prompts[first:first + size]
+    parts = [prompts[i:i + size] for i in range(0, len(prompts), size)]
+    for part, counts in ranks.in_step(parts, parts[0], in_step):
         T = max(map(len, part))
-        hidden = model(to_device([p + [0] * (T - len(p)) for p in part], device), cache)
+        hidden = model(to_device([p + [0] * (T - len(p)) for p in part], device), cache if counts else None)
         last = to_device([i * T + len(p) - 1 for i, p in enumerate(part)], device)
-        logits.append(model.logits(hidden.flatten(0, 1)[last]).float())
+        logits += [model.logits(hidden.flatten(0, 1)[last]).float()] if counts else []
     return cache, torch.cat(logits)
 
 
@@ -214,18 +222,22 @@ class Decoding:
         return most > 0
 
 
-def _decode(model, prompts, rows, uniform, n, out, options, stop, tokenizer):
-    """Decodes one batch into rows `rows` of `out`."""
+def _decode(model, prompts, rows, uniform, n, out, options, stop, tokenizer, in_step):
+    """Decodes one batch into rows `rows` of `out`; with in_step, until the batches of all ranks have ended."""
     T = uniform.shape[1]
-    cache, logits = prefill(model, prompts, n, T)
+    cache, logits = prefill(model, prompts, n, T, in_step)
     batch = Decoding(model, cache, rows, uniform, _vocabulary(model, tokenizer), options)
     check_every = 16 if cache.static else 1                                            # each check makes a GPU wait
     batch.draw(logits.repeat_interleave(n, 0))
     for t in range(1, T + 1):
         if stop:
             batch.alive &= ~_stopped(batch.tokens[:, :t], stop, tokenizer)
-        if t == T or t % check_every == 0 and not bool(batch.alive.all()) and not batch.compact(out):
+        if t == T:
             break
+        if t % check_every == 0:
+            left = bool(batch.alive.all()) or batch.compact(out)
+            if not (ranks.any_of(left) if in_step else left):
+                break
         batch.advance()
     batch.write(out)
 
@@ -256,13 +268,15 @@ def beam_search(model, prompts, max_new_tokens, num_beams=4, num_groups=1, diver
         raise UserError(f"{num_beams} beams, {num_groups} groups, temperature {temperature}: each must be above 0")
     if num_beams % num_groups:
         raise UserError(f"{num_beams} beams do not divide into {num_groups} groups")
-    return of_each(prompts, max(1, batch_size // num_beams), lambda chunk: _beams(
-        model, chunk, max_new_tokens, num_beams, num_groups, diversity_penalty, temperature, length_penalty, tokenizer), len)
+    with gathered(model) as in_step:
+        return of_each(prompts, max(1, batch_size // num_beams), lambda chunk: _beams(
+            model, chunk, max_new_tokens, num_beams, num_groups, diversity_penalty, temperature, length_penalty, tokenizer,
+            in_step), len)
 
 
-def _beams(model, prompts, T, n, groups, penalty, temperature, length_penalty, tokenizer):
+def _beams(model, prompts, T, n, groups, penalty, temperature, length_penalty, tokenizer, in_step):
     P, b, (ends, V) = len(prompts), n // groups, _vocabulary(model, tokenizer)
-    cache, logits = prefill(model, prompts, n, T)
+    cache, logits = prefill(model, prompts, n, T, in_step)
     device = logits.device
     logits = logits.repeat_interleave(n, 0)
     scores = torch.zeros(P, groups, b, device=device)
@@ -301,7 +315,8 @@ def _beams(model, prompts, T, n, groups, penalty, temperature, length_penalty, t
             for g, f in enumerate(finished[p]):
                 if len(f) >= b and sorted(s for s, _ in f)[-b] >= float(scores[p, g].max()) / (t + 1) ** length_penalty:
                     scores[p, g] = -torch.inf
-        if t + 1 == T or bool((scores == -torch.inf).all()):
+        left = t + 1 < T and bool((scores > -torch.inf).any())
+        if not (ranks.any_of(left) if in_step else left):
             break
         cache.keep(everyone, (everyone[:, None] * n + parents).flatten(), n)
         logits = model.logits(model(chosen.view(-1, 1), cache)[:, 0]).float()

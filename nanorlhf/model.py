@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from nanorlhf import ranks
 from nanorlhf.errors import UserError
 from nanorlhf.formats.checkpoints import FAMILIES, load_weights, read_config, read_constants, save_weights, tensor_index
 from nanorlhf.kernels import decode_attention, matmul32, static_shapes, thin_linear, token_logprobs
@@ -353,6 +354,8 @@ class Transformer(nn.Module):
         hidden = self(tokens) if packed is None else self(packed.tokens, packed=packed)
         hidden = hidden.flatten(0, 1).index_select(0, where - 1 if packed is None else packed.before)    # the token before each
         values = token_logprobs(hidden, self.head_weight, tokens.flatten()[where], self.head_bias, temperature, entropy)
+        if not torch.is_grad_enabled():
+            ranks.shard_again(self)
         out = [torch.zeros(tokens.numel(), dtype=v.dtype, device=v.device).scatter(0, where, v).view(tokens.shape)
                for v in (values if entropy else (values,))]
         return tuple(out) if entropy else out[0]
@@ -432,7 +435,7 @@ class ValueModel(nn.Module):
     def __init__(self, trunk, weight, bias=0.0):
         super().__init__()
         self.trunk = trunk
-        self.head = Linear(weight.shape[1], 1)
+        self.head = Linear(weight.shape[1], 1, device=weight.device)
         with torch.no_grad():
             self.head.weight.copy_(weight)
             self.head.bias.fill_(bias)
@@ -450,7 +453,7 @@ class ValueModel(nn.Module):
             rm = RewardModel.from_pretrained(folder)
             return cls(rm.trunk, rm.head.weight.detach() / rm.reward_std, -rm.reward_mean / rm.reward_std)
         rm = RewardModel.from_pretrained(folder, fresh_head=True)
-        return cls(rm.trunk, torch.zeros(1, rm.config.width))
+        return cls(rm.trunk, torch.zeros_like(rm.head.weight))
 
 
 def freeze(model, dtype="float32"):

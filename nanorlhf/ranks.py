@@ -4,16 +4,27 @@ Every rank runs the same script on the same data and takes every decision alike,
 What differs is the work. Of a step's rows each rank gets a share (`deal`); gradients, logged sums and rows are added up
 (`add_up_gradients`, `add_up_numbers`, `add_up_rows`); what is measured item by item is collected (`collect`). Only the first rank
 writes, prints and calls the user's functions.
+
+Each rank holds whole models, or with --shard a part of each weight (`place`). Then a layer's weights are gathered whenever it
+runs, and all ranks must run it equally often (`split`, `in_step`).
 """
 
+import atexit
+import contextlib
 import datetime
+import itertools
 import os
 import sys
+import threading
+import warnings
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
-from nanorlhf.errors import UserError
+from nanorlhf.errors import UserError, one_line
+
+sharded = False                      # with --shard; `join` sets it
 
 
 def count():
@@ -26,11 +37,16 @@ def mine():
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def join(device, minutes=10.0):
+def join(device, shard=False, minutes=10.0):
     """Joins the other ranks if torchrun started this process, and returns the torch.device of this rank: with `cuda` or `auto`
-    each rank of a machine gets a GPU of its own. A rank that waits longer than `minutes` for another ends with an error."""
+    each rank of a machine gets a GPU of its own. A rank that waits longer than `minutes` for another ends with an error. shard:
+    whether the models that `place` puts on the device are split over the ranks."""
+    global sharded
+    if shard and not launched():
+        raise UserError("--shard splits the models over several processes: start the script with torchrun --nproc_per_node N")
     if not launched():
         return device
+    sharded = shard
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
@@ -39,7 +55,38 @@ def join(device, minutes=10.0):
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(minutes=minutes))
     if mine() > 0:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
+    watcher = threading.Thread(target=watch, args=(mine(), count()), daemon=True)
+    watcher.start()
+    atexit.register(lambda: (left.set(), watcher.join(5.0)))
     return device
+
+
+BEAT, LOST = 2.0, 16.0               # seconds between signs of life, and without one until a rank counts as lost
+left = threading.Event()             # set when this rank leaves the others
+
+
+def watch(rank, total):
+    """Shows the others that this rank lives, and ends the process once the next rank has shown no life for LOST seconds: its
+    process is stopped, or its machine gone. torchrun, which waits for a process to end, would not notice that, but ends all
+    others when one fails. It runs in a thread, so a rank that works long, or calls a slow reward function, lives."""
+    other, seen, silent = (rank + 1) % total, b"", 0.0
+    try:
+        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, wait_for_workers=False)
+        for beat in itertools.count():
+            gone = left.wait(BEAT)
+            store.set(f"life of rank {rank}", "left" if gone else str(beat))
+            if gone:
+                return
+            sign = store.get(f"life of rank {other}") if store.check([f"life of rank {other}"]) else b""
+            silent = 0.0 if sign != seen or sign == b"left" else silent + BEAT
+            seen = sign
+            if silent >= LOST:
+                raise RuntimeError(f"rank {other} has shown no life for {LOST:g} seconds: its process is stopped, or its machine "
+                                   f"gone")
+    except RuntimeError as error:
+        if not left.is_set():
+            print(f"rank {rank}: error: {one_line(error)}; the job ends, and --resume continues it", file=sys.stderr, flush=True)
+            os._exit(1)
 
 
 def deal(items, length):
@@ -55,12 +102,33 @@ def deal(items, length):
     return [items[i] for i in sorted(own)]
 
 
+def split(own, total, size):
+    """Returns a rank's share `own` of `total` items in lists of at most `size`, as many lists on each rank."""
+    n, longest = len(own), -(-total // count())
+    if count() == 1:
+        return [own[i:i + size] for i in range(0, n, size)]
+    k = -(-longest // size)
+    if total < count() or sharded and k > total // count():
+        raise UserError(f"{total} rows at a time are too few for {count()} processes, or do not divide among them with "
+                        f"--micro_batch_size {size}: raise --batch_size, or make it a multiple of the processes")
+    return [own[i * n // k:(i + 1) * n // k] for i in range(k) if i * n // k < (i + 1) * n // k]
+
+
+def in_step(jobs, spare, needed=True):
+    """Yields (job, True) for each of this rank's jobs. Then, if the models are sharded and it is needed, (spare, False) until
+    every rank has had as many: a job whose result does not count."""
+    jobs = list(jobs)
+    most = max(collect([(mine(), len(jobs))])) if sharded and needed else len(jobs)
+    for k in range(most):
+        yield (jobs[k], True) if k < len(jobs) else (spare, False)
+
+
 BUCKET = 2 ** 24                     # numbers that travel together: few calls, and little memory on top
 
 
 def add_up_gradients(parameters):
-    """Adds up the gradients over the ranks."""
-    if count() == 1:
+    """Adds up the gradients over the ranks. Those of a sharded model are added up in the backward pass."""
+    if count() == 1 or sharded:
         return
     bucket, size = [], 0
     for p in [*parameters, None]:
@@ -141,9 +209,119 @@ def any_of(flag):
     return bool(found.item())
 
 
+# ---- Sharded models -------------------------------------------------------------------------------------------------
+
+
+def reads_weights():
+    """True if this rank reads the weights of checkpoints. With --shard only the first does, and `place` hands out the parts."""
+    return not sharded or mine() == 0
+
+
+def place(model, device, dtype="float32"):
+    """Moves a model to the device. With --shard each rank gets a part of each weight from the first rank (FSDP2's fully_shard),
+    and with the dtype "bfloat16" the layers' matrices are gathered rounded, as autocast would use them; gradients are summed in
+    float32. Returns the model."""
+    if not sharded:
+        return model.to(device)
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+    from torch.distributed.tensor import distribute_tensor
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")    # no layer's output is changed in place
+    trunk, weights = getattr(model, "trunk", model), model.state_dict() if mine() == 0 else {}
+    mesh = dist.init_device_mesh(device.type, (count(),))
+    rounded = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if dtype == "bfloat16" else MixedPrecisionPolicy()
+    model.to("meta")
+    for block in trunk.blocks:       # its matrices; norms and embeddings, which stay float32, belong to the whole
+        fully_shard([m for m in block.modules() if isinstance(m, nn.Linear)], mesh=mesh, mp_policy=rounded)
+    fully_shard(model, mesh=mesh, reshard_after_forward=trunk is not model)    # a policy's head is used after its forward pass
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)                             # a sum, not a mean
+            module.set_force_sum_reduction_for_comms(True)                     # which all backends know
+    model.to_empty(device=device)
+    trunk.make_rope()
+    trunk.to(device)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            whole = weights.pop(name).to(device) if mine() == 0 else torch.empty(p.shape, dtype=p.dtype, device=device)
+            local(p).copy_(local(distribute_tensor(whole, mesh, p.placements)))
+        model(torch.zeros(1, 1, dtype=torch.long, device=device))              # FSDP prepares itself in the first pass
+        model.reshard()
+    of_matrices = sum(m.weight.numel() for m in trunk.blocks.modules() if isinstance(m, nn.Linear)) if dtype == "bfloat16" else 0
+    model.gathered_size = sum(p.numel() * p.element_size() for p in model.parameters()) - 2 * of_matrices    # bytes
+    return model
+
+
+def local(tensor):
+    """Returns this rank's part of a sharded tensor, which shares its memory; any other tensor as it is."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def whole(tensor):
+    """Returns the whole of a sharded tensor; any other tensor as it is. All ranks must call it."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def whole_on_first(tensors):
+    """{name: tensor} -> the whole tensors, on the first rank; {} on the others."""
+    found = ((name, whole(tensor.detach())) for name, tensor in tensors.items())
+    return {name: tensor.cpu() if sharded else tensor for name, tensor in found if mine() == 0}
+
+
+def part_like(tensor, other):
+    """Returns of a whole tensor the part that this rank holds, if `other`, of the same shape, is sharded; else all of it."""
+    if not hasattr(other, "placements"):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+    return distribute_tensor(tensor.to(other.device), other.device_mesh, other.placements, src_data_rank=None)
+
+
+def own_share(parameter):
+    """Returns what this rank counts of a parameter in a sum over all ranks, in which each number must come once."""
+    return local(parameter) if sharded else parameter.flatten().tensor_split(count())[mine()]
+
+
+def shard_again(model):
+    """Frees what a forward pass without gradients has left gathered of a sharded model. Returns the model."""
+    if sharded:
+        model.reshard()
+    return model
+
+
+@contextlib.contextmanager
+def gathered(model, free):
+    """Within it a sharded model is whole on every rank, if it takes at most `free` bytes on each. Yields True if it takes more:
+    then its layers are gathered one at a time whenever they run, and all ranks must run it equally often."""
+    if not sharded:
+        yield False
+        return
+    modules = [m for m in model.modules() if hasattr(m, "unshard")]
+    if any_of(free is not None and model.gathered_size > free):
+        yield True
+        model.reshard()
+        return
+    model.set_reshard_after_forward(False)
+    for module in modules:
+        module.unshard()
+    try:
+        yield False
+    finally:
+        for module in modules:
+            module.reshard()
+        model.set_reshard_after_forward(True)
+        model.set_reshard_after_forward(False, recurse=False)                  # as in `place`
+
+
+# ---- Beginning and end ----------------------------------------------------------------------------------------------
+
+
 def leave():
     """Leaves the other ranks, at the end of a run."""
     if dist.is_initialized():
+        # If a thread of gloo's lets go of the last reference to a tensor while Python ends, the process aborts. Of this tensor
+        # there is another reference, and by the time that all ranks are here the earlier ones are gone.
+        leave.last = torch.zeros(1, device=device_of_ranks())
+        dist.all_reduce(leave.last)
+        left.set()
         dist.destroy_process_group()
 
 

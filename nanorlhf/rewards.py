@@ -60,8 +60,9 @@ class ModelReward:
         if not (folder / "config.json").exists():
             raise UserError(f"--reward {spec}: not a reward-model folder (python train_rm.py makes one), `gold` or "
                             f"file.py:function")
-        self.model, self.own = freeze(RewardModel.from_pretrained(folder), dtype).to(device), tokenizer_of(folder, tokenizer)
+        self.model, self.own = freeze(RewardModel.from_pretrained(folder), dtype), tokenizer_of(folder, tokenizer)
         check_fit(self.model, self.own)
+        ranks.place(self.model, device, dtype)
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
         self.spec, self.policy, self.device, self.batch_size = spec, tokenizer, device, batch_size
         self.same = reads_alike(self.own, tokenizer)

@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import load_file
 
 from nanorlhf import ranks
-from nanorlhf.data import micro_batches, of_each
+from nanorlhf.data import of_each
 from nanorlhf.errors import NotFinite, UserError
 from nanorlhf.files import (FolderLock, append_records, atomic_write, fingerprint, read_json, read_jsonl, remove, sha256_of,
                             write_json, write_records)
@@ -33,8 +33,8 @@ from nanorlhf.options import HOW_TO_BEGIN, STOP_SIGNALS, check_options, named_fi
 from nanorlhf.tokenizer import check_same_ids, load_tokenizer
 from nanorlhf.training import seed_for
 
-MAY_CHANGE_ON_RESUME = (*HOW_TO_BEGIN, "device", "compile", "gradient_checkpointing", "share_prompts", "micro_batch_size",
-                        "eval_every", "save_every")
+MAY_CHANGE_ON_RESUME = (*HOW_TO_BEGIN, "device", "shard", "compile", "gradient_checkpointing", "share_prompts",
+                        "micro_batch_size", "eval_every", "save_every")
 INPUTS = ("init", "reference", "value_init", "tokenizer", "reward", "eval_reward", "eval_data", "eval_prompts", "normalize_data")
 MAKE_COMPARISONS = ("python sample_bon.py --split train --limit 8000 --n 2 --reward gold --label_temperature 0.2 "
                     "--out out/comparisons")      # makes the default --data of train_rm.py and train_dpo.py
@@ -54,7 +54,10 @@ class Run:
         """Raises UserError if an option is wrong or the folder may not be used."""
         check_options(config)
         self.config, self.name, self.out = config, name, Path(config.out)
-        self.device = ranks.join(pick_device(config.device))
+        shard = getattr(config, "shard", False)
+        self.device = ranks.join(pick_device(config.device), shard)
+        if shard and config.compile:
+            raise UserError("--shard and --compile do not work together: leave one out")
         self.micro_batch_size = getattr(config, "micro_batch_size", 0) or config.batch_size
         data = Path(getattr(config, "data", ""))
         self.data_sha256 = sha256_of(data) if data.is_file() else None                 # the data as the run started
@@ -138,10 +141,9 @@ class Run:
             commit=git_commit(), python=platform.python_version(), **versions))
 
     def micro_batches(self, items, length=lambda item: item.length):
-        """Returns this rank's share of a step's items, in lists of at most --micro_batch_size of similar length."""
-        if len(items) < ranks.count():
-            raise UserError(f"{len(items)} rows at a time are too few for {ranks.count()} processes: raise --batch_size")
-        return micro_batches(ranks.deal(items, length), self.micro_batch_size, length)
+        """Returns this rank's share of a step's items, in lists of at most --micro_batch_size of similar length. Their order is
+        free because a loss is summed over the whole batch and divided by the count of the whole batch."""
+        return ranks.split(sorted(ranks.deal(items, length), key=length), len(items), self.micro_batch_size)
 
     def of_each(self, items, function):
         """Returns function's result for each item, see data.of_each, in micro-batches."""
@@ -158,8 +160,8 @@ class Run:
         trunk = check_fit(model, tokenizer)
         # config.json must name the EOS and pad ids that were really used.
         trunk.config.eos_id, trunk.config.end_ids, trunk.config.pad_id = tokenizer.eos_id, tokenizer.end_ids, tokenizer.pad_id
-        model.to(self.device)
         freeze_layers(trunk, getattr(self.config, "frozen_layers", 0.0))
+        ranks.place(model, self.device, self.config.dtype)
         trunk.checkpointing = getattr(self.config, "gradient_checkpointing", False)
         if self.config.compile:
             trunk.compile_layers()
@@ -211,7 +213,7 @@ class Run:
         """Saves a checkpoint if one is due (--save_every), or if a signal asked the run to stop, which ends it here."""
         asked = ranks.any_of(self.asked_to_stop)
         if self.due(self.config.save_every, step, total) or asked:
-            ranks.on_first(self.save_checkpoint, step, modules, optimizers, state)
+            self.save_checkpoint(step, modules, optimizers, state)
         if asked and step < total:
             raise KeyboardInterrupt
 
@@ -222,16 +224,20 @@ class Run:
 
     def save_checkpoint(self, step, modules, optimizers, state=None):
         """Writes checkpoints/step-N: weights and optimizer tensors as safetensors, the rest as JSON, and a sha256 of each.
-        UserError, and nothing is written, if a number is NaN or infinite."""
-        tensors = {name: {k: v.detach().contiguous() for k, v in module.state_dict().items()} for name, module in modules.items()}
-        tensors |= {name: {f"{i}.{k}": torch.as_tensor(v).contiguous() for i, entry in optimizer.state_dict()["state"].items()
+        UserError, and nothing is written, if a number is NaN or infinite. The first rank collects what is sharded."""
+        tensors = {name: ranks.shard_again(module).state_dict() for name, module in modules.items()}
+        tensors |= {name: {f"{i}.{k}": torch.as_tensor(v) for i, entry in optimizer.state_dict()["state"].items()
                            for k, v in entry.items() if v is not None} for name, optimizer in optimizers.items()}
+        tensors = {name: ranks.whole_on_first(found) for name, found in tensors.items()}
+        ranks.on_first(self._write_checkpoint, step, tensors, state)
+
+    def _write_checkpoint(self, step, tensors, state):
         for name, found in tensors.items():
             check_finite(found, f"step {step}, {name}")
         with atomic_write(self.out / "checkpoints" / f"step-{step:07d}") as folder:
             folder.mkdir()
             for name, found in tensors.items():
-                write_tensors(found, folder / f"{name}.safetensors")
+                write_tensors({k: v.contiguous() for k, v in found.items()}, folder / f"{name}.safetensors")
             digests = {p.name: sha256_of(p) for p in folder.glob("*.safetensors")}
             state = dict(step=step, **(state or {}))
             write_json(folder / "state.json", dict(state, sha256=dict(digests, state=digest_of(state))))
@@ -245,25 +251,27 @@ class Run:
             return {"step": 0}
         state = checked_state(folders[-1])
         for name, module in modules.items():
-            module.load_state_dict(load_file(folders[-1] / f"{name}.safetensors", device=str(self.device)))
+            saved = load_file(folders[-1] / f"{name}.safetensors")
+            module.load_state_dict({k: ranks.part_like(saved[k], v) for k, v in module.state_dict().items()})
         for name, optimizer in optimizers.items():
-            entries = {}
+            entries, parameters = {}, [p for group in optimizer.param_groups for p in group["params"]]
             for key, tensor in load_file(folders[-1] / f"{name}.safetensors").items():
                 index, field = key.split(".", 1)
-                entries.setdefault(int(index), {})[field] = tensor
+                like = parameters[int(index)] if tensor.dim() else None        # the number of steps is no part of a weight
+                entries.setdefault(int(index), {})[field] = ranks.part_like(tensor, like)
             optimizer.load_state_dict({**optimizer.state_dict(), "state": entries})
         return state
 
     def finish(self, model, tokenizer):
         """Writes the checkpoint folder that from_pretrained, transformers and vLLM load, then marks the run finished. UserError,
         and nothing is written, if a weight is NaN or infinite, or so large that the model's output is."""
-        check_finite(dict(model.named_parameters()), f"step {self.step}")
+        check_finite({name: ranks.local(p) for name, p in model.named_parameters()}, f"step {self.step}")
         with torch.no_grad():
             output = model(torch.full((2, 2), tokenizer.eos_id, device=self.device))
             output = model.logits(output) if isinstance(model, Transformer) else output
         check_finite({"the model's output": output}, f"step {self.step}")
+        model.save_pretrained(self.out)
         if ranks.mine() == 0:
-            model.save_pretrained(self.out)
             tokenizer.save(self.out)
         self.done()
 

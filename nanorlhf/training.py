@@ -91,8 +91,8 @@ def optimizer_step(rates, max_grad_norm, step, rows, parts):
     """
     for optimizer in rates:
         ranks.add_up_gradients([p for g in optimizer.param_groups for p in g["params"]])
-    norms = [torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], max_grad_norm or math.inf)
-             for optimizer in rates]
+    norms = [ranks.whole(torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]],
+                                                        max_grad_norm or math.inf)) for optimizer in rates]
     sums = totals([dict(enumerate(norms)), *parts])
     norms = [sums.pop(i) for i in range(len(norms))]
     sums = ranks.add_up_numbers(sums)

@@ -20,7 +20,7 @@ from nanorlhf import ranks
 from nanorlhf.errors import UserError
 
 TESTS = Path(__file__).parent
-TINY = dict(width=16, layers=1, heads=2, context=96, batch_size=8, micro_batch_size=3, max_steps=3, eval_every=3, save_every=2,
+TINY = dict(width=16, layers=2, heads=2, context=96, batch_size=8, micro_batch_size=3, max_steps=3, eval_every=3, save_every=2,
             eval_fraction=0.2, response_length=8, num_eval_prompts=5)
 INPUTS = {           # made by a single process: name of the run: script, its options
     "base": ("train_sft", dict(init="scratch", kind="text", limit=60)),
@@ -46,31 +46,50 @@ def start(name, options, out, **more):
     entry_of(module)(module.Config(**options, device="cpu", out=str(out)))
 
 
-def program(folder):
-    """Runs every script in float64. Each rank's gradients and weights of the first step go to FOLDER/NAME.pt on the first rank."""
+def program(folder, how, until=None):
+    """Runs every script in float64. The gradients go to FOLDER/NAME.pt on the first rank. how: "copies" of whole models; "shard",
+    which gathers the policy to sample from it; or "layers", as if there were no memory for that. until: training goes on where
+    it was, and stops after this step."""
     import torch
 
     from conftest import SCRIPTS
-    from nanorlhf import model, ranks
+    from nanorlhf import generate, model, ranks
+    from nanorlhf.run import Run
+    if how == "layers":
+        generate.free_memory = lambda device: 0
     torch.set_default_dtype(torch.float64)
     torch.Tensor.float = torch.Tensor.double
     for kind in (model.Transformer, model.RewardModel, model.ValueModel):
         kind.from_pretrained = classmethod(lambda cls, *args, load=kind.from_pretrained.__func__, **more: load(cls, *args, **more).double())
+    if until:
+        save = Run.checkpoint
+
+        def checkpoint(self, step, *args):
+            save(self, step, *args)
+            if step == int(until):
+                raise KeyboardInterrupt
+        Run.checkpoint = checkpoint
     for name, (script, options) in RUNS.items():
+        if until and name == "bon":
+            continue
+        if until:
+            options = options | dict(save_every=1, resume=(Path(folder) / name).exists())
         module, found = SCRIPTS[script], []
         if hasattr(module, "optimizer_step"):
             step = module.optimizer_step
 
             def keep(rates, *args, step=step, found=found):
                 clip, torch.nn.utils.clip_grad_norm_ = torch.nn.utils.clip_grad_norm_, lambda ps, norm: (
-                    found.append([p.grad.clone() for p in ps]), clip(ps, norm))[1]
+                    found.append([ranks.whole(p.grad).clone() for p in ps]), clip(ps, norm))[1]
                 try:
                     return step(rates, *args)
                 finally:
                     torch.nn.utils.clip_grad_norm_ = clip
             module.optimizer_step = keep
         try:
-            start(script, options, Path(folder) / name)
+            start(script, options, Path(folder) / name, shard=how != "copies")
+        except KeyboardInterrupt:
+            pass
         finally:
             if hasattr(module, "optimizer_step"):
                 module.optimizer_step = step
@@ -91,15 +110,17 @@ def launch(count, folder, *words, script=__file__):
 
 @pytest.fixture(scope="module")
 def folder_of(tmp_path_factory):
-    """Returns the function: number of processes -> the folder of what they wrote. The inputs lie beside it."""
+    """Returns the function: number of processes, how they hold the models -> the folder of what they wrote. The inputs lie beside
+    it."""
     root = tmp_path_factory.mktemp("ranks")
     launch(1, root, "inputs")
 
     @functools.lru_cache
-    def of(count):
-        (root / str(count)).mkdir()
-        launch(count, root, root / str(count))
-        return root / str(count)
+    def of(count, how="copies"):
+        folder = root / f"{count}-{how}"
+        folder.mkdir()
+        launch(count, root, folder, how)
+        return folder
     return of
 
 
@@ -116,44 +137,68 @@ def alike(a, b, tolerance=1e-9):
     return b == pytest.approx(a, rel=tolerance, abs=tolerance) if isinstance(a, float) else a == b
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", RUNS)
-def test_any_number_of_processes_does_what_one_does(folder_of, name, count):
+@pytest.mark.parametrize("count, how", [(2, "copies"), (2, "shard"), *(pytest.param(*case, marks=pytest.mark.slow) for case in [
+    (3, "copies"), (4, "copies"), (4, "shard"), (2, "layers"), (3, "layers")])])
+def test_any_number_of_processes_does_what_one_does(folder_of, name, count, how):
     """In float64: all gradients to 1e-12, the logs to 1e-9, and the same responses."""
     import torch
-    one, several = (torch.load(folder_of(n) / f"{name}.pt") for n in (1, count))
+    one, several = (torch.load(folder / f"{name}.pt") for folder in (folder_of(1), folder_of(count, how)))
     assert len(one) == len(several) and (name == "bon" or one)
     for a, b in zip(one, several):
         assert len(a) == len(b)
         for x, y in zip(a, b):
             assert (x - y).abs().max() <= 1e-12 * max(1.0, x.abs().max())
-    whole, parts = folder_of(1) / name, folder_of(count) / name
+    whole, parts = folder_of(1) / name, folder_of(count, how) / name
     assert {p.name for p in whole.iterdir()} == {p.name for p in parts.iterdir()}
     for file in whole.glob("*.jsonl"):
         assert alike(rows_of(file), rows_of(parts / file.name)), file.name
     assert json.loads((parts / "run.json").read_text())["world_size"] == count
 
 
-@pytest.mark.slow
-def test_a_run_resumes_on_another_number_of_processes(folder_of, tmp_path):
-    """2 processes, stopped after step 2 of 3; then 1. It ends as the run of one process does, but for float32's rounding."""
-    root, options = folder_of(1).parent, ["--init", "out/sft", "--data", "out/comparisons/comparisons.jsonl", "--batch_size", 8,
-                                          "--max_steps", 3, "--eval_every", 0, "--save_every", 2, "--device", "cpu"]
-    script = TESTS.parent / "train_dpo.py"
-    launch(1, root, *options, "--out", tmp_path / "whole", script=script)
-    launch(2, root, *options, "--out", tmp_path / "parts", script=script)
-    run = json.loads((tmp_path / "parts/run.json").read_text())
-    (tmp_path / "parts/run.json").write_text(json.dumps(dict(run, finished=False)))
-    shutil.rmtree(tmp_path / "parts/checkpoints/step-0000003")
-    done = launch(1, root, "--out", tmp_path / "parts", "--resume", script=script)
-    assert "resumes" in done.stdout and "after step 2" in done.stdout
-    whole, parts = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "parts"))
-    assert all((whole[k] - parts[k]).abs().max() < 1e-4 for k in whole)
-    assert [r["step"] for r in rows_of(tmp_path / "parts/metrics.jsonl")] == [1, 2, 3]
+@pytest.fixture(scope="module")
+def resumed(folder_of):
+    """Returns the folder of runs whose three steps were made by two processes with sharded models, by one, and by four."""
+    root = folder_of(1).parent
+    (root / "resumed").mkdir()
+    for step, (count, how) in enumerate([(2, "shard"), (1, "copies"), (4, "copies")], 1):
+        launch(count, root, root / "resumed", how, step)
+    launch(2, root, root / "resumed", "shard", 4)                  # what is left after the last step: the finished folder
+    return root / "resumed"
 
 
 @pytest.mark.slow
-def test_a_killed_rank_ends_the_job(folder_of, tmp_path):
+@pytest.mark.parametrize("name", [name for name in RUNS if name != "bon"])
+def test_a_run_resumes_on_another_number_of_processes(folder_of, resumed, name):
+    """In float64: the rows of all steps and the weights are those of one process that was not interrupted."""
+    import torch
+    whole, parts = folder_of(1) / name, resumed / name
+    assert json.loads((parts / "run.json").read_text())["finished"]
+    assert alike(rows_of(whole / "metrics.jsonl"), rows_of(parts / "metrics.jsonl"))
+    a, b = (load_file(folder / "model.safetensors") for folder in (whole, parts))
+    assert a.keys() == b.keys() and all((a[k] - b[k]).abs().max() < 1e-9 for k in a) and a[next(iter(a))].dtype == torch.float64
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["train_sft", "train_dpo", "train_ppo"])
+def test_sharded_models_in_bfloat16_do_what_copies_do(folder_of, tmp_path, script):
+    """With layers that are frozen, computed again, and gathered rounded: the same numbers but for the order of sums."""
+    from conftest import SCRIPTS, known_options
+    options = known_options(SCRIPTS[script], dict(
+        init="out/base" if script == "train_sft" else "out/sft", limit=40, max_steps=3, batch_size=8, micro_batch_size=2,
+        response_length=8, num_eval_prompts=5, eval_every=3, eval_fraction=0.2, dtype="bfloat16", gradient_checkpointing=True,
+        frozen_layers=0.5))
+    words = [word for option, value in options.items() for word in (f"--{option}", value)]
+    for name, more in (("copies", []), ("shard", ["--shard"])):
+        launch(2, folder_of(1).parent, *words, *more, "--device", "cpu", "--out", tmp_path / name,
+               script=TESTS.parent / f"{script}.py")
+    copies, shard = (rows_of(tmp_path / name / "metrics.jsonl") for name in ("copies", "shard"))
+    assert len(copies) == 3 and alike(copies, shard, 1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number, says", [(signal.SIGKILL, "Signal 9 (SIGKILL)"), (signal.SIGSTOP, "has shown no life for 16 seconds")])
+def test_a_rank_that_dies_or_stalls_ends_the_job_within_about_a_minute(folder_of, tmp_path, number, says):
     root = folder_of(1).parent
     env = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(TESTS.parent))
     job = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
@@ -164,10 +209,10 @@ def test_a_killed_rank_ends_the_job(folder_of, tmp_path):
         assert job.poll() is None
         time.sleep(0.1)
     children = [int(pid) for pid in Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()]
-    os.kill(children[1], signal.SIGKILL)
+    os.kill(children[1], number)
     began = time.monotonic()
     _, said = job.communicate(timeout=90)
-    assert job.returncode != 0 and "Signal 9 (SIGKILL)" in said and time.monotonic() - began < 60
+    assert job.returncode != 0 and says in said and time.monotonic() - began < 60
 
 
 @pytest.mark.slow
@@ -209,4 +254,4 @@ if __name__ == "__main__":
         for out, (script, options) in INPUTS.items():
             start(script, options, Path("out") / out)
     else:
-        program(sys.argv[1])
+        program(*sys.argv[1:])

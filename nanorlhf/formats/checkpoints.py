@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from nanorlhf import ranks
 from nanorlhf.errors import NotFinite, UserError, one_line
 from nanorlhf.files import atomic_write, local_folder, read_json, write_json
 
@@ -334,7 +335,7 @@ def tensor_layout(model, head, prefix):
 
 def load_weights(model, folder, head):
     """Fills a model built on the meta device from a folder, one file and one tensor at a time, through a memory map. head:
-    `causal`, `score` (a reward model's) or None (only the trunk)."""
+    `causal`, `score` (a reward model's) or None (only the trunk). With --shard only the first rank's model is filled."""
     config, family, index = model.config, FAMILIES[model.config.family], tensor_index(folder)
     # Some files on the hub lack the prefix (GPT-2's `wte.weight`) or a part of it (OPT's `decoder.embed_tokens.weight`).
     # From version 5.24 on, transformers calls every family's head lm_head.
@@ -353,6 +354,8 @@ def load_weights(model, folder, head):
         parts = [f"{what} {', '.join(names[:5])}{' ...' if len(names) > 5 else ''} ({len(names)})"
                  for what, names in wrong.items() if names]
         raise UserError(f"{folder}: tensors do not fit its config.json: {'; '.join(parts)}")
+    if not ranks.reads_weights():
+        return
     model.to_empty(device="cpu")
     parameters = dict(model.named_parameters())
     for file in sorted({index[n][0] for n in places}):
@@ -373,6 +376,8 @@ def load_weights(model, folder, head):
 def check_finite(tensors, what):
     """Raises UserError that names the first of these tensors, {name: tensor}, that holds NaN or infinity."""
     for name, tensor in tensors.items():
+        if not tensor.numel():                    # a rank's part of a small tensor
+            continue
         low, high = torch.aminmax(tensor.detach())                                     # both pass NaN on; no copy is made
         if not (math.isfinite(low) and math.isfinite(high)):
             raise NotFinite(f"{what}: {name} holds NaN or infinity")
@@ -397,9 +402,12 @@ def check_tied(folder, index, embed, heads):
 
 
 def save_weights(model, folder, classifier=False, extra=None):
-    """Writes model.safetensors and config.json. UserError, and nothing is written, if a weight is NaN or infinite."""
+    """Writes model.safetensors and config.json. UserError, and nothing is written, if a weight is NaN or infinite. All ranks must
+    call it, and the first writes."""
     config, family, tensors = model.config, FAMILIES[model.config.family], {}
-    parameters = dict(model.named_parameters())
+    parameters = ranks.whole_on_first(dict(ranks.shard_again(model).named_parameters()))
+    if ranks.mine() > 0:
+        return
     for theirs, _, ours, rows, transposed in tensor_layout(model, "score" if classifier else family.head, family.prefix):
         part = parameters[ours].detach()[rows].cpu()
         tensors[theirs] = (part.T if transposed else part).contiguous()

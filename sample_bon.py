@@ -135,7 +135,9 @@ def stream_of(config):
 
 def sample(config):
     run = Run(config, "bon")
+    drawn = run.out / "drawn.jsonl"              # what there is so far
     if run.finished:
+        remove(drawn)                            # a kill may have left it
         return
     init = require_folder(config.init, "python train_sft.py", Config.init)
     if config.n < (2 if config.label_temperature >= 0 else 1):
@@ -154,8 +156,10 @@ def sample(config):
     columns, marks = other_columns(records), marks_of(config.cut_at)
 
     # A row's samples depend on the seed and its number only, so --resume goes on after the rows that exist.
-    drawn, n, stream = run.out / "drawn.jsonl", config.n, stream_of(config)
+    n, stream = config.n, stream_of(config)
     scored = ranks.on_first(read_jsonl, drawn) if config.resume else []
+    if len(scored) < len(prompts):                                       # a kill may have left a part of a batch
+        del scored[len(scored) // config.batch_size * config.batch_size:]
     run.begin(len(scored))
     write_records(drawn, scored)
     for first in range(len(scored), len(prompts), config.batch_size):
@@ -177,11 +181,11 @@ def sample(config):
             scored.append(dict(prompt=record["prompt"], responses=texts, scores=scores[i].tolist(),
                                values=values[i].tolist() if eval_reward else None,
                                finished=samples.finished[rows].tolist(), columns=columns[first + i]))
-        append_records(drawn, scored[first:])
         metrics = {"scores/mean": scores.mean(), "scores/best": scores.max(1).values.mean()}
         if eval_reward:
             metrics["eval_reward/of_best"] = values.gather(1, scores.argmax(1, keepdim=True)).mean()
         run.log(len(scored), len(prompts), metrics, tokens=sum(map(len, responses)))
+        append_records(drawn, scored[first:])    # last: begin() drops rows of metrics beyond it, not the reverse
         run.stop_if_asked(len(scored), len(prompts))
 
     write_outputs(run, scored, config, stream)

@@ -267,7 +267,8 @@ def train(config):
                            tokenizer=tokenizer)
     prompts = encode_prompts(tokenizer, records, config, policy.config.context)
     describe(run.name, tokenizer, [Example(p, len(p)) for p in prompts])
-    reward = load_reward(config.reward, tokenizer, run.device, records, config.data, dtype=config.dtype)
+    reward = load_reward(config.reward, tokenizer, run.device, records, config.data, config.micro_batch_size,
+                         config.dtype)
     value_init = config.value_init or init
     if not config.value_init and not reads_text(config.reward):
         if tokenizer_of(config.reward, tokenizer).same_ids(tokenizer):

@@ -244,7 +244,7 @@ def train(config):
     rewards = {}
     if config.reward != "given":
         rewards["reward"] = load_reward(config.reward, tokenizer, run.device, records, config.data,
-                                        dtype=config.dtype)
+                                        config.micro_batch_size, config.dtype)
     evaluate_samples = eval_sampler(config, records, tokenizer, model, reference, rewards, run)
 
     optimizer = make_optimizer(model.parameters(), config.optimizer, config.lr, config.weight_decay)

@@ -54,15 +54,17 @@ def eval_sampler(config, records, tokenizer, policy, reference, rewards, run):
     asked = load_records(config.eval_prompts or "reviews", "prompt", "test", config.num_eval_prompts, config.skip_bad,
                          tokenizer=tokenizer)
     prompts = encode_prompts(tokenizer, asked, config, policy.config.context)
+    rows = getattr(config, "micro_batch_size", 0)
     if config.eval_reward or on_reviews(asked):
         name = "gold" if config.eval_reward in ("", "gold") else "eval_reward"
-        rewards = rewards | {name: load_reward(config.eval_reward or "gold", tokenizer, run.device, dtype=config.dtype)}
+        rewards = rewards | {name: load_reward(config.eval_reward or "gold", tokenizer, run.device,
+                                               batch_size=rows, dtype=config.dtype)}
     for reward in rewards.values():
         reward.check_columns(asked, config.eval_prompts or "reviews")
 
     def sample(step):
         metrics, texts = measure(policy, reference, tokenizer, prompts, rewards, config.response_length,
-                                 config.temperature, config.seed, run.autocast(), asked)
+                                 config.temperature, config.seed, run.autocast(), asked, rows or 64)
         run.log_samples(step, texts[:8])
         return metrics
     return sample
@@ -70,18 +72,19 @@ def eval_sampler(config, records, tokenizer, policy, reference, rewards, run):
 
 @torch.no_grad()
 def measure(policy, reference, tokenizer, prompts, rewards, max_new_tokens, temperature=1.0, seed=0, autocast=None,
-            records=None):
+            records=None, batch_size=64):
     """Samples one response per prompt. Returns means of each reward, sequence KL to the reference, length and the share that
     ended with EOS, as {"eval/NAME": mean, "eval/NAME_se": its standard error over the prompts}; and the texts as records.
 
-    prompts: lists of ids; records: the records they belong to; rewards: {name: reward of load_reward}. The random numbers are
-    the same at every step, so that two evaluations of a run differ by its weights only; nothing else uses them.
+    prompts: lists of ids; records: the records they belong to; rewards: {name: reward of load_reward}; batch_size: rows whose KL
+    is measured at a time. The random numbers are the same at every step, so that two evaluations of a run differ by its weights
+    only; nothing else uses them.
     """
     device = policy.embed.weight.device
     with autocast or torch.autocast(device.type, enabled=False):
         samples = generate(policy, prompts, max_new_tokens, temperature, seed=seed_for(seed, "evaluate"), tokenizer=tokenizer)
         responses = samples.responses()
-        kl = sampled_kl(policy, reference, tokenizer, prompts, responses, temperature)
+        kl = sampled_kl(policy, reference, tokenizer, prompts, responses, temperature, batch_size)
     scores = {name: reward(prompts, responses, records) for name, reward in rewards.items()}
     columns = scores | {"kl": kl, "length": [len(r) for r in responses], "ended": samples.finished.float().cpu()}
     metrics = {}

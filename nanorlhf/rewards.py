@@ -30,12 +30,13 @@ def reads_text(spec):
     return spec == "gold" or ".py:" in spec
 
 
-def load_reward(spec, tokenizer, device, records=(), data="", batch_size=128, dtype="float32"):
+def load_reward(spec, tokenizer, device, records=(), data="", batch_size=0, dtype="float32"):
     """Returns the reward that `spec` names: a callable (prompts, responses, records) -> float32 tensor [N].
 
     prompts, responses: N lists of token ids of the policy's `tokenizer`; records: the N records they belong to (None: the
     prompts are decoded, which is wrong for conversations). `records` here are those of `data`, a file's name, that it will
-    read: UserError if they lack a column that the function needs. dtype: of a model's passes, as --dtype.
+    read: UserError if they lack a column that the function needs. A model reads batch_size rows at a time (0: 128), with dtype
+    as --dtype.
     """
     if spec == "gold":
         return TextReward(lambda prompts, completions: list(map(reviews.gold_reward, prompts, completions)), spec, tokenizer)
@@ -43,7 +44,7 @@ def load_reward(spec, tokenizer, device, records=(), data="", batch_size=128, dt
         function, module = user_function(spec)
         reward = TextReward(function, spec, tokenizer, module)
     else:
-        reward = ModelReward(spec, tokenizer, device, batch_size, dtype)
+        reward = ModelReward(spec, tokenizer, device, batch_size or 128, dtype)
     reward.check_columns(records, data)
     return reward
 

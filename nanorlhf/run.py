@@ -27,7 +27,7 @@ from nanorlhf.data import of_each
 from nanorlhf.errors import NotFinite, UserError
 from nanorlhf.files import (FolderLock, append_records, atomic_write, fingerprint, read_json, read_jsonl, remove, sha256_of,
                             write_json, write_records)
-from nanorlhf.formats.checkpoints import check_finite, write_tensors
+from nanorlhf.formats.checkpoints import FAMILIES, check_finite, write_tensors
 from nanorlhf.model import ModelConfig, Transformer, check_fit, freeze, freeze_layers, pick_device
 from nanorlhf.options import HOW_TO_BEGIN, STOP_SIGNALS, check_options, named_files, read_options, read_run
 from nanorlhf.tokenizer import check_same_ids, load_tokenizer
@@ -323,6 +323,8 @@ def new_model(config):
     if min(width, layers, heads, kv_heads) < 1 or width % heads or heads % kv_heads:
         raise UserError(f"--width {width} --layers {layers} --heads {heads} --kv_heads {kv_heads}: "
                         f"the heads must divide the width, and the kv_heads the heads")
+    if kv_heads != heads and config.family in FAMILIES and "kv_heads" not in FAMILIES[config.family].keys:
+        raise UserError(f"--kv_heads {kv_heads}: a {config.family} has as many as --heads; --family llama can have fewer")
     shape = ModelConfig.for_family(
         family=config.family, vocab_size=tokenizer.vocab_size, context=config.context, width=width, layers=layers, heads=heads,
         kv_heads=kv_heads, head_dim=width // heads, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)

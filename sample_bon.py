@@ -83,6 +83,7 @@ class Config:
     dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16 is autocast
     compile: bool = False            # torch.compile the layers
     shard: bool = False              # with torchrun: split each model over the processes (FSDP2)
+    deterministic: bool = False      # on a GPU: kernels that give the same bits every time; slower
 
 
 def prefers(score_a, score_b, temperature, rng):
@@ -158,7 +159,7 @@ def sample(config):
     # A row's samples depend on the seed and its number only, so --resume goes on after the rows that exist.
     n, stream = config.n, stream_of(config)
     scored = ranks.on_first(read_jsonl, drawn) if config.resume else []
-    if len(scored) < len(prompts):                                       # a kill may have left a part of a batch
+    if len(scored) < len(prompts):               # a kill may have left a part of a batch
         del scored[len(scored) // config.batch_size * config.batch_size:]
     run.begin(len(scored))
     write_records(drawn, scored)
@@ -185,7 +186,7 @@ def sample(config):
         if eval_reward:
             metrics["eval_reward/of_best"] = values.gather(1, scores.argmax(1, keepdim=True)).mean()
         run.log(len(scored), len(prompts), metrics, tokens=sum(map(len, responses)))
-        append_records(drawn, scored[first:])    # last: begin() drops rows of metrics beyond it, not the reverse
+        append_records(drawn, scored[first:])    # after the metrics: begin() drops their rows beyond these
         run.stop_if_asked(len(scored), len(prompts))
 
     write_outputs(run, scored, config, stream)

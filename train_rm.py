@@ -84,6 +84,7 @@ class Config:
     dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16 is autocast; weights stay float32
     compile: bool = False            # torch.compile the layers
     shard: bool = False              # with torchrun: split each model over the processes (FSDP2)
+    deterministic: bool = False      # on a GPU: kernels that give the same bits every time; slower
 
 
 def preference_loss(chosen, rejected):

@@ -33,7 +33,7 @@ from nanorlhf.options import HOW_TO_BEGIN, STOP_SIGNALS, check_options, named_fi
 from nanorlhf.tokenizer import check_same_ids, load_tokenizer
 from nanorlhf.training import seed_for
 
-MAY_CHANGE_ON_RESUME = (*HOW_TO_BEGIN, "device", "shard", "compile", "gradient_checkpointing", "share_prompts",
+MAY_CHANGE_ON_RESUME = (*HOW_TO_BEGIN, "device", "shard", "deterministic", "compile", "gradient_checkpointing", "share_prompts",
                         "micro_batch_size", "eval_every", "save_every")
 INPUTS = ("init", "reference", "value_init", "tokenizer", "reward", "eval_reward", "eval_data", "eval_prompts", "normalize_data")
 MAKE_COMPARISONS = ("python sample_bon.py --split train --limit 8000 --n 2 --reward gold --label_temperature 0.2 "
@@ -54,6 +54,9 @@ class Run:
         """Raises UserError if an option is wrong or the folder may not be used."""
         check_options(config)
         self.config, self.name, self.out = config, name, Path(config.out)
+        if getattr(config, "deterministic", False):
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True, warn_only=True)                   # warns of what has no such kernel
         shard = getattr(config, "shard", False)
         self.device = ranks.join(pick_device(config.device), shard)
         if shard and config.compile:

@@ -166,8 +166,9 @@ def compared(folder, number, script, count=1, **options):
     return took - overhead, peak(config_of(folder / "base", ""), o) - peak(config_of(folder / "small", ""), small)
 
 
-CASES = [("sft", dict(batch_size=8, micro_batch_size=4)), ("ppo", dict(batch_size=8, micro_batch_size=4)),
+CASES = [("sft", dict(batch_size=8, micro_batch_size=4)),
          *(pytest.param(script, options, marks=pytest.mark.slow) for script, options in [
+             ("ppo", dict(batch_size=8, micro_batch_size=4)),
              ("sft", dict(batch_size=4, micro_batch_size=4, gradient_checkpointing=True)),
              ("sft", dict(batch_size=4, micro_batch_size=4, frozen_layers=0.5)),
              ("sft", dict(batch_size=8, micro_batch_size=4, dtype="bfloat16")),

@@ -855,3 +855,19 @@ def test_run_json_records_options_versions_and_commit(tmp_path):
     assert json.loads((tmp_path / "run.json").read_text())["finished"] is True
     assert Run(Small(str(tmp_path), resume=True), "sft").finished
     assert run_module.git_commit() == found["commit"] or found["commit"] == ""
+
+
+def test_deterministic_asks_torch_for_kernels_that_repeat_their_bits(tmp_path):
+    @dataclass
+    class Repeating(Small):
+        deterministic: bool = True
+    workspace = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+    try:
+        Run(Repeating(str(tmp_path / "x")), "sft")
+        assert torch.are_deterministic_algorithms_enabled() and os.environ["CUBLAS_WORKSPACE_CONFIG"]
+    finally:
+        torch.use_deterministic_algorithms(False)
+        if workspace is None:
+            os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+    Run(Small(str(tmp_path / "y")), "sft")
+    assert not torch.are_deterministic_algorithms_enabled()

@@ -609,12 +609,14 @@ def test_frozen_layers_and_embeddings_do_not_change_and_the_rest_does(here, tmp_
     assert "0.5 of 1 layers is none" in stops(monkeypatch, module, "--out", tmp_path / "y", "--frozen_layers", 0.5)
 
 
-def test_the_same_seed_gives_the_same_weights_and_another_seed_does_not(here, tmp_path):
-    results = []
-    for i, seed in enumerate((5, 5, 6)):
-        go(train_ppo, tmp_path / str(i), seed=seed, max_steps=2, eval_every=0)
-        results.append(weights(tmp_path / str(i)))
-    assert same(results[0], results[1]) and not same(results[0], results[2])
+@pytest.mark.parametrize("module", SCRIPTS.values(), ids=lambda m: m.__name__)
+def test_the_same_seed_gives_the_same_bytes_and_another_seed_does_not(here, tmp_path, module):
+    options = known_options(module, dict(max_steps=2, eval_every=0, save_every=0))
+    for name, seed in (("a", 5), ("b", 5), ("c", 6)):
+        go(module, tmp_path / name, seed=seed, **options)
+    file = "model.safetensors" if module in TRAINERS.values() else "best.jsonl"
+    a, b, c = ((tmp_path / name / file).read_bytes() for name in "abc")
+    assert a == b != c
 
 
 # ---- Resuming -------------------------------------------------------------------------------------------------------
@@ -675,6 +677,26 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(root, resumed, mo
     samples = [read_jsonl(root / f"{kind}/{name}/samples.jsonl") for kind in ("whole", "parts")]
     assert samples[0] == samples[1]
     assert (root / f"whole/{name}/config.json").read_bytes() == (root / f"parts/{name}/config.json").read_bytes()
+
+
+@pytest.mark.parametrize("module", TRAINERS.values(), ids=lambda m: m.__name__)
+def test_a_run_in_bfloat16_resumes_bit_for_bit(here, tmp_path, monkeypatch, module):
+    class Killed(BaseException):
+        pass
+    options = dict(HARDER.get(module, {}), max_steps=3, save_every=1, eval_every=0, dtype="bfloat16")
+    whole, log = go(module, tmp_path / "whole", **options), Run.log
+
+    def dying(self, step, *args, **kwargs):
+        log(self, step, *args, **kwargs)
+        if step == 2:                             # step 1 was saved
+            raise Killed
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Run, "log", dying)
+        go(module, tmp_path / "parts", **options)
+    parts = go(module, tmp_path / "parts", resume=True, **options)
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+    whole, parts = ([{k: v for k, v in row.items() if k not in TIMES} for row in rows] for rows in (whole, parts))
+    assert whole == parts and len(parts) == 3
 
 
 def test_a_killed_process_resumes(root, tmp_path):

@@ -78,8 +78,8 @@ def kept_by_layer(c, number):
 
 
 def passing_through(c, number):
-    """Bytes per token that are alive at once within a layer when nothing is kept: the MLP's, and the residual."""
-    return number * c.ffn * (4 if c.gated else 2) + 12 * c.width
+    """Bytes per token that are alive at once within a layer when nothing is kept: the MLP's, its input, and the residual."""
+    return number * c.ffn * (4 if c.gated else 2) + 16 * c.width
 
 
 def count(c, share, kind):
@@ -153,7 +153,8 @@ def estimate(c, o):
             phases["sampling"]["weights gathered" + how] = size
     if FROZEN[o.script]:
         kind = FROZEN[o.script][-1]
-        scored = min(SCORED, o.micro_batch_size) if o.script in ("ppo", "rrhf") else SCORED if o.script == "bon" else rows
+        scored = dict(ppo=min(SCORED, o.micro_batch_size), rrhf=min(SCORED, o.micro_batch_size), dpo=rows,
+                      bon=min(SCORED, -(-o.batch_size * o.num_samples // o.ranks)))[o.script]
         phases["scoring"] = {"activations": scored * o.length * passing_through(c, number), "weights gathered": gathered(kind, 0)}
     return stays, phases
 

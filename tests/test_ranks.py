@@ -179,18 +179,22 @@ def test_a_run_resumes_on_another_number_of_processes(folder_of, resumed, name):
     assert a.keys() == b.keys() and all((a[k] - b[k]).abs().max() < 1e-9 for k in a) and a[next(iter(a))].dtype == torch.float64
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize("device", [pytest.param("cpu", marks=pytest.mark.slow), pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("script", ["train_sft", "train_dpo", "train_ppo"])
-def test_sharded_models_in_bfloat16_do_what_copies_do(folder_of, tmp_path, script):
+def test_sharded_models_in_bfloat16_do_what_copies_do(folder_of, tmp_path, script, device):
     """With layers that are frozen, computed again, and gathered rounded: the same numbers but for the order of sums."""
+    import torch
+
     from conftest import SCRIPTS, known_options
+    if device == "cuda" and torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
     options = known_options(SCRIPTS[script], dict(
         init="out/base" if script == "train_sft" else "out/sft", limit=40, max_steps=3, batch_size=8, micro_batch_size=2,
         response_length=8, num_eval_prompts=5, eval_every=3, eval_fraction=0.2, dtype="bfloat16", gradient_checkpointing=True,
         frozen_layers=0.5))
     words = [word for option, value in options.items() for word in (f"--{option}", value)]
     for name, more in (("copies", []), ("shard", ["--shard"])):
-        launch(2, folder_of(1).parent, *words, *more, "--device", "cpu", "--out", tmp_path / name,
+        launch(2, folder_of(1).parent, *words, *more, "--device", device, "--out", tmp_path / name,
                script=TESTS.parent / f"{script}.py")
     copies, shard = (rows_of(tmp_path / name / "metrics.jsonl") for name in ("copies", "shard"))
     assert len(copies) == 3 and alike(copies, shard, 1e-3)

@@ -69,7 +69,7 @@ class Config:
     lr: float = 1e-3                 # peak learning rate
     warmup_steps: int = 20           # linear warm-up
     lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"  # after the warm-up
-    optimizer: Literal["adamw", "adam", "rmsprop"] = "adamw"  # update rule
+    optimizer: Literal["adamw", "adam", "rmsprop", "adafactor"] = "adamw"  # update rule
     weight_decay: float = 0.0        # on matrices only; apart from the loss in AdamW
     max_grad_norm: float = 1.0       # clip the gradient's norm to this; 0 = off
 

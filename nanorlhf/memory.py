@@ -30,7 +30,7 @@ TRAINED = dict(sft=["policy"], rm=["reward"], dpo=["policy"], ppo=["policy", "va
 FROZEN = dict(sft=[], rm=[], dpo=["reference"], ppo=["reference", "reward"], rrhf=["reference", "reward"],
               bon=["policy", "reward"])
 SAMPLES = ("ppo", "rrhf", "bon")     # scripts that sample before each step
-STATES = {"adam": 2, "adamw": 2, "rmsprop": 1}       # numbers that the optimizer keeps per weight
+STATES = {"adam": 2, "adamw": 2, "rmsprop": 1, "adafactor": 0}       # numbers that the optimizer keeps per weight
 SCORED = 128                         # rows that a reward model reads at once, if --micro_batch_size does not say less
 GIB = 2 ** 30
 
@@ -51,7 +51,7 @@ class Options:
     micro_batch_size: int = 8        # of them in memory at a time, on each process
     gradient_checkpointing: bool = False  # compute each layer again in the backward pass, to save memory
     frozen_layers: float = 0.0       # do not train this share of the layers, the lowest, and the embeddings
-    optimizer: Literal["adamw", "adam", "rmsprop"] = "adamw"  # update rule
+    optimizer: Literal["adamw", "adam", "rmsprop", "adafactor"] = "adamw"  # update rule
 
     # Lengths in tokens
     length: int = 1024               # of a row, prompt and response
@@ -167,21 +167,22 @@ def peak(c, o):
 
 REMEDIES = {"--dtype bfloat16": dict(dtype="bfloat16"), "--gradient_checkpointing": dict(gradient_checkpointing=True),
             "--shard": dict(shard=True), "--micro_batch_size 1": dict(micro_batch_size=1),
-            "--frozen_layers 0.8": dict(frozen_layers=0.8)}
+            "--optimizer adafactor": dict(optimizer="adafactor"), "--frozen_layers 0.8": dict(frozen_layers=0.8)}
+CHANGES = ["--optimizer adafactor", "--frozen_layers 0.8"]       # what is learned
 
 
 def what_would_fit(c, o):
-    """Returns (the fewest options that make the run fit, as one text, and the Options with them), or None. Those with
-    --frozen_layers, which trains less, come last."""
+    """Returns (the fewest options that make the run fit, as one text, and the Options with them), or None. Those that change what
+    is learned, with another optimizer or frozen layers, come last."""
     if peak(c, o) <= 0.9 * o.memory * GIB:
         return "", o
     useful = {name: change for name, change in REMEDIES.items() if dataclasses.replace(o, **change) != o
-              and (o.ranks > 1 or "shard" not in change)
+              and (o.ranks > 1 or "shard" not in change) and (o.script not in ("ppo", "bon") or "optimizer" not in change)
               and (o.script != "bon" or not {"gradient_checkpointing", "micro_batch_size", "frozen_layers"} & change.keys())}
     several = [names for k in range(1, len(useful) + 1) for names in itertools.combinations(useful, k)]
-    for names in sorted(several, key=lambda names: "--frozen_layers 0.8" in names):
+    for names in sorted(several, key=lambda names: [name in names for name in CHANGES[::-1]]):
         changed = dataclasses.replace(o, **{k: v for name in names for k, v in useful[name].items()})
-        if peak(c, changed) <= 0.9 * o.memory * GIB:
+        if peak(c, changed) <= 0.9 * o.memory * GIB and not (changed.shard and changed.optimizer == "adafactor"):
             return " ".join(names), changed
     return None
 
@@ -240,6 +241,8 @@ def main():
         check_options(o)
         if len(folders) > 1 or folders and o.shape:
             raise UserError("name one checkpoint folder, or --shape")
+        if o.shard and o.optimizer == "adafactor":
+            raise UserError("--optimizer adafactor does not work with --shard")
         if o.shard and o.ranks == 1:
             raise UserError("--shard splits the models over several processes: give their number with --ranks")
         print(table(o.script) if o.table else report(config_of(folders[0] if folders else "", o.shape), o))

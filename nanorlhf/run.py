@@ -260,8 +260,8 @@ class Run:
             entries, parameters = {}, [p for group in optimizer.param_groups for p in group["params"]]
             for key, tensor in load_file(folders[-1] / f"{name}.safetensors").items():
                 index, field = key.split(".", 1)
-                like = parameters[int(index)] if tensor.dim() else None        # the number of steps is no part of a weight
-                entries.setdefault(int(index), {})[field] = ranks.part_like(tensor, like)
+                like = parameters[int(index)]     # but the number of steps is one for a whole weight
+                entries.setdefault(int(index), {})[field] = ranks.part_like(tensor, like) if tensor.dim() else tensor
             optimizer.load_state_dict({**optimizer.state_dict(), "state": entries})
         return state
 

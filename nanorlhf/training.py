@@ -57,14 +57,20 @@ def learning_rate(step, total, peak, warmup=0, schedule="linear"):
 
 
 def make_optimizer(parameters, name, lr, weight_decay=0.0, eps=1e-8):
-    """Returns AdamW, Adam or RMSprop (the DPO paper's). As usual, weight decay acts on matrices, not on norms and biases."""
+    """Returns AdamW, Adam, RMSprop (the DPO paper's) or Adafactor (Shazeer 2018), which keeps two vectors per matrix instead of
+    one or two matrices, and whose rate is relative to a weight's size. As usual, weight decay acts on matrices, not on norms and
+    biases."""
     parameters = [p for p in parameters if p.requires_grad]
     groups = [dict(params=[p for p in parameters if p.dim() > 1], weight_decay=weight_decay),
               dict(params=[p for p in parameters if p.dim() <= 1], weight_decay=0.0)]
     if name == "rmsprop":
         return torch.optim.RMSprop(groups, lr=lr, eps=eps)
+    if name == "adafactor":
+        if ranks.sharded:
+            raise UserError("--optimizer adafactor needs whole matrices, which no process has with --shard")
+        return torch.optim.Adafactor(groups, lr=lr, foreach=False)                     # foreach would copy all weights
     if name not in ("adamw", "adam"):
-        raise UserError(f"--optimizer {name}: not one of adamw, adam, rmsprop")
+        raise UserError(f"--optimizer {name}: not one of adamw, adam, rmsprop, adafactor")
     fused = all(p.device.type in ("cuda", "cpu") for p in parameters)
     return (torch.optim.AdamW if name == "adamw" else torch.optim.Adam)(groups, lr=lr, eps=eps, fused=fused)
 

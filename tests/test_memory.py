@@ -175,6 +175,7 @@ CASES = [("sft", dict(batch_size=8, micro_batch_size=4)),
              ("rm", dict(batch_size=4, micro_batch_size=2)), ("dpo", dict(batch_size=4, micro_batch_size=2)),
              ("dpo", dict(batch_size=4, micro_batch_size=2, gradient_checkpointing=True)),
              ("dpo", dict(batch_size=4, micro_batch_size=2, optimizer="rmsprop")),
+             ("sft", dict(batch_size=8, micro_batch_size=4, optimizer="adafactor")),
              ("rrhf", dict(batch_size=4, micro_batch_size=1)), ("bon", dict(batch_size=8)),
              ("ppo", dict(batch_size=8, micro_batch_size=4, dtype="bfloat16", gradient_checkpointing=True))])]
 

@@ -441,6 +441,9 @@ def test_weight_decay_acts_only_on_matrices_and_optimizer_names_are_checked():
     assert (len(matrices["params"]), matrices["weight_decay"], len(others["params"]), others["weight_decay"]) == (1, 0.5, 3, 0.0)
     assert isinstance(make_optimizer(model.parameters(), "rmsprop", 0.1), torch.optim.RMSprop)
     assert make_optimizer(model.parameters(), "adam", 0.1, eps=1e-5).param_groups[0]["eps"] == 1e-5
+    small = make_optimizer(model.parameters(), "adafactor", 0.1)
+    some_updates(model, small, 0, 1)
+    assert sum(v.numel() for entry in small.state.values() for v in entry.values() if v.dim()) == 3 + 2 + 2 + 2 + 2
     with pytest.raises(UserError, match="--optimizer sgd"):
         make_optimizer(model.parameters(), "sgd", 0.1)
 
@@ -465,7 +468,7 @@ def some_updates(model, optimizer, first, last):
         optimizer.step()
 
 
-@pytest.mark.parametrize("name", ["adamw", "adam", "rmsprop"])
+@pytest.mark.parametrize("name", ["adamw", "adam", "rmsprop", "adafactor"])
 def test_weights_optimizer_and_state_survive_a_checkpoint_round_trip(name, tmp_path):
     def fresh():
         model = torch.nn.Linear(3, 2)

@@ -225,6 +225,8 @@ def place(model, device, dtype="float32"):
         return model.to(device)
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
     from torch.distributed.tensor import distribute_tensor
+    if not hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):
+        raise UserError(f"--shard needs a newer torch than {torch.__version__}: it has run with 2.13")
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")    # no layer's output is changed in place
     trunk, weights = getattr(model, "trunk", model), model.state_dict() if mine() == 0 else {}
     mesh = dist.init_device_mesh(device.type, (count(),))

@@ -224,12 +224,12 @@ def test_evaluate_gives_the_same_table(folder_of, tmp_path):
     words = ["-m", "nanorlhf.evaluate"]
     options = ["out/sft", "--reference", "out/base", "--reward", "out/rm", "--bon", 2, "--response_length", 8, "--num_prompts", 6,
                "--num_samples", 2, "--diversity_prompts", 3, "--device", "cpu"]
-    for count in (1, 2):
-        launch(count, folder_of(1).parent, *options, "--out", tmp_path / str(count), script=words)
-    tables = [json.loads((tmp_path / name / "table.json").read_text()) for name in "12"]
-    for a, b in zip(*tables):
-        assert a.keys() == b.keys()
-        assert all(alike(a[k], b[k], 1e-3) for k in a), a["method"]
+    for count, more in ((1, []), (2, []), (3, ["--shard"])):
+        launch(count, folder_of(1).parent, *options, *more, "--out", tmp_path / str(count), script=words)
+    one, two, shards = (json.loads((tmp_path / name / "table.json").read_text()) for name in "123")
+    for a, b, c in zip(one, two, shards):
+        assert a.keys() == b.keys() == c.keys()
+        assert all(alike(a[k], b[k], 1e-3) and alike(a[k], c[k], 1e-3) for k in a), a["method"]
 
 
 @pytest.mark.parametrize("items, count", [(range(8), 2), ([5, 1, 9, 9, 2, 7, 3], 3), (range(3), 4), ([], 2)])

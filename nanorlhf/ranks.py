@@ -248,8 +248,10 @@ def place(model, device, dtype="float32"):
             local(p).copy_(local(distribute_tensor(whole, mesh, p.placements)))
         model(torch.zeros(1, 1, dtype=torch.long, device=device))              # FSDP prepares itself in the first pass
         model.reshard()
-    of_matrices = sum(m.weight.numel() for m in trunk.blocks.modules() if isinstance(m, nn.Linear)) if dtype == "bfloat16" else 0
-    model.gathered_size = sum(p.numel() * p.element_size() for p in model.parameters()) - 2 * of_matrices    # bytes
+    size = {p: p.numel() * p.element_size() for p in model.parameters()}       # in bytes, when it is gathered
+    if dtype == "bfloat16":
+        size |= {p: 2 * p.numel() for m in trunk.blocks.modules() if isinstance(m, nn.Linear) for p in m.parameters()}
+    model.gathered_size = sum(size.values())
     return model
 
 

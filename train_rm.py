@@ -215,7 +215,7 @@ def train(config):
                 loss.backward()
                 parts.append({"loss": loss, "correct": (chosen > rejected).sum()})
         if config.prior_precision > 0:
-            weights = [ranks.own_share(p) for p in model.parameters() if p.requires_grad]
+            weights = [ranks.own_share(p) for p in model.parameters()]
             prior = negative_log_prior(weights, config.prior_precision) / len(groups)
             prior.backward()
             parts.append({"loss": prior})

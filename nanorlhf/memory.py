@@ -96,66 +96,94 @@ def count(c, share, kind):
             trained * block + rest - (embedding if share else 0), trained * matrices)
 
 
+def bytes_of(o):
+    """Of a number where autocast rounds."""
+    return 2 if o.dtype == "bfloat16" else 4
+
+
+def rows_at_once(o):
+    """Rows of a micro-batch."""
+    return o.micro_batch_size * dict(dpo=2, rm=2, rrhf=o.num_samples).get(o.script, 1)
+
+
+def gathered(c, o, counts, gradients):
+    """With --shard: a layer that runs and the next one, the rest of the model, and (gradients 1) their gradients before they are
+    shared out. counts: of one model."""
+    if not o.shard:
+        return 0.0
+    (n, m, t, tm), number = counts, bytes_of(o)
+    return 2 * number * m / c.layers + 4 * (n - m) + gradients * ((number + 4) * tm / c.layers + 8 * (t - tm))
+
+
+def rounded(o, counts):
+    """The copies of trained matrices that autocast keeps during a step; sharded ones are gathered rounded."""
+    return 0 if o.shard or o.dtype == "float32" else 2 * sum(tm for _, _, _, tm in counts)
+
+
+def training(c, o, counts):
+    """{what: bytes} of the forward and backward pass of a micro-batch. counts: of the models that are trained."""
+    number, rows = bytes_of(o), rows_at_once(o)
+    trained, tokens, layer = sum(t for _, _, t, _ in counts), rows * o.length, kept_by_layer(c, number)
+    micro_batches, layers = -(-o.batch_size // (o.ranks * o.micro_batch_size)), c.layers - int(o.frozen_layers * c.layers + 1e-9)
+    gradients = 4 * trained / (o.ranks if o.shard else 1)
+    kept = len(counts) * tokens * (layers * (4 * c.width if o.gradient_checkpointing else layer) + 12 * c.width)
+    logits = rows * o.response_length * (6 * min(4096, c.vocab_size) + 3 * number * c.width)
+    found = {
+        "gradients": gradients,
+        "activations": kept,
+        "a layer's, computed again": tokens * layer if o.gradient_checkpointing else 0,
+        "logits and the head's gradient": (logits + 4 * c.vocab_size * c.width * (micro_batches > 1)) * (o.script != "rm"),
+        "weights rounded by autocast": rounded(o, counts),
+        "weights gathered": sum(gathered(c, o, model, 1) for model in counts),
+        "gradients that travel": 4 * min(2 ** 24, trained) if o.ranks > 1 and not o.shard else 0}
+    if micro_batches == 1:                        # gradients come as activations go
+        found["gradients in place of activations"] = -min(gradients, kept)
+    return found
+
+
+def sampling(c, o, counts, free):
+    """{what: bytes} of the policy's samples. free: bytes beside what stays."""
+    (n, m, _, _), number = counts, bytes_of(o)
+    per_prompt = o.num_samples if o.script != "ppo" else 1
+    drawn = min(512, -(-o.batch_size * per_prompt // o.ranks))
+    prompts, token = -(-drawn // per_prompt), 2 * c.layers * c.kv_heads * c.head_dim * number
+    found = {
+        "cache": token * (prompts * (o.length - o.response_length) + drawn * o.response_length) + drawn * 16 * c.vocab_size,
+        "prompts on their way": min(2 ** 14, prompts * o.length) * passing_through(c, number),
+        "weights rounded by autocast": rounded(o, [counts])}
+    whole = number * m + 4 * (n - m)
+    if o.shard and whole <= free / 2:             # as in generate.gathered
+        found["weights gathered"] = whole
+    elif o.shard:
+        found["weights gathered, layer by layer"] = gathered(c, o, counts, 0)
+    return found
+
+
+def scoring(c, o, counts):
+    """{what: bytes} of a pass of the reference or the reward model. counts: of that model."""
+    rows = dict(ppo=min(SCORED, o.micro_batch_size), rrhf=min(SCORED, o.micro_batch_size), dpo=rows_at_once(o),
+                bon=min(SCORED, -(-o.batch_size * o.num_samples // o.ranks)))[o.script]
+    return {"activations": rows * o.length * passing_through(c, bytes_of(o)), "weights gathered": gathered(c, o, counts, 0)}
+
+
 def estimate(c, o):
     """Returns ({what: bytes that stay}, {phase: {what: bytes on top}}) of one process. c: ModelConfig of all models; o:
     Options."""
-    parts, number = o.ranks if o.shard else 1, 2 if o.dtype == "bfloat16" else 4
+    parts = o.ranks if o.shard else 1
     counts = {kind: count(c, o.frozen_layers, kind) for kind in TRAINED[o.script] + FROZEN[o.script]}
-    trained = sum(counts[kind][2] for kind in TRAINED[o.script])
-    matrix = number if o.script != "bon" else 4                                        # frozen matrices are held rounded
-    stays = {"weights that are trained": 4 * sum(counts[kind][0] for kind in TRAINED[o.script]) / parts,
-             "frozen weights": sum(4 * (n - m) + (4 if kind == "policy" else matrix) * m for kind, (n, m, _, _) in
-                                   ((kind, counts[kind]) for kind in FROZEN[o.script])) / parts,
-             "optimizer": 4 * STATES[o.optimizer] * trained / parts}
+    trained, frozen = ([counts[kind] for kind in kinds[o.script]] for kinds in (TRAINED, FROZEN))
+    held = 4 * sum(n for n, _, _, _ in frozen)
+    held -= sum((4 - bytes_of(o)) * counts[kind][1] for kind in FROZEN[o.script] if kind != "policy")     # matrices, rounded
+    stays = {"weights that are trained": 4 * sum(n for n, _, _, _ in trained) / parts,
+             "frozen weights": held / parts,
+             "optimizer": 4 * STATES[o.optimizer] * sum(t for _, _, t, _ in trained) / parts}
     phases = {}
-    rows = o.micro_batch_size * dict(dpo=2, rm=2, rrhf=o.num_samples).get(o.script, 1)
-    tokens, answers = rows * o.length, rows * o.response_length
-    logits = answers * (6 * min(4096, c.vocab_size) + 3 * number * c.width)
-    layer = kept_by_layer(c, number)
-
-    def gathered(kind, gradients):
-        """A layer that runs and the next one, the rest of the model, and their gradients before they are shared out."""
-        if not o.shard:
-            return 0.0
-        n, m, t, tm = counts[kind]
-        whole = 2 * number * m / c.layers + 4 * (n - m)
-        return whole + gradients * ((number + 4) * tm / c.layers + 8 * (t - tm))
-
-    if TRAINED[o.script]:
-        micro_batches = -(-o.batch_size // (o.ranks * o.micro_batch_size))
-        gradients, kinds = 4 * trained / parts, TRAINED[o.script]
-        kept_layers = c.layers - int(o.frozen_layers * c.layers + 1e-9)
-        kept = len(kinds) * tokens * (kept_layers * (4 * c.width if o.gradient_checkpointing else layer) + 12 * c.width)
-        phases["training"] = {
-            "gradients": gradients,
-            "activations": kept,
-            "a layer's, computed again": tokens * layer if o.gradient_checkpointing else 0,
-            "logits and the head's gradient": (logits + 4 * c.vocab_size * c.width * (micro_batches > 1)) * ("policy" in kinds),
-            "weights rounded by autocast": 0 if o.shard or number == 4 else 2 * sum(counts[kind][3] for kind in kinds),
-            "weights gathered": sum(gathered(kind, 1) for kind in kinds),
-            "gradients that travel": 4 * min(2 ** 24, trained) if o.ranks > 1 and not o.shard else 0}
-        if micro_batches == 1:                    # gradients come as activations go
-            phases["training"]["gradients in place of activations"] = -min(gradients, kept)
+    if trained:
+        phases["training"] = training(c, o, trained)
     if o.script in SAMPLES:
-        n, m, _, _ = counts["policy"]
-        per_prompt = o.num_samples if o.script != "ppo" else 1
-        drawn = min(512, -(-o.batch_size * per_prompt // o.ranks))
-        token = 2 * c.layers * c.kv_heads * c.head_dim * number
-        prompts = -(-drawn // per_prompt)
-        phases["sampling"] = {
-            "cache": token * (prompts * (o.length - o.response_length) + drawn * o.response_length) + drawn * 16 * c.vocab_size,
-            "prompts on their way": min(2 ** 14, prompts * o.length) * passing_through(c, number),
-            "weights rounded by autocast": 0 if o.shard or number == 4 else 2 * counts["policy"][3]}
-        if o.shard:
-            whole = number * m + 4 * (n - m)
-            fits = whole <= (o.memory * GIB - sum(stays.values())) / 2                 # as in generate.gathered
-            how, size = ("", whole) if fits else (", layer by layer", gathered("policy", 0))
-            phases["sampling"]["weights gathered" + how] = size
-    if FROZEN[o.script]:
-        kind = FROZEN[o.script][-1]
-        scored = dict(ppo=min(SCORED, o.micro_batch_size), rrhf=min(SCORED, o.micro_batch_size), dpo=rows,
-                      bon=min(SCORED, -(-o.batch_size * o.num_samples // o.ranks)))[o.script]
-        phases["scoring"] = {"activations": scored * o.length * passing_through(c, number), "weights gathered": gathered(kind, 0)}
+        phases["sampling"] = sampling(c, o, counts["policy"], o.memory * GIB - sum(stays.values()))
+    if frozen:
+        phases["scoring"] = scoring(c, o, frozen[-1])
     return stays, phases
 
 

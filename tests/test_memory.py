@@ -20,7 +20,7 @@ from conftest import ROOT, SCRIPTS, entry_of, known_options
 from nanorlhf.errors import UserError
 from nanorlhf.formats.checkpoints import FAMILIES
 from nanorlhf.memory import SHAPES, Options, config_of, count, estimate, kept_by_layer, peak, report, table, what_would_fit
-from nanorlhf.model import ModelConfig, RewardModel, Transformer, ValueModel, freeze_layers
+from nanorlhf.model import ModelConfig, RewardModel, Transformer, ValueModel, freeze, freeze_layers
 
 
 def kept(c, dtype):
@@ -73,6 +73,15 @@ def test_a_remedy_is_named_and_helps():
     assert what_would_fit(config_of("", "0.1b"), Options(script="sft"))[0] == ""
     with pytest.raises(UserError, match="--shape 0.1b"):
         config_of("", "")
+
+
+@pytest.mark.parametrize("script", ["bon", "dpo"])
+def test_frozen_weights_are_those_that_freeze_rounds(script):
+    """The policy that best-of-n samples from is held whole; a reference and a reward model are held rounded."""
+    c = ModelConfig.for_family("llama", width=16, vocab_size=50, context=32, layers=2, heads=2, kv_heads=2, head_dim=8)
+    models = [Transformer(c), freeze(RewardModel(c), "bfloat16")] if script == "bon" else [freeze(Transformer(c), "bfloat16")]
+    held = sum(p.numel() * p.element_size() for model in models for p in model.parameters())
+    assert estimate(c, Options(script=script, dtype="bfloat16"))[0]["frozen weights"] == held
 
 
 def test_sharding_divides_what_stays():

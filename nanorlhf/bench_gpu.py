@@ -2,7 +2,8 @@
 
     log-probs   token_logprobs, forward + backward, at two sizes of large vocabularies, against our own torch version, plain
                 log_softmax, F.linear_cross_entropy and, where they are installed, Liger's and Apple's (cut cross-entropy) kernels
-    decode      tokens/s at batch 1 and 256, as it is and replayed as a graph, against transformers and the memory's bandwidth
+    decode      tokens/s for 1 and 256 prompts and for 16 x 16 samples, as it is and replayed as a graph, against transformers
+                and the memory's bandwidth
     steps       SFT, DPO and PPO updates at 0.1, 1 and 7 billion parameters: tokens/s, peak memory, share of the matrix rate
 
 Sizes that do not fit in memory are reported as such. Nothing here runs in the tests but with tiny sizes, on a CPU.
@@ -10,6 +11,7 @@ Sizes that do not fit in memory are reported as such. Nothing here runs in the t
 
 import contextlib
 import functools
+import gc
 import importlib
 import importlib.util
 
@@ -24,7 +26,7 @@ LOGPROBS = ((16384, 2048, 128256), (8192, 4096, 151936))                        
 SHAPES = {"0.1B": dict(width=768, layers=12, heads=12, kv_heads=12, head_dim=64, ffn=2048, vocab_size=50304),
           "1B": dict(width=2048, layers=16, heads=32, kv_heads=8, head_dim=64, ffn=8192, vocab_size=128256),
           "7B": dict(width=4096, layers=32, heads=32, kv_heads=8, head_dim=128, ffn=14336, vocab_size=32000)}
-DECODE = dict(shapes=("0.1B", "1B"), batches=(1, 256), prompt=512, new=128)
+DECODE = dict(shapes=("0.1B", "1B"), batches=((1, 1), (256, 1), (16, 16)), prompt=512, new=128)
 STEPS = dict(rows=8, length=1024, prompt=512)
 
 
@@ -37,34 +39,33 @@ class Bench:
         n = 8192 if device.type == "cuda" else 256
         a = torch.randn(n, n, device=device, dtype=torch.bfloat16)
         long = torch.ones(2**28 if device.type == "cuda" else 2**16, device=device)
-        self.rate = 2 * n**3 / self.time(lambda: a @ a)[0]
-        self.bandwidth = 4 * len(long) / self.time(long.sum)[0]
+        self.rate = 2 * n**3 / self.time(lambda: lambda: a @ a)[0]
+        self.bandwidth = 4 * len(long) / self.time(lambda: long.sum)[0]
         self.rows = []
 
-    def time(self, run):
-        """Returns (median seconds, peak GiB beyond what is there) of `run`."""
+    def time(self, make):
+        """make() prepares and returns the function to measure. Returns (median seconds, peak GiB beyond what was there before
+        make)."""
         cuda = self.device.type == "cuda"
         before = torch.cuda.memory_allocated() if cuda else 0
         if cuda:
             torch.cuda.reset_peak_memory_stats()
-        median = self.medians({"run": run}, self.repeats, self.device)["run"]
+        median = self.medians({"run": make()}, self.repeats, self.device)["run"]
         return median, (torch.cuda.max_memory_allocated() - before) / 2**30 if cuda else 0.0
 
-    def report(self, name, run, work=None, flops=None, bytes_read=None):
-        """Measures `run` and prints one line of the table. work: (unit, amount per call); flops and bytes_read: the least that a
-        call has to do, which gives its share of the hardware's limit."""
+    def report(self, name, make, work=None, flops=0, bytes_read=0):
+        """Measures what make() returns and prints one line of the table. work: (unit, amount per call); flops: the least
+        matrix products of a call; bytes_read: the least that its other part has to read. They give its share of the limit."""
         try:
-            seconds, peak = self.time(run)
+            seconds, peak = self.time(make)
             row = dict(name=name, seconds=seconds, peak_gib=peak)
             if work:
                 row[f"{work[0]}_per_second"] = work[1] / seconds
-            if flops:
-                row["share_of_matrix_rate"] = flops / self.rate / seconds
-            if bytes_read:
-                row["share_of_bandwidth"] = bytes_read / self.bandwidth / seconds
+            row["share_of_limit"] = (flops / self.rate + bytes_read / self.bandwidth) / seconds
         except torch.OutOfMemoryError:
             row = dict(name=name, seconds=None)
         if self.device.type == "cuda":
+            gc.collect()
             torch.cuda.empty_cache()
         self.rows.append(row)
         numbers = [f"{k} {v:.4g}" for k, v in row.items() if k != "name" and v is not None]
@@ -119,40 +120,52 @@ def bench_logprobs(bench, N, D, V):
             side().flatten().backward(gradient)
     for name, side in logprob_sides(hidden, weight, targets).items():
         context = without_triton if name == "ours in torch" else contextlib.nullcontext
-        bench.report(f"log-probs {N},{D},{V}, {name}", functools.partial(forward_and_backward, side, context),
+        bench.report(f"log-probs {N},{D},{V}, {name}", lambda: functools.partial(forward_and_backward, side, context),
                      flops=8 * N * D * V)
 
 
 def model_of(shape, context, device):
-    return Transformer(ModelConfig.for_family("llama", context=context, tied=True, **shape)).to(device)
+    """Returns a model of random weights, drawn on the device: 7 billion of them would take minutes on a CPU."""
+    with torch.device("meta"):
+        model = Transformer(ModelConfig.for_family("llama", context=context, tied=True, **shape))
+    model.to_empty(device=device)
+    model.make_rope()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(std=0.02) if p.dim() > 1 else p.fill_(1.0)
+    return model.to(device)
 
 
 def bench_decode(bench, name, shape, batches=DECODE["batches"], prompt=DECODE["prompt"], new=DECODE["new"]):
+    """batches: (prompts, samples of each)."""
     generator, cuda = torch.Generator().manual_seed(0), bench.device.type == "cuda"
     model = model_of(shape, prompt + new, bench.device)
     c, weights = model.config, sum(p.numel() for p in model.parameters())
     peer = transformers_twin(model) if installed("transformers") else None
     freeze(model, "bfloat16")
 
-    def ours(prompts, graph):
+    def ours(prompts, n, graph):
         model.compiled = graph and cuda
         with torch.autocast(bench.device.type, torch.bfloat16):
-            generate(model, prompts.tolist(), new)
+            generate(model, prompts.tolist(), new, num_samples=n)
 
     @torch.no_grad()
-    def theirs(prompts):
+    def theirs(prompts, n):
         ids = prompts.to(bench.device)
         peer.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new, do_sample=True, top_k=0,
-                      pad_token_id=0)
-    for batch in batches:
-        prompts = torch.randint(c.vocab_size, (batch, prompt), generator=generator)
-        cache = 2 * 2 * c.layers * c.kv_heads * c.head_dim * batch * (prompt + new / 2)        # bytes read in a step
-        sides = {"ours": functools.partial(ours, prompts, False), "ours, one GPU graph": functools.partial(ours, prompts, True)}
+                      num_return_sequences=n, pad_token_id=0)
+    for P, n in batches:
+        prompts = torch.randint(c.vocab_size, (P, prompt), generator=generator)
+        token = 2 * 2 * c.layers * c.kv_heads * c.head_dim                             # bytes of its keys and values
+        step = 2 * weights + token * (P * prompt + P * n * new / 2)                    # bytes read in a step
+        prefill = 2 * (weights - model.embed.weight.numel()) * P * prompt              # FLOPs
+        sides = {"ours": functools.partial(ours, prompts, n, False),
+                 "ours, one GPU graph": functools.partial(ours, prompts, n, True)}
         if peer is not None:
-            sides["transformers"] = functools.partial(theirs, prompts)
+            sides["transformers"] = functools.partial(theirs, prompts, n)
         for side, run in sides.items():
-            bench.report(f"decode {name}, batch {batch}, {side}", run, ("tokens", batch * new),
-                         bytes_read=new * (2 * weights + cache))
+            bench.report(f"decode {name}, {P} prompts x {n}, {side}", lambda: run, ("tokens", P * n * new),
+                         flops=prefill, bytes_read=new * step)
 
 
 def transformers_twin(model):
@@ -166,54 +179,66 @@ def transformers_twin(model):
 
 
 def bench_steps(bench, name, shape, rows=STEPS["rows"], length=STEPS["length"], prompt=STEPS["prompt"]):
+    """Each method makes the models that it needs, and no more: at 7 B not every method fits."""
     from train_dpo import dpo_loss
     from train_ppo import advantages, ppo_loss, token_rewards, values_before
     from train_sft import sft_loss
-    device = bench.device
+    device, checkpointing = bench.device, name == "7B"
     tokens = torch.randint(shape["vocab_size"], (rows, length), generator=torch.Generator().manual_seed(0)).to(device)
     mask = (torch.arange(length, device=device) >= prompt).expand(rows, -1)
-    count = rows * (length - prompt)
-    try:
-        model, reference = model_of(shape, length, device), freeze(model_of(shape, length, "cpu"), "bfloat16").to(device)
-        value = ValueModel(model_of(shape, length, "cpu"), torch.zeros(1, shape["width"])).to(device)
-    except torch.OutOfMemoryError:
-        print(f"steps {name}: the weights do not fit", flush=True)
-        return
-    optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-6, fused=device.type == "cuda") for m in (model, value)]
-    model.checkpointing = value.trunk.checkpointing = name == "7B"
+    where, count = mask.flatten().nonzero()[:, 0], rows * (length - prompt)
 
-    def update(loss, optimizers):
-        loss.backward()
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+    def trained():
+        model = model_of(shape, length, device)
+        model.checkpointing = checkpointing
+        return model
+
+    def logprobs(model):
+        return model.logprobs(tokens, mask, where=where)
+
+    def step(loss, *models):
+        """Returns an update by loss() -> scalar."""
+        optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-6, fused=device.type == "cuda") for m in models]
+
+        def update():
+            with torch.autocast(device.type, torch.bfloat16):
+                loss().backward()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+        return update
 
     def sft():
-        update(sft_loss(model.logprobs(tokens, mask), mask, count), optimizers[:1])
+        model = trained()
+        return step(lambda: sft_loss(logprobs(model), mask, count), model)
 
     def dpo():
-        with torch.no_grad():
-            before = reference.logprobs(tokens, mask).sum(1).chunk(2)
-        update(dpo_loss(*model.logprobs(tokens, mask).sum(1).chunk(2), *before).mean(), optimizers[:1])
+        model, reference = trained(), freeze(model_of(shape, length, device), "bfloat16")
+
+        def loss():
+            with torch.no_grad():
+                before = logprobs(reference).sum(1).chunk(2)
+            return dpo_loss(*logprobs(model).sum(1).chunk(2), *before).mean()
+        return step(loss, model)
 
     def ppo():
-        with torch.no_grad():
-            old, before = model.logprobs(tokens, mask), reference.logprobs(tokens, mask)
-            old_values = values_before(value, tokens)
-            rewards = token_rewards(torch.zeros(rows, device=device), old - before, mask, 0.05)
-            adv, returns = advantages(rewards, old_values, mask)
-        values = values_before(value, tokens)
-        update(ppo_loss(model.logprobs(tokens, mask), old, adv, values, old_values, returns, mask, count)[0], optimizers)
+        model, reference = trained(), freeze(model_of(shape, length, device), "bfloat16")
+        value = ValueModel(trained(), torch.zeros(1, shape["width"], device=device))
 
-    def in_bfloat16(method):
-        with torch.autocast(device.type, torch.bfloat16):
-            method()
-    body, head = sum(p.numel() for p in model.blocks.parameters()), shape["vocab_size"] * shape["width"]
-    again = 2 if model.checkpointing else 0                                            # layers are computed once more
+        def loss():
+            with torch.no_grad():
+                old, before, old_values = logprobs(model), logprobs(reference), values_before(value, tokens)
+                rewards = token_rewards(torch.zeros(rows, device=device), old - before, mask, 0.05)
+                adv, returns = advantages(rewards, old_values, mask)
+            return ppo_loss(logprobs(model), old, adv, values_before(value, tokens), old_values, returns, mask, count)[0]
+        return step(loss, model, value)
+    with torch.device("meta"):
+        body = sum(p.numel() for p in Transformer(ModelConfig.for_family("llama", **shape)).blocks.parameters())
+    head, again = shape["vocab_size"] * shape["width"], 2 * checkpointing               # layers are computed once more
     # FLOPs per weight and token: 2 in a forward pass, 4 in a backward pass, 2 to compute logits again.
-    for method, run, of_body, of_head in (("SFT", sft, 6 + again, 8), ("DPO", dpo, 8 + again, 10),
-                                          ("PPO update", ppo, 18 + 2 * again, 12)):
-        bench.report(f"{method} {name}, {rows} x {length}", functools.partial(in_bfloat16, run), ("tokens", rows * length),
+    for method, make, of_body, of_head in (("SFT", sft, 6 + again, 8), ("DPO", dpo, 8 + again, 10),
+                                           ("PPO update", ppo, 18 + 2 * again, 12)):
+        bench.report(f"{method} {name}, {rows} x {length}", make, ("tokens", rows * length),
                      flops=of_body * rows * length * body + of_head * count * head)
 
 

@@ -128,7 +128,7 @@ def _sample(z, uniform, tokens, logprobs, V, temperature, top_k, top_p, TOP_K: t
     for start in range(0, V, BLOCK):
         top = tl.maximum(top, tl.max(_logits(z, z, row, start + tl.arange(0, BLOCK), V, temperature, False), 0))
     if TOP_K:
-        key = _highest_key(z, row, V, temperature, top, key, top_k.to(tl.float32), True, 1024)
+        key = _highest_key(z, row, V, temperature, top, key, top_k, True, 1024)
     if TOP_P:
         wanted = top_p * _mass_from(z, row, V, temperature, top, key, BLOCK)
         key = _highest_key(z, row, V, temperature, top, key, wanted, False, 1024)
@@ -152,8 +152,8 @@ def sample(logits, uniform, temperature, top_k, top_p):
     and 8 or 9 times more for each of top-k and top-p, mostly from the L2 cache; it writes two numbers."""
     R, V = logits.shape
     tokens, logprobs = torch.empty(R, dtype=torch.int64, device=logits.device), torch.empty(R, device=logits.device)
-    _sample[(R,)](logits.contiguous(), uniform, tokens, logprobs, V, temperature, top_k, top_p, 0 < top_k < V, top_p < 1.0,
-                  min(4096, triton.next_power_of_2(V)), num_warps=8)
+    _sample[(R,)](logits.contiguous(), uniform, tokens, logprobs, V, float(temperature), float(top_k), float(top_p),
+                  0 < top_k < V, top_p < 1.0, min(4096, triton.next_power_of_2(V)), num_warps=8)
     return tokens, logprobs
 
 

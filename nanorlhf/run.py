@@ -28,6 +28,7 @@ from nanorlhf.errors import NotFinite, UserError
 from nanorlhf.files import (FolderLock, append_records, atomic_write, fingerprint, read_json, read_jsonl, remove, sha256_of,
                             write_json, write_records)
 from nanorlhf.formats.checkpoints import FAMILIES, check_finite, write_tensors
+from nanorlhf.kernels import triton_kernels
 from nanorlhf.model import ModelConfig, Transformer, check_fit, freeze, freeze_layers, pick_device
 from nanorlhf.options import HOW_TO_BEGIN, STOP_SIGNALS, check_options, named_files, read_options, read_run
 from nanorlhf.tokenizer import check_same_ids, load_tokenizer
@@ -54,11 +55,13 @@ class Run:
         """Raises UserError if an option is wrong or the folder may not be used."""
         check_options(config)
         self.config, self.name, self.out = config, name, Path(config.out)
-        if getattr(config, "deterministic", False):
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            torch.use_deterministic_algorithms(True, warn_only=True)                   # warns of what has no such kernel
-        shard = getattr(config, "shard", False)
+        deterministic, shard = getattr(config, "deterministic", False), getattr(config, "shard", False)
+        if deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")                # read when CUDA starts
         self.device = ranks.join(pick_device(config.device), shard)
+        if deterministic:                         # if torch only warns, attention's gradients do not repeat their bits
+            torch_sampler = triton_kernels(torch.empty(0, device=self.device)) is None   # has no such kernel on a GPU
+            torch.use_deterministic_algorithms(True, warn_only=torch_sampler)
         if shard and config.compile:
             raise UserError("--shard and --compile do not work together: leave one out")
         self.micro_batch_size = getattr(config, "micro_batch_size", 0) or config.batch_size

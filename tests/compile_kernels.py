@@ -17,7 +17,7 @@ from nanorlhf import kernels_triton
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TYPES = dict(z="*fp32", bias="*fp32", targets="*i64", state="*fp32", lse="*fp32", grad="*fp32", uniform="*fp32", tokens="*i64",
-             logprobs="*fp32", temperature="fp32", top_p="fp32", scale="fp32", lengths="*i64", last="*i64", top_of="*fp32",
+             logprobs="*fp32", temperature="fp32", top_k="fp32", top_p="fp32", scale="fp32", lengths="*i64", last="*i64", top_of="*fp32",
              total_of="*fp32", partial="*fp32")   # all others are i32
 EIGHT = dict(num_warps=8)
 CASES = [("_absorb", "fp32", {}, dict(HAS_BIAS=True, ENTROPY=True, BLOCK=4096), EIGHT),
@@ -32,6 +32,10 @@ for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
         for shared, queries in ((True, tile), (False, 16)):
             CASES.append(("_attend", f"{name}-{E}-{queries}", dict(q="*" + name, k="*" + name, v="*" + name, out="*fp32"),
                           dict(K=8, G=4, E=E, WIDTH=width, BLOCK=block, SHARED=shared, TILE=queries), options))
+# Triton makes a number that is 1 a constant of the kernel, which then has other code.
+for name, case, types, constants, options in {case[0]: case for case in CASES}.values():
+    integers = set(getattr(kernels_triton, name).arg_names) - (TYPES | types).keys()
+    CASES.append((name, case + "-ones", types, dict.fromkeys(integers, 1) | constants, options))
 
 
 def compiled(name, types, constants, options, capability):

@@ -1,6 +1,8 @@
 """What only a GPU shows. `python -m pytest -m gpu` runs these tests, and with Triton also those of tests/test_triton.py on the
 GPU instead of the interpreter."""
 
+import json
+
 import pytest
 import torch
 
@@ -105,21 +107,39 @@ def sft(tmp_path_factory):
     return out
 
 
+def start(name, sft, tmp_path, out="out", **options):
+    """Two steps of the script; returns the run's folder."""
+    module = SCRIPTS[name]
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("".join(json.dumps(dict(prompt=f"Review of the film {i}:", chosen=" I liked it.", rejected=" Bad.",
+                                             completion=" Good.")) + "\n" for i in range(40)))
+    options = known_options(module, dict(init=str(sft), reward="gold", max_steps=2, batch_size=8, response_length=8, limit=16,
+                                         num_eval_prompts=4, eval_every=2, eval_fraction=0.2, n=2, device="cuda") | options)
+    if module.Config.data != "reviews":
+        options["data"] = str(pairs)
+    entry_of(module)(module.Config(**options, out=str(tmp_path / out)))
+    assert json.loads((tmp_path / out / "run.json").read_text())["finished"]
+    return tmp_path / out
+
+
 @on_gpu
 @pytest.mark.parametrize("name", SCRIPTS)
 @pytest.mark.parametrize("compile", [False, True])
 def test_a_step_of_each_script_in_bfloat16(name, compile, sft, tmp_path):
-    module = SCRIPTS[name]
-    pairs = tmp_path / "pairs.jsonl"
-    row = '{"prompt": "Review of the film X:", "chosen": " I liked it.", "rejected": " Bad.", "completion": " Good."}\n'
-    pairs.write_text(row * 40)
-    options = known_options(module, dict(init=str(sft), reward="gold", max_steps=2, batch_size=8, response_length=8, limit=16,
-                                         num_eval_prompts=4, eval_every=2, dtype="bfloat16", compile=compile, n=2,
-                                         gradient_checkpointing=True, share_prompts=True, device="cuda"))
-    if module.Config.data != "reviews":
-        options["data"] = str(pairs)
-    entry_of(module)(module.Config(**options, out=str(tmp_path / "out")))
-    assert (tmp_path / "out" / "run.json").exists()
+    start(name, sft, tmp_path, dtype="bfloat16", compile=compile, gradient_checkpointing=True, share_prompts=True)
+
+
+@on_gpu
+@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_deterministic_run_repeats_its_bytes(name, dtype, sft, tmp_path):
+    try:
+        a, b = (start(name, sft, tmp_path, out, dtype=dtype, deterministic=True) for out in "ab")
+        assert not torch.is_deterministic_algorithms_warn_only_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    file = "responses.jsonl" if name == "sample_bon" else "model.safetensors"
+    assert (a / file).read_bytes() == (b / file).read_bytes()
 
 
 # ---- The benchmark itself, with tiny sizes, on a CPU ----------------------------------------------------------------
@@ -132,10 +152,10 @@ def test_the_gpu_benchmark_runs():
         return dict.fromkeys(sides, 1.0)
     bench = Bench(torch.device("cpu"), 1, medians)
     bench_logprobs(bench, 20, 8, 50)
-    bench_decode(bench, "tiny", TINY, batches=(1, 2), prompt=5, new=3)
+    bench_decode(bench, "tiny", TINY, batches=((1, 1), (2, 2)), prompt=5, new=3)
     bench_steps(bench, "tiny", TINY, rows=2, length=12, prompt=4)
     names = [row["name"] for row in bench.rows]
-    assert any(n.startswith("log-probs 20,8,50, ours") for n in names) and "decode tiny, batch 2, ours, one GPU graph" in names
+    assert any(n.startswith("log-probs 20,8,50, ours") for n in names) and "decode tiny, 2 prompts x 2, ours, one GPU graph" in names
     assert {"SFT tiny, 2 x 12", "DPO tiny, 2 x 12", "PPO update tiny, 2 x 12"} <= set(names)
     assert all(row["seconds"] == 1.0 for row in bench.rows)
 

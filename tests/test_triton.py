@@ -130,7 +130,7 @@ def test_token_logprobs_and_gradients_equal_float64(dtype, N, V, tile, scale, sh
 def small_tiles(tiles, width, hidden, weight, bias, targets):
     """`tiles` in tiles of this width, so that a small vocabulary has several."""
     for first in range(0, len(weight), width):
-        w = weight[first:first + width]
+        w = weight[first:first + width].to(hidden.dtype)
         yield (slice(first, first + width), w, kernels.matmul32(hidden, w.T), None if bias is None else bias[first:first + width],
                targets - first)
 

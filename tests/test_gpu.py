@@ -114,7 +114,8 @@ def start(name, sft, tmp_path, out="out", **options):
     pairs.write_text("".join(json.dumps(dict(prompt=f"Review of the film {i}:", chosen=" I liked it.", rejected=" Bad.",
                                              completion=" Good.")) + "\n" for i in range(40)))
     options = known_options(module, dict(init=str(sft), reward="gold", max_steps=2, batch_size=8, response_length=8, limit=16,
-                                         num_eval_prompts=4, eval_every=2, eval_fraction=0.2, n=2, device="cuda") | options)
+                                         num_eval_prompts=4, eval_every=2, eval_fraction=0.2, n=2, device="cuda",
+                                         keep_unfinished=True) | options)
     if module.Config.data != "reviews":
         options["data"] = str(pairs)
     entry_of(module)(module.Config(**options, out=str(tmp_path / out)))
@@ -138,7 +139,7 @@ def test_a_deterministic_run_repeats_its_bytes(name, dtype, sft, tmp_path):
         assert not torch.is_deterministic_algorithms_warn_only_enabled()
     finally:
         torch.use_deterministic_algorithms(False)
-    file = "responses.jsonl" if name == "sample_bon" else "model.safetensors"
+    file = "ranked.jsonl" if name == "sample_bon" else "model.safetensors"
     assert (a / file).read_bytes() == (b / file).read_bytes()
 
 

@@ -2,7 +2,7 @@
 
     log-probs   token_logprobs, forward + backward, at two sizes of large vocabularies, against our own torch version, plain
                 log_softmax, F.linear_cross_entropy and, where they are installed, Liger's and Apple's (cut cross-entropy) kernels
-    decode      tokens/s for 1 and 256 prompts and for 16 x 16 samples, as it is and replayed as a graph, against transformers
+    decode      tokens/s for 1 and 256 prompts and for 16 x 16 samples, with and without a graph, against transformers
                 and the memory's bandwidth
     steps       SFT, DPO and PPO updates at 0.1, 1 and 7 billion parameters: tokens/s, peak memory, share of the matrix rate
 
@@ -18,8 +18,8 @@ import importlib.util
 import torch
 import torch.nn.functional as F
 
+from nanorlhf import generate as generating
 from nanorlhf import kernels
-from nanorlhf.generate import generate
 from nanorlhf.model import ModelConfig, Transformer, ValueModel, freeze
 
 LOGPROBS = ((16384, 2048, 128256), (8192, 4096, 151936))                               # N, D, V
@@ -138,16 +138,17 @@ def model_of(shape, context, device):
 
 def bench_decode(bench, name, shape, batches=DECODE["batches"], prompt=DECODE["prompt"], new=DECODE["new"]):
     """batches: (prompts, samples of each)."""
-    generator, cuda = torch.Generator().manual_seed(0), bench.device.type == "cuda"
+    generator = torch.Generator().manual_seed(0)
     model = model_of(shape, prompt + new, bench.device)
     c, weights = model.config, sum(p.numel() for p in model.parameters())
     peer = transformers_twin(model) if installed("transformers") else None
     freeze(model, "bfloat16")
 
-    def ours(prompts, n, graph):
-        model.compiled = graph and cuda
+    def ours(prompts, n, graphs):
+        generating.GRAPHS = graphs
         with torch.autocast(bench.device.type, torch.bfloat16):
-            generate(model, prompts.tolist(), new, num_samples=n)
+            generating.generate(model, prompts.tolist(), new, num_samples=n)
+        generating.GRAPHS = True
 
     @torch.no_grad()
     def theirs(prompts, n):
@@ -159,8 +160,8 @@ def bench_decode(bench, name, shape, batches=DECODE["batches"], prompt=DECODE["p
         token = 2 * 2 * c.layers * c.kv_heads * c.head_dim                             # bytes of its keys and values
         step = 2 * weights + token * (P * prompt + P * n * new / 2)                    # bytes read in a step
         prefill = 2 * (weights - model.embed.weight.numel()) * P * prompt              # FLOPs
-        sides = {"ours": functools.partial(ours, prompts, n, False),
-                 "ours, one GPU graph": functools.partial(ours, prompts, n, True)}
+        sides = {"ours": functools.partial(ours, prompts, n, True),
+                 "ours, without a graph": functools.partial(ours, prompts, n, False)}
         if peer is not None:
             sides["transformers"] = functools.partial(theirs, prompts, n)
         for side, run in sides.items():

@@ -15,6 +15,8 @@ from nanorlhf.errors import UserError
 from nanorlhf.kernels import filter_logits, sample, static_shapes
 from nanorlhf.model import Cache, Transformer
 
+GRAPHS = True  # a GPU replays decoding steps as a graph
+
 
 @dataclasses.dataclass
 class Samples:
@@ -190,9 +192,9 @@ class Decoding:
         self.graph, self.eager_steps = None, 0
 
     def advance(self):
-        """Does a step. With --compile, a GPU records the third as a graph and replays it from then on: one launch instead of
-        hundreds. The first two are done as they are, because libraries prepare themselves in them."""
-        if not (self.model.compiled and self.token.is_cuda) or self.eager_steps < 2:
+        """Does a step. A GPU records the third as a graph and replays it from then on: one launch instead of hundreds. The first
+        two are done as they are, because libraries prepare themselves in them. What a sharded model gathers is not recorded."""
+        if not (GRAPHS and self.token.is_cuda) or ranks.sharded or self.eager_steps < 2:
             self.eager_steps += 1
             return self.step()
         if self.graph is None:

@@ -304,7 +304,7 @@ class Transformer(nn.Module):
     training_stack = decoding_stack = stack       # the same code; --compile compiles each for itself
 
     def compile_layers(self):
-        """Compiles the layers for training and, on a CPU, for decoding steps; a GPU replays those as a graph instead."""
+        """Compiles the layers for training and, on a CPU, for decoding steps; a GPU replays those as a graph anyway."""
         self.training_stack = torch.compile(self.training_stack, dynamic=True)
         if not static_shapes(self.embed.weight.device):
             self.decoding_stack = torch.compile(self.decoding_stack, dynamic=True)

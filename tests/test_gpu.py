@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from conftest import SCRIPTS, TRAINERS, entry_of, known_options
+from nanorlhf import generate as generating
 from nanorlhf import kernels
 from nanorlhf.bench_gpu import SHAPES, Bench, bench_decode, bench_logprobs, bench_steps, without_triton
 from nanorlhf.generate import generate
@@ -74,12 +75,12 @@ def test_offsets_beyond_31_bits_are_right():
 
 @on_gpu
 @pytest.mark.parametrize("n", [1, 4])
-def test_a_step_replayed_as_a_graph_draws_what_the_step_draws(n):
+def test_a_step_replayed_as_a_graph_draws_what_the_step_draws(n, monkeypatch):
     model = Transformer(ModelConfig.for_family("llama", 256, vocab_size=1000, context=256, layers=3, heads=4, kv_heads=2,
                                                head_dim=64, end_ids=tuple(range(20)), init_std=0.2)).cuda()
     prompts, results = [[5, 9, 3], [4] * 70, [11, 2]], []
-    for compiled in (False, True, True):
-        model.compiled = compiled
+    for graphs in (False, True, True):
+        monkeypatch.setattr(generating, "GRAPHS", graphs)
         with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
             results.append(generate(model, prompts, 100, top_k=50, top_p=0.95, num_samples=n, seed=3))
     for other in results[1:]:
@@ -156,7 +157,7 @@ def test_the_gpu_benchmark_runs():
     bench_decode(bench, "tiny", TINY, batches=((1, 1), (2, 2)), prompt=5, new=3)
     bench_steps(bench, "tiny", TINY, rows=2, length=12, prompt=4)
     names = [row["name"] for row in bench.rows]
-    assert any(n.startswith("log-probs 20,8,50, ours") for n in names) and "decode tiny, 2 prompts x 2, ours, one GPU graph" in names
+    assert any(n.startswith("log-probs 20,8,50, ours") for n in names) and "decode tiny, 2 prompts x 2, ours, without a graph" in names
     assert {"SFT tiny, 2 x 12", "DPO tiny, 2 x 12", "PPO update tiny, 2 x 12"} <= set(names)
     assert all(row["seconds"] == 1.0 for row in bench.rows)
 

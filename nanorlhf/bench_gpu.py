@@ -26,7 +26,7 @@ LOGPROBS = ((16384, 2048, 128256), (8192, 4096, 151936))                        
 SHAPES = {"0.1B": dict(width=768, layers=12, heads=12, kv_heads=12, head_dim=64, ffn=2048, vocab_size=50304),
           "1B": dict(width=2048, layers=16, heads=32, kv_heads=8, head_dim=64, ffn=8192, vocab_size=128256),
           "7B": dict(width=4096, layers=32, heads=32, kv_heads=8, head_dim=128, ffn=14336, vocab_size=32000)}
-DECODE = dict(shapes=("0.1B", "1B"), batches=((1, 1), (256, 1), (16, 16)), prompt=512, new=128)
+DECODE = dict(shapes=("0.1B", "1B"), batches=((1, 1), (256, 1), (16, 16)), prompt=512, new=64)
 STEPS = dict(rows=8, length=1024, prompt=512)
 
 

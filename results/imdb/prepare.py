@@ -1,4 +1,4 @@
-"""Film reviews -> the record files of this run: `python prepare.py $DATA $OUT`.
+"""Film reviews -> the record files of this run: `python prepare.py $DATA $OUT [TOKENIZER]`.
 
 text.jsonl          text                            training reviews without <br />, to pretrain on
 sft.jsonl           prompt, completion, group       a sentence's first 8 words; what follows, to a sentence's end, in 44 tokens
@@ -45,8 +45,8 @@ def pieces(text, tokenizer):
         yield prompt, completion
 
 
-def main(data, out):
-    tokenizer = load_tokenizer(f"{data}/tokenizers/tiktoken_small.model")
+def main(data, out, tokenizer=None):
+    tokenizer = load_tokenizer(tokenizer or f"{data}/tokenizers/tiktoken_small.model")
     train, test = (list(reviews(f"{data}/sentiment/imdb_{s}.jsonl.gz")) for s in ("train_6000", "test_2000"))
     known = {r["text"] for r in train}
     test = [r for r in test if r["text"] not in known]

@@ -32,8 +32,8 @@ def scores(model, tokenizer, records, device, size=16):
 
 def main(out):
     out, device, share = Path(out), pick_device("auto"), module(RESULTS / "preferences" / "measure.py").share
-    print("| reward model | data | accuracy | the longer is better | prefers the longer | right where the longer was chosen | right where "
-          "the shorter was |\n|---|---|---:|---:|---:|---:|---:|")
+    print("| reward model | data | accuracy | the longer is better | prefers the longer | right where the longer was chosen | "
+          "right where the shorter was |\n|---|---|---:|---:|---:|---:|---:|")
     for run, tests in TESTS.items():
         model, tokenizer = RewardModel.from_pretrained(out / run).to(device), load_tokenizer(out / run)
         for name in tests:

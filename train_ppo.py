@@ -72,6 +72,7 @@ class Config:
     reference: str = ""              # reference policy of the KL penalty: folder or hub name; '' = --init
     value_init: str = ""             # '' = --reward if its tokenizer is --init's, else --init
     data: str = "reviews"            # record file of prompts, or `reviews` (4000 prompts)
+    columns: str = ""                # other names of its columns, OURS=THEIRS: prompt=question,chosen=good
     limit: int = 0                   # use at most this many records; 0 = all
     skip_bad: bool = False           # skip bad rows and count them, instead of stopping at the first
 
@@ -265,7 +266,7 @@ def train(config):
     reference = run.load_reference(config.reference or init, tokenizer)
 
     records = load_records(config.data, "prompt", limit=config.limit or None, skip_bad=config.skip_bad,
-                           tokenizer=tokenizer)
+                           tokenizer=tokenizer, columns=config.columns)
     prompts = encode_prompts(tokenizer, records, config, policy.config.context)
     describe(run.name, tokenizer, [Example(p, len(p)) for p in prompts])
     reward = load_reward(config.reward, tokenizer, run.device, records, config.data, config.micro_batch_size,

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 
 from nanorlhf import ranks
 from nanorlhf.data import (collate, describe, load_records, make_group, post_of, split_records,
-                           to_device)
+                           to_device, with_progress)
 from nanorlhf.errors import UserError
 from nanorlhf.files import require_file, require_folder
 from nanorlhf.metrics import calibration, with_error
@@ -51,6 +51,7 @@ class Config:
     data: str = "out/comparisons/comparisons.jsonl"  # record file of comparisons or rankings
     eval_data: str = ""              # more held-out record files, NAME=FILE,NAME=FILE
     eval_fraction: float = 0.1       # share of --data to hold out
+    columns: str = ""                # other names of its columns, OURS=THEIRS: prompt=question,chosen=good
     limit: int = 0                   # use at most this many records; 0 = all
     skip_bad: bool = False           # skip bad rows and count them, instead of stopping at the first
 
@@ -107,7 +108,7 @@ def to_groups(records, tokenizer, config, context):
     """Rankings -> Groups of K examples and their scores. A ranking in which all responses tie says nothing
     and is left out."""
     return [make_group(tokenizer, r["prompt"], r["responses"], r["scores"], config, context, post_of(r))
-            for r in records if len(set(r["scores"])) > 1]
+            for r in with_progress(records, "rankings tokenised") if len(set(r["scores"])) > 1]
 
 
 class Forward(NamedTuple):
@@ -182,19 +183,20 @@ def train(config):
     run.prepare(model, tokenizer)
 
     records = load_records(config.data, "ranked", limit=config.limit or None, skip_bad=config.skip_bad,
-                           tokenizer=tokenizer)
+                           tokenizer=tokenizer, columns=config.columns, rows=False)
     records, held_out = split_records(records, config.eval_fraction, config.seed)
     groups = to_groups(records, tokenizer, config, model.config.context)
     eval_groups = {"held_out": to_groups(held_out, tokenizer, config, model.config.context)}
     for name, file in named_files(config.eval_data).items():
-        held_out = load_records(file, "ranked", skip_bad=config.skip_bad, tokenizer=tokenizer)
+        held_out = load_records(file, "ranked", skip_bad=config.skip_bad, tokenizer=tokenizer,
+                                columns=config.columns, rows=False)
         eval_groups[name] = to_groups(held_out, tokenizer, config, model.config.context)
     if not groups:
         raise UserError(f"{config.data}: no two responses of a prompt differ in score")
     scored = eval_groups["held_out"] or groups
     if config.normalize_data:
         texts = load_records(config.normalize_data, "completion", skip_bad=config.skip_bad,
-                             tokenizer=tokenizer)
+                             tokenizer=tokenizer, columns=config.columns)
         scored = [make_group(tokenizer, r["prompt"], [r["completion"]], [0.0], config, model.config.context)
                   for r in texts]
 

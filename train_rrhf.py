@@ -65,6 +65,7 @@ class Config:
     init: str = "out/sft"            # starting checkpoint: folder or hub name
     data: str = "reviews"            # record file of prompts, or `reviews` (4000 prompts)
     kind: Literal["prompt", "ranked"] = "prompt"  # of --data: prompts (also with completions), or rankings
+    columns: str = ""                # other names of its columns, OURS=THEIRS: prompt=question,chosen=good
     limit: int = 0                   # use at most this many records; 0 = all
     skip_bad: bool = False           # skip bad rows and count them, instead of stopping at the first
 
@@ -238,7 +239,7 @@ def train(config):
     reference = run.load_reference(init, tokenizer)                          # of KL: measured, and --kl_coef
 
     records = load_records(config.data, config.kind, limit=config.limit or None, skip_bad=config.skip_bad,
-                           tokenizer=tokenizer)
+                           tokenizer=tokenizer, columns=config.columns)
     prompts = encode_prompts(tokenizer, records, config, model.config.context,
                              response_length=1 if config.sampling == "none" else config.response_length)
     describe(run.name, tokenizer, [Example(p, len(p)) for p in prompts])

@@ -19,7 +19,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from nanorlhf.data import (Group, collate, describe, length_limits, load_and_hold_out, make_all_turns_example,
-                           make_example, pack_texts, post_of)
+                           make_example, pack_texts, post_of, with_progress)
 from nanorlhf.files import require_folder
 from nanorlhf.metrics import with_error
 from nanorlhf.model import Transformer
@@ -42,6 +42,7 @@ class Config:
     data: str = "reviews"            # record file, or `reviews` (40000 texts, or 8000 demonstrations)
     eval_data: str = ""              # held-out record file; '' = hold out a part of --data
     eval_fraction: float = 0.05      # share of --data to hold out if there is no --eval_data
+    columns: str = ""                # other names of its columns, OURS=THEIRS: prompt=question,chosen=good
     limit: int = 0                   # use at most this many records; 0 = all
     skip_bad: bool = False           # skip bad rows and count them, instead of stopping at the first
 
@@ -106,7 +107,8 @@ def to_groups(records, tokenizer, config, context):
         examples = [make_all_turns_example(tokenizer, r["prompt"], r["completion"], *cut, r.get("given", ()))
                     for r in records]
     else:
-        examples = [make_example(tokenizer, r["prompt"], r["completion"], *cut) for r in records]
+        examples = [make_example(tokenizer, r["prompt"], r["completion"], *cut)
+                    for r in with_progress(records, "demonstrations tokenised")]
     if config.train_on_prompt:
         examples = [e._replace(prompt_length=1, given=()) for e in examples]
     return [Group([e], (), post_of(r)) for e, r in zip(examples, records)]

@@ -1,4 +1,4 @@
-"""Speed and memory against a peer: `python -m nanorlhf.bench {logprob,generate,step,tokenize,gpu} [--out file.json]`.
+"""Speed and memory against a peer: `python -m nanorlhf.bench {logprob,generate,step,tokenize,data,gpu} [--out file.json]`.
 
     logprob   token_logprobs against torch's F.linear_cross_entropy in its best chunks, or, with an older torch, log_softmax +
               gather: forward + backward, and the memory each needs beyond its inputs
@@ -6,9 +6,10 @@
     step      one SFT step against transformers + AdamW, and one DPO step against TRL's trainer, on the same tokens
     gpu       the figures that need a GPU, in bfloat16 (bench_gpu.py)
     tokenize  tokens/s of --text against the `tokenizers` library on one thread, and how many texts get different ids
+    data      seconds and memory from a file of 200,000 comparisons to the first update of a reward model; there is no peer
 
 Machines drift, so the two sides take turns within one process, and the ratio is that of their medians. Each figure but those
-of tokenize comes with its share of the hardware's limit (matrix products and reading memory), measured in the same run.
+of tokenize and data comes with its share of the hardware's limit (matrix products and reading memory), measured in the same run.
 """
 
 import os
@@ -21,6 +22,7 @@ import gzip
 import json
 import platform
 import random
+import resource
 import statistics
 import subprocess
 import sys
@@ -33,7 +35,8 @@ import torch
 import torch.nn.functional as F
 
 from nanorlhf.errors import UserError
-from nanorlhf.files import write_json
+from nanorlhf.files import parse_json, write_json
+from nanorlhf.formats.sources import rows_in
 from nanorlhf.generate import generate
 from nanorlhf.kernels import token_logprobs
 from nanorlhf.model import ModelConfig, Transformer, pick_device
@@ -379,10 +382,41 @@ def bench_tokenize(o, device, limits):
     return rows
 
 
+# ---- data -----------------------------------------------------------------------------------------------------------
+
+
+def bench_data(o, device, limits):
+    """Seconds and memory of a process that reads --rows comparisons, tokenises them and makes the first update of a tiny reward
+    model. The comparisons are those of --text over and over, each with a number in its first turn, so that no two are alike."""
+    if not o.tokenizer or not o.text:
+        raise UserError("data needs --tokenizer and --text, a file of transcripts chosen, rejected")
+    lines = [line for path in o.text for _, line in rows_in(path)]
+    with tempfile.TemporaryDirectory() as folder:
+        with open(f"{folder}/rows.jsonl", "w", encoding="utf-8") as f:
+            for i in range(o.rows):
+                row = parse_json(lines[i % len(lines)].decode())
+                row = {k: v.replace("\n\nAssistant:", f" (No. {i})\n\nAssistant:", 1) for k, v in row.items()}
+                f.write(json.dumps(row) + "\n")
+        common = ["--device", "cpu", "--batch_size", "8", "--eval_every", "0", "--save_every", "0", "--max_steps", "1"]
+        tiny = ["--width", "32", "--layers", "1", "--heads", "2", "--context", "2048", "--eval_fraction", "0", "--limit", "100"]
+
+        def run(script, *options):
+            begin = time.monotonic()
+            subprocess.run([sys.executable, "-m", script, *options, *common], check=True, stdout=subprocess.DEVNULL)
+            return time.monotonic() - begin
+        run("train_sft", "--init", "scratch", "--tokenizer", o.tokenizer[0], "--kind", "text", *tiny, "--out", f"{folder}/model")
+        seconds = run("train_rm", "--init", f"{folder}/model", "--data", f"{folder}/rows.jsonl", "--skip_bad",
+                      "--eval_fraction", "0", "--normalize", "none", "--out", f"{folder}/rm")
+        size = os.path.getsize(f"{folder}/rows.jsonl") / 2**20
+    mib = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+    print(f"{o.rows:,} comparisons, {size:.0f} MiB: the first update after {seconds:.1f} s, in at most {mib:.0f} MiB", flush=True)
+    return [dict(name="data", rows=o.rows, file_mib=size, seconds=seconds, peak_mib=mib)]
+
+
 def main():
     parser = OneLineParser(prog="python -m nanorlhf.bench", description=__doc__,
                            formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("benchmark", choices=["logprob", "generate", "step", "tokenize", "gpu"])
+    parser.add_argument("benchmark", choices=["logprob", "generate", "step", "tokenize", "data", "gpu"])
     parser.add_argument("--layers", type=int, default=0, help="default 6")
     parser.add_argument("--width", type=int, default=0, help="default 384; logprob 256")
     parser.add_argument("--heads", type=int, default=0, help="default 6")
@@ -395,8 +429,10 @@ def main():
     parser.add_argument("--best_of", type=int, default=16, help="generate: samples of one long prompt; 0 skips it")
     parser.add_argument("--length", type=int, default=256, help="step: tokens per row")
     parser.add_argument("--prompt", type=int, default=64, help="step: how many of them are the prompt")
-    parser.add_argument("--tokenizer", nargs="+", help="tokenize: anything that load_tokenizer takes")
-    parser.add_argument("--text", nargs="+", help="tokenize: .jsonl, .jsonl.gz (every string field) or text (paragraphs)")
+    parser.add_argument("--tokenizer", nargs="+", help="tokenize, data: anything that load_tokenizer takes")
+    parser.add_argument("--text", nargs="+", help="tokenize: .jsonl, .jsonl.gz (every string field) or text (paragraphs); data: "
+                                                      "transcripts chosen, rejected")
+    parser.add_argument("--rows", type=int, default=200_000, help="data: comparisons")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=0, help="0 = torch's default")
     parser.add_argument("--device", default="auto")
@@ -406,7 +442,7 @@ def main():
     try:
         if o.threads:
             torch.set_num_threads(o.threads)
-        device = torch.device("cpu") if o.benchmark == "tokenize" else pick_device(o.device)
+        device = torch.device("cpu") if o.benchmark in ("tokenize", "data") else pick_device(o.device)
         limits = hardware_limits(device)
         name = torch.cuda.get_device_name() if device.type == "cuda" else f"{processor()}, {os.cpu_count()} cores"
         print(f"{name}, torch {torch.__version__}: {limits['flops'] / 1e9:.0f} GFLOP/s, "
@@ -419,7 +455,7 @@ def main():
             limits, rows = bench_gpu(device, o.repeats, medians)
         else:
             rows = {"logprob": bench_logprob, "generate": bench_generate, "step": bench_step,
-                    "tokenize": bench_tokenize}[o.benchmark](o, device, limits)
+                    "tokenize": bench_tokenize, "data": bench_data}[o.benchmark](o, device, limits)
         busy = warn_if_busy(before, time.monotonic() - started)
     except UserError as error:
         raise SystemExit(f"error: {error}")

@@ -1,46 +1,54 @@
 """THE data file: JSON line -> record -> Example and Group -> Batch.
 
-    load_records(path_or_name, kind)       reads a file of any known layout (formats/records.py) as records of one kind
+    load_records(path_or_name, kind)       reads a file of any format (formats/sources.py) and layout (formats/records.py) as
+                                           records of one kind
     make_group / pack_texts                record -> token rows: Example is prompt + response, Group the K answers to a prompt
     collate / micro_batches                token rows -> right-padded tensors with a mask of response tokens
+
+    python -m nanorlhf.data FILE           shows records as the model will read them, and counts bad rows by reason
 
 Every problem with a file is a DataError whose message is one line: `file:line: what is wrong`.
 """
 
 import bisect
-import collections
-import gzip
+import dataclasses
 import hashlib
 import re
 import sys
+import time
 import unicodedata
-import zlib
-from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
 from nanorlhf import ranks, reviews
-from nanorlhf.errors import DataError, UserError, one_line
-from nanorlhf.files import parse_json
+from nanorlhf.errors import DataError, UserError
+from nanorlhf.files import local_folder
 from nanorlhf.formats.chat import (ASSISTANT, answer_affixes, conversation, encode_for_reply, encode_turns, is_open,
                                    messages_of, without_oldest)
 from nanorlhf.formats.records import FIELDS, Record, convert, records_of
+from nanorlhf.formats.sources import column_names, local_files, renamed, rows_in
+from nanorlhf.options import check_options, leading_words, one_line_errors, parse_options
 from nanorlhf.tokenizer import load_tokenizer as load_tokenizer  # callers may import it from here
 
 # ---- Records --------------------------------------------------------------------------------------------------------
 
 
-def load_records(path_or_name, kind, split="train", limit=None, skip_bad=False, seed=0, tokenizer=None):
+def load_records(path_or_name, kind, split="train", limit=None, skip_bad=False, seed=0, tokenizer=None, columns="", bad=None,
+                 rows=True):
     """Reads records of one kind from a file, or from the built-in task `reviews`.
 
-    path_or_name  JSON lines (plain or gzip) or a JSON array with rows as in formats.records.READERS; or "reviews".
+    path_or_name  a file of any format (formats.sources) with rows as in formats.records.READERS; "hub:NAME:CONFIG:SPLIT"; or
+                  "reviews".
     kind          a key of FIELDS. Rows of another kind are converted if there is an honest way (records.convert). A "prompt"
                   record carries the file's answer, if there is one, as "completion".
     split, seed   only for `reviews` (train, test, ood_near, ood_far); a file holds one split.
     limit         use at most this many records; None: all of a file, 4000 (train) or 500 of `reviews`.
     skip_bad      skip bad rows and print one line about them on stderr, instead of raising DataError at the first.
     tokenizer     a conversation that its chat template rejects is a bad row, too; so are responses that it makes one text.
+    columns       --columns: other names of the file's columns.
+    rows          False: forget the rows that records were read from, which takes half of the memory.
+    bad           a dict that takes {what is wrong with a skipped row: (number of such rows, place of the first)}.
 
     A record is a dict of the kind's fields; the attribute `row` of prompts and rankings is the JSON object they were read
     from. Text is taken as it stands. In particular, no space is put between prompt and completion: the completion carries
@@ -49,33 +57,52 @@ def load_records(path_or_name, kind, split="train", limit=None, skip_bad=False, 
     """
     if kind not in FIELDS:
         raise DataError(f"unknown record kind {kind!r}: want one of {', '.join(FIELDS)}")
-    path = Path(path_or_name)
     if path_or_name == "reviews":
         return _review_records(kind, split, limit if limit is not None else 4000 if split == "train" else 500, seed)
-    if not path.is_file():
-        raise DataError(f"{path}: a folder, not a file: name a file in it" if path.is_dir() else
-                        f"{path}: no such file (and the only built-in name is `reviews`)")
-    records, bad, seen = [], collections.Counter(), 0
-    for line, row in rows_in(path):
-        seen += 1
-        try:
-            found = records_of(row, kind)
-            records += rendered(tokenizer, found, kind) if tokenizer and found else found
-        except DataError as e:
-            if not skip_bad:
-                raise DataError(f"{path}:{line}: {e}") from None
-            bad[str(e)] += 1
-        if limit is not None and len(records) >= limit:
-            break
-    reasons = ", ".join(f"{n} {reason}" for reason, n in bad.most_common(5))
+    records, seen, bad, columns = [], 0, {} if bad is None else bad, column_names(columns)
+    missing = set(columns)
+    for path in local_files(path_or_name):
+        if not path.is_file():
+            raise DataError(f"{path}: a folder, not a file: name a file in it" if path.is_dir() else
+                            f"{path}: no such file (and the only built-in name is `reviews`)")
+        for line, row in with_progress(rows_in(path), f"rows of {path} read"):
+            if limit is not None and len(records) >= limit:
+                break
+            seen += 1
+            try:
+                row = renamed(row, columns)
+                missing -= row.keys() if missing and isinstance(row, dict) else set()
+                found = records_of(row, kind)
+                for record in found if not rows else ():
+                    record.row = None
+                records += rendered(tokenizer, found, kind) if tokenizer and found else found
+            except DataError as e:
+                if not skip_bad:
+                    raise DataError(f"{path}:{line}: {e}") from None
+                count, first = bad.get(str(e), (0, f"{path}:{line}"))
+                bad[str(e)] = count + 1, first
+    most = sorted(bad.items(), key=lambda item: -item[1][0])[:5]
+    reasons = ", ".join(f"{count} {reason}" for reason, (count, _) in most)
     if not records:
-        raise DataError(f"{path}: no {kind} records in {seen} rows" + (f" ({reasons})" if bad else ""))
+        raise DataError(f"{path_or_name}: no {kind} records in {seen} rows" + (f" ({reasons})" if bad else ""))
     if bad:
-        print(f"{path}: skipped {sum(bad.values())} of {seen} rows ({reasons})", file=sys.stderr)
+        print(f"{path_or_name}: skipped {sum(count for count, _ in bad.values())} of {seen} rows ({reasons})", file=sys.stderr)
+    for name in sorted(missing):
+        print(f"{path_or_name}: no row has the column {columns[name]}, which --columns names for {name}", file=sys.stderr)
     if tokenizer:
-        warn_if_words_are_glued(path, records, tokenizer)
-        warn_if_turns_are_plain(path, records, tokenizer)
+        warn_if_words_are_glued(path_or_name, records, tokenizer)
+        warn_if_turns_are_plain(path_or_name, records, tokenizer)
     return records[:limit]
+
+
+def with_progress(items, what):
+    """Yields the items, and prints a line about every five seconds."""
+    printed, total = time.monotonic(), f" of {len(items):,}" if hasattr(items, "__len__") else ""
+    for i, item in enumerate(items):
+        if i % 256 == 0 and time.monotonic() > printed + 5 and ranks.mine() == 0:
+            printed = time.monotonic()
+            print(f"{i:,}{total} {what}", flush=True)
+        yield item
 
 
 def rendered(tokenizer, records, kind):
@@ -132,44 +159,14 @@ def _review_records(kind, split, n, seed):
     return [Record(r) for row in reviews.records(split, n, seed) for r in convert("completion", row, kind)]
 
 
-OTHER_FORMATS = {b"PAR1": "parquet", b"ARROW1": "arrow", b"PK\x03\x04": "zip or xlsx", b"\xff\xfe": "UTF-16 text",
-                 b"\xfe\xff": "UTF-16 text", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zXZ": "xz"}  # by first bytes
-
-
-def rows_in(path):
-    """Returns (number, row) pairs: the lines of a file as bytes still to be parsed, or the elements of a JSON array. Numbers
-    count from 1; for an array the number in an error is the element's, not a line's."""
-    content = path.read_bytes()
-    if content[:2] == b"\x1f\x8b":
-        try:
-            content = gzip.decompress(content)
-        except (OSError, EOFError, zlib.error) as e:
-            raise DataError(f"{path}: broken gzip file ({one_line(e)})") from None
-    content = content.removeprefix(b"\xef\xbb\xbf")  # a byte-order mark
-    form = next((form for start, form in OTHER_FORMATS.items() if content.startswith(start)), None)
-    if b"\0" in content[:4]:
-        form = form or "UTF-16 or binary"
-    elif content.strip() and not re.search(rb"^[ \t\r]*[{[]", content, re.MULTILINE):
-        form = form or "csv or other text"
-    if form:
-        raise DataError(f"{path}: {form}, not JSON: write one JSON object per line in UTF-8, plain or gzipped, for example with "
-                        f"pandas' to_json(orient='records', lines=True)")
-    if content.lstrip()[:1] == b"[":
-        try:
-            return list(enumerate(parse_json(content.decode()), 1))
-        except ValueError as e:
-            raise DataError(f"{path}: bad JSON array ({one_line(e)})") from None
-    lines = enumerate(content.split(b"\n"), 1)  # at \n only: texts contain U+0085, a line end to str.splitlines
-    return [(number, line) for number, line in lines if line.strip()]
-
-
 def load_and_hold_out(config, kind, tokenizer, default_limit=None):
     """Reads --data and --eval_data: returns (training records, held-out records). Without --eval_data, --eval_fraction of --data
     is held out. default_limit: how many records of --data to use if --limit is 0."""
     records = load_records(config.data, kind, limit=config.limit or default_limit, skip_bad=config.skip_bad,
-                           tokenizer=tokenizer)
+                           tokenizer=tokenizer, columns=config.columns)
     if config.eval_data:
-        return records, load_records(config.eval_data, kind, skip_bad=config.skip_bad, tokenizer=tokenizer)
+        return records, load_records(config.eval_data, kind, skip_bad=config.skip_bad, tokenizer=tokenizer,
+                                     columns=config.columns)
     return split_records(records, config.eval_fraction, config.seed)
 
 
@@ -383,7 +380,11 @@ def make_examples(tokenizer, prompt, responses, max_length=None, max_prompt_leng
                         f"{max_length}: set max_prompt_length lower")
     rows = [_response_ids(tokenizer, response, prompt, messages) for response in responses]
     room = max_length - len(prompt_ids) if max_length else max(map(len, rows))
-    return [Example(prompt_ids + row[:room], len(prompt_ids), (), cut, len(row) > room) for row in rows]
+    share = IDS.setdefault
+    return [Example([share(i, i) for i in prompt_ids + row[:room]], len(prompt_ids), (), cut, len(row) > room) for row in rows]
+
+
+IDS = {}  # each id once: as an object of its own it would take 28 bytes wherever it stands
 
 
 def describe(name, tokenizer, examples):
@@ -499,3 +500,74 @@ def of_each(items, size, function, length=lambda item: item.length):
         results = function([items[i] for i in part])
         found += zip(part, results) if counts else []
     return ranks.collect(found)
+
+
+# ---- python -m nanorlhf.data ----------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Options:
+    init: str = "out/sft"            # folder of the model whose tokenizer and chat template read the records
+    kind: Literal["text", "prompt", "completion", "preference", "ranked"] = "preference"  # what a script asks for
+    columns: str = ""                # other names of the file's columns, OURS=THEIRS: prompt=question,chosen=good
+    split: str = "train"             # of reviews: train, test, ood_near or ood_far
+    limit: int = 0                   # read at most this many records; 0 = all
+    show: int = 3                    # records to show
+    max_length: int = 0              # longest prompt + response in tokens; 0 = the model's context
+    max_prompt_length: int = 0       # cut longer prompts to this; 0 = half of max_length
+    keep: Literal["end", "start", "tldr"] = "end"  # what an overlong prompt keeps (tldr: Stiennon's rule)
+
+
+def show_tokens(tokenizer, name, ids, width=40):
+    """Prints a stretch of token ids as their texts, the middle of a long one left out."""
+    shown = [tokenizer.decode([i], start=False, special=True) for i in ids]
+    if len(shown) > width:
+        shown = shown[:width // 2] + [f"... {len(ids) - width} tokens ..."] + shown[-width // 2:]
+    print(f"  {name}, {len(ids)} tokens: " + "|".join(repr(text)[1:-1] for text in shown))
+
+
+def preview(file, options):
+    """Prints the first records as the model will read them, what is learned and what is not, the lengths of all, and why rows
+    are bad."""
+    from nanorlhf.formats.checkpoints import read_config
+    check_options(options)
+    tokenizer, context = load_tokenizer(local_folder(options.init)), read_config(options.init)[0]["context"]
+    bad = {}
+    records = load_records(file, options.kind, options.split, options.limit or None, skip_bad=True, tokenizer=tokenizer,
+                           columns=options.columns, bad=bad)
+    lengths, cut = [], 0
+    for i, record in enumerate(with_progress(records, "records tokenised")):
+        fields = [field for field in FIELDS[options.kind] if field not in ("prompt", "scores")]
+        texts = sum((record[f] if f == "responses" else [record[f]] for f in fields if f in record), [])
+        names = [f"response with score {s:g}" for s in record["scores"]] if "scores" in record else fields
+        prompt = record.get("prompt", "")
+        if texts:
+            examples = make_examples(tokenizer, prompt, texts, *length_limits(options, context), options.keep)
+        else:
+            ids = encode_prompt(tokenizer, prompt, length_limits(options, context)[1], options.keep)
+            examples = [Example(ids, len(ids))]
+        lengths += [len(e.tokens) for e in examples]
+        cut += sum(e.prompt_cut or e.response_cut for e in examples)
+        if i < options.show:
+            print(f"record {i + 1}")
+            show_tokens(tokenizer, "prompt, not learned", examples[0].tokens[:examples[0].prompt_length])
+            for name, example in zip(names, examples if texts else []):
+                show_tokens(tokenizer, f"{name}, learned", example.tokens[example.prompt_length:])
+    lengths.sort()
+    print(f"{len(records):,} records; prompt + response in tokens: {lengths[0]} to {lengths[-1]}, half of them at most "
+          f"{lengths[len(lengths) // 2]}; {cut:,} of {len(lengths):,} are cut")
+    for reason, (count, place) in sorted(bad.items(), key=lambda item: -item[1][0]):
+        print(f"{count:,} bad row{'s' if count > 1 else ''}: {reason} (the first: {place})")
+
+
+def main():
+    files = leading_words()
+    if len(files) != 1 and not {"-h", "--help"} & set(sys.argv):
+        raise SystemExit("error: want python -m nanorlhf.data FILE --kind KIND --init FOLDER (--help lists the options)")
+    options = parse_options(Options, "Shows what a model will read of a file of records.", sys.argv[1 + len(files):])
+    with one_line_errors(options, lambda: "give the same command again"):
+        preview(files[0], options)
+
+
+if __name__ == "__main__":
+    main()

@@ -52,7 +52,7 @@ def eval_sampler(config, records, tokenizer, policy, reference, rewards, run):
               f"a reward to measure there", flush=True)
         return lambda step: {}
     asked = load_records(config.eval_prompts or "reviews", "prompt", "test", config.num_eval_prompts, config.skip_bad,
-                         tokenizer=tokenizer)
+                         tokenizer=tokenizer, columns=config.columns)
     prompts = encode_prompts(tokenizer, asked, config, policy.config.context)
     rows = getattr(config, "micro_batch_size", 0)
     if config.eval_reward or on_reviews(asked):
@@ -139,6 +139,7 @@ class Options:
     reward: str = "out/rm"           # learned reward, which chooses in best-of-N: folder, gold or file.py:function
     gold: str = ""                   # true reward, or the nearest thing, which judges; '' = gold on reviews, else --reward
     data: str = "reviews"            # `reviews` (ID, OOD-near and OOD-far), or record files NAME=FILE,NAME=FILE
+    columns: str = ""                # other names of the files' columns, OURS=THEIRS: prompt=question,answer=solution
     bon: int = 0                     # add a row for best-of-N of the reference with this N; 0 = none
     skip_bad: bool = False           # skip bad rows and count them, instead of stopping at the first
     num_prompts: int = 250           # prompts per split, one sample each
@@ -206,7 +207,8 @@ class Evaluation:
             sources = {split: ("reviews", split) for split in ("test", "ood_near", "ood_far")}
         else:
             sources = {name: (file, "") for name, file in named_files(options.data).items()}
-        self.records = {name: load_records(file, "prompt", split, options.num_prompts, options.skip_bad, tokenizer=tokenizer)
+        self.records = {name: load_records(file, "prompt", split, options.num_prompts, options.skip_bad,
+                                           tokenizer=tokenizer, columns=options.columns)
                         for name, (file, split) in sources.items()}
         for name, records in self.records.items():
             for reward in self.rewards.values():

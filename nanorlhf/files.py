@@ -219,7 +219,7 @@ def require_folder(name, made_by, default=None):
 def require_file(file, made_by, default=None):
     """Returns the file. If it is missing, the error names the command that creates `default`, the default of the option (None:
     any file), or else files of similar names."""
-    if not Path(file).exists():
+    if not Path(file).exists() and not str(file).startswith("hub:"):
         hint = default is None or file == default
         raise UserError(f"{file} is missing; first run: {made_by}" if hint else f"{file}: no such file{similar(Path(file))}")
     return file

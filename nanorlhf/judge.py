@@ -27,11 +27,12 @@ import re
 import sys
 from pathlib import Path
 
-from nanorlhf.data import cut_text, marks_of, rows_in
+from nanorlhf.data import cut_text, marks_of
 from nanorlhf.errors import DataError, UserError
 from nanorlhf.evaluate import markdown_table
 from nanorlhf.files import parse_json, read_jsonl, remove, require_file, write_json, write_records, write_text
 from nanorlhf.formats.chat import string
+from nanorlhf.formats.sources import rows_in
 from nanorlhf.metrics import mean_and_interval, share_interval, within
 from nanorlhf.options import check_options, leading_words, one_line_errors, parse_options
 from nanorlhf.training import seed_for

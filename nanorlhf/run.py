@@ -28,6 +28,7 @@ from nanorlhf.errors import NotFinite, UserError
 from nanorlhf.files import (FolderLock, append_records, atomic_write, fingerprint, read_json, read_jsonl, remove, sha256_of,
                             write_json, write_records)
 from nanorlhf.formats.checkpoints import FAMILIES, check_finite, write_tensors
+from nanorlhf.formats.sources import data_sha256
 from nanorlhf.kernels import triton_kernels
 from nanorlhf.model import ModelConfig, Transformer, check_fit, freeze, freeze_layers, pick_device
 from nanorlhf.options import HOW_TO_BEGIN, STOP_SIGNALS, check_options, named_files, read_options, read_run
@@ -65,8 +66,7 @@ class Run:
         if shard and config.compile:
             raise UserError("--shard and --compile do not work together: leave one out")
         self.micro_batch_size = getattr(config, "micro_batch_size", 0) or config.batch_size
-        data = Path(getattr(config, "data", ""))
-        self.data_sha256 = sha256_of(data) if data.is_file() else None                 # the data as the run started
+        self.data_sha256 = data_sha256(getattr(config, "data", ""))                    # the data as the run started
         self.inputs = {option: found for option in INPUTS if (found := content_of(getattr(config, option, "")))}
         self.finished = ranks.on_first(self._check_resumable if config.resume else self._check_unused)
         self.started, self.printed, self.tokens, self.first_step, self.step = time.monotonic(), 0.0, 0, 0, 0

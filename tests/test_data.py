@@ -382,13 +382,13 @@ def test_an_unreadable_file_gives_a_one_line_error(tmp_path):
     (tmp_path / "cut.json").write_bytes(b'[{"text": "a"}')
     (tmp_path / "empty").write_bytes(b"\n")
     row = '{"text": "a"}\n'
-    for name, content in (("a.csv", b'text,label\n"a",0\n'), ("a.xlsx", b"PK\x03\x04\x14"), ("a.parquet", b"PAR1\x15\x04"),
+    for name, content in (("a.txt", b'text,label\n"a",0\n'), ("a.xlsx", b"PK\x03\x04\x14"),
                           ("16", row.encode("utf-16")), ("16le", row.encode("utf-16-le")), ("1.zst", b"\x28\xb5\x2f\xfd\x24")):
         (tmp_path / name).write_bytes(content)
     for name, message in (("cut.gz", "broken gzip"), ("cut.json", "bad JSON array"),
                           ("empty", "no text records in 0 rows"),
-                          ("nowhere.jsonl", "no such file"), (".", "a folder, not a file"), ("a.csv", "csv or other text, not JSON"),
-                          ("a.xlsx", "zip or xlsx, not JSON"), ("a.parquet", "parquet, not JSON"), ("16", "UTF-16 text, not JSON"),
+                          ("nowhere.jsonl", "no such file"), (".", "a folder, not a file"), ("a.txt", r"csv \(name it .csv or .tsv\) or other text, not JSON"),
+                          ("a.xlsx", "zip or xlsx, not JSON"), ("16", "UTF-16 text, not JSON"),
                           ("16le", "UTF-16 or binary, not JSON"), ("1.zst", "zstd, not JSON")):
         with pytest.raises(DataError, match=message) as e:
             load_records(tmp_path / name, "text")

@@ -14,7 +14,7 @@ errors
 ranks
 files
 options training reviews
-formats.chat formats.tokenizer_files formats.checkpoints
+formats.chat formats.sources formats.tokenizer_files formats.checkpoints
 formats.records
 tokenizer
 data
@@ -77,7 +77,7 @@ def test_only_scripts_and_programs_import_run_and_options():
     for name, path in files().items():
         if name not in SCRIPTS and name not in ("run", "bench", "__main__", "study"):
             assert "nanorlhf.run" not in [m for m, *_ in imports(path)], name
-        if name not in SCRIPTS and name not in ("run", "evaluate", "judge", "generate", "memory", "bench", "__main__", "study"):
+        if name not in SCRIPTS and name not in ("run", "data", "evaluate", "judge", "generate", "memory", "bench", "__main__", "study"):
             assert "nanorlhf.options" not in [m for m, *_ in imports(path)], name
 
 

@@ -703,7 +703,7 @@ def test_resume_notices_that_the_content_of_an_input_has_changed(file, tmp_path)
 @pytest.mark.parametrize("name", sorted(PROGRAMS & set(SCRIPTS)))
 def test_every_option_that_names_an_input_is_compared_on_resume(name):
     words = {f.name for f in dataclasses.fields(SCRIPTS[name].Config) if f.type is str}
-    assert words <= {*run_module.INPUTS, "data", "out", "device", "split", "family", "cut_at"}
+    assert words <= {*run_module.INPUTS, "data", "out", "device", "split", "family", "cut_at", "columns"}
 
 
 def test_the_fingerprint_of_large_weights_sees_another_training_without_reading_all(tmp_path):

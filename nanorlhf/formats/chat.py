@@ -19,6 +19,7 @@ ROLES = {"Human": "user", "Assistant": "assistant", "System": "system"}
 NAMES = {"user": "Human", "human": "Human", "assistant": "Assistant", "gpt": "Assistant", "system": "System",
          "developer": "System"}
 TURN = re.compile(r"\n\n(Human|Assistant):")  # a system message is always the first: elsewhere, "System:" is somebody's words
+SURROGATE = re.compile("[\ud800-\udfff]")
 UNREAD = ("tool_calls", "tool_call_id", "function_call", "reasoning_content", "reasoning", "thinking", "image", "images", "video",
           "videos", "audio", "audios", "train_detail", "training_detail")
 
@@ -31,7 +32,7 @@ def string(value, field):
         value = "".join(string(p.get("text"), field) for p in value)
     if not isinstance(value, str):
         raise DataError(f"{field} is not a string")
-    if any("\ud800" <= c <= "\udfff" for c in value):
+    if SURROGATE.search(value):
         raise DataError(f"unpaired surrogate in {field}")
     return value
 

@@ -48,7 +48,7 @@ class Config:
 
     # New model, with --init scratch
     tokenizer: str = "reviews"       # tokenizer folder, file or name
-    family: str = "gpt2"             # gpt2, gptj, gpt_neox, opt, llama, mistral, qwen2 or qwen3
+    family: str = "gpt2"  # gptj, gpt_neox, opt, llama, mistral, qwen2, qwen3, phi3, starcoder2 or stablelm
     context: int = 128               # longest sequence in tokens
     width: int = 128                 # of the hidden states
     layers: int = 2                  # number of blocks

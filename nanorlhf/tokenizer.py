@@ -23,13 +23,14 @@ from nanorlhf.formats.checkpoints import read_end_ids
 from nanorlhf.formats.tokenizer_files import (BYTE_LEVEL, FLAGS, GPT2_PATTERN, TOKENIZER_FILES, bos_template, byte_symbols,
                                               encoding_of, from_sentencepiece, from_spec, from_tekken, from_vocab_and_merges,
                                               parse_regex, pieces_of, read_companion_files, read_json, regex_source,
-                                              spec_of)
+                                              spec_of, unread_flags)
 
 LLAMA3_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
                   r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 LLAMA3_NAMED = ("begin_of_text", "end_of_text", "reserved_special_token_0", "reserved_special_token_1",
                 "finetune_right_pad_id", "step_id", "start_header_id", "end_header_id", "eom_id", "eot_id",
                 "python_tag", "image")  # ids 128000 ... 128011, then reserved_special_token_2 ... 245
+SPACE = re.compile(r"[^\S\x1c-\x1f]*")  # white space as Unicode and `tokenizers` have it; Python adds the separators
 VOCAB_AND_MERGES = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))  # OpenAI's names, Hugging Face's names
 
 
@@ -106,7 +107,8 @@ class Tokenizer:
         self._early, self._late = (
             (tokens, _any_of(tokens)) for tokens in ({t: i for t, i in special.items() if t and t not in late},
                                                      {self._normal(t, "text"): special[t] for t in late if t}))
-        self._strips = {t["id"] for t in added if t["lstrip"] or t["rstrip"] or t["single_word"]}
+        self._unread = {t["id"] for t in added if unread_flags(t)}
+        self._rstrip = {t["id"] for t in added if t["rstrip"]}
 
     def encode(self, text, start=True):
         """Returns the ids of a text. Strings of special tokens in it are treated as ordinary text; no BOS, no EOS.
@@ -149,13 +151,13 @@ class Tokenizer:
             for match in regex.finditer(text):
                 token, i = match[0], tokens[match[0]]
                 if known is None or i in known:
-                    if i in self._strips:
+                    if i in self._unread:
                         raise DataError(f"{token!r} strips the space around it or needs a whole word, "
                                         "which is not supported")
                     if match.start() > done:
                         yield text[done:match.start()], None
                     yield token, i
-                    done = match.end()
+                    done = (SPACE.match(text, match.end()) if i in self._rstrip else match).end()
         if done < len(text):
             yield text[done:] if done else text, None
 

@@ -204,6 +204,30 @@ def test_all_turns_with_sentencepiece_give_the_tokens_of_make_example(tmp_path, 
     assert decode_response(tokenizer, ids, prompt_of(messages[:1])) == " sat there"
 
 
+PHI3 = ("{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '<|end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}")
+
+
+def test_a_conversation_in_the_form_of_phi3_has_the_ids_of_its_whole_text(tmp_path):
+    """Its special tokens strip the space behind them, and SentencePiece puts one there, also before an answer."""
+    library = pytest.importorskip("tokenizers", reason="needs tokenizers (the `parity` extra)")
+    spec = variant_of(json.loads((Path(__file__).parent / "golden" / "tokenizer.json").read_text())["spec"], "llama")
+    n, like = 1 + max(spec["model"]["vocab"].values()), {**spec["added_tokens"][0], "rstrip": True}
+    spec["added_tokens"] += [{**like, "id": n + k, "content": t} for k, t in
+                             enumerate(("<|endoftext|>", "<|user|>", "<|assistant|>", "<|end|>"))]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(dict(eos_token="<|endoftext|>", chat_template=PHI3)))
+    (tmp_path / "config.json").write_text(json.dumps(dict(eos_token_id=[n, n + 3])))
+    tokenizer, theirs = load_tokenizer(tmp_path), library.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    pieces = chat.encode_turns(tokenizer, TALK[:3], " Hardly.")
+    text = chat._render(tokenizer, TALK, add_generation_prompt=False)
+    want = theirs.encode(text, add_special_tokens=False).ids
+    assert want[-2:] == [n + 3, n] and sum((ids for ids, _ in pieces), []) == want[:-1]        # a response has one end
+    assert [ids[-1] for ids, said in pieces if said] == [n + 3] * 2
+    assert chat.answer_affixes(tokenizer) == (" ", "")
+    assert decode_response(tokenizer, pieces[-1][0], prompt_of(TALK[:3])) == " Hardly."
+
+
 OPEN = [*TALK[:1], {"role": "assistant", "content": "The cast is "}]
 
 

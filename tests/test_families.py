@@ -15,7 +15,7 @@ from conftest import entry_of
 from nanorlhf.data import collate, make_examples
 from nanorlhf.evaluate import Options, table_columns, evaluate_policies
 from nanorlhf.files import read_jsonl
-from nanorlhf.formats.checkpoints import FAMILIES, read_config, tensor_layout
+from nanorlhf.formats.checkpoints import FAMILIES, PARTIAL_ROTARY, read_config, tensor_layout
 from nanorlhf.model import ModelConfig, RewardModel, Transformer
 from nanorlhf.options import main
 from nanorlhf.tokenizer import load_tokenizer, tokenizer_of
@@ -28,8 +28,8 @@ def write_base(folder, family, **fields):
     tokenizer = load_tokenizer("reviews")
     shape = dict(vocab_size=tokenizer.vocab_size + 7, context=80, layers=2, heads=3, kv_heads=3, head_dim=8, init_std=0.1,
                  eos_id=tokenizer.eos_id, pad_id=None)
-    shape |= dict(kv_heads=1) if family in ("llama", "mistral", "qwen2", "qwen3") else {}
-    shape |= dict(rotary_dim=4) if family in ("gptj", "gpt_neox") else {}
+    shape |= dict(kv_heads=1) if "kv_heads" in FAMILIES[family].keys else {}
+    shape |= dict(rotary_dim=4) if family in ("gptj", *PARTIAL_ROTARY) else {}
     Transformer(ModelConfig.for_family(family, 24, **(shape | fields))).save_pretrained(folder)
     tokenizer.save(folder)
 
@@ -109,8 +109,9 @@ def test_each_family_trains_from_scratch(chain, tmp_path):
     assert rows[0]["loss"] > 5 and Transformer.from_pretrained(tmp_path / "new").config.family == family
 
 
-def test_the_sliding_window_limits_the_context_of_mistral(tmp_path):
-    write_base(tmp_path / "m", "mistral")
+@pytest.mark.parametrize("family", ["mistral", "phi3", "starcoder2"])
+def test_a_sliding_window_limits_the_context(family, tmp_path):
+    write_base(tmp_path / "m", family)
     config = json.loads((tmp_path / "m" / "config.json").read_text())
     for window, context in ((32, 32), (4096, 80), (None, 80)):
         (tmp_path / "m" / "config.json").write_text(json.dumps({**config, "sliding_window": window}))
@@ -151,6 +152,17 @@ PUBLISHED = {  # name -> (number of weights, config.json), as published, for the
         model_type="qwen3", vocab_size=151936, max_position_embeddings=40960, hidden_size=1024, intermediate_size=3072,
         num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=8, head_dim=128, rope_theta=1e6, tie_word_embeddings=True,
         use_sliding_window=False, sliding_window=None, max_window_layers=28)),
+    "phi-3-mini-4k": (3_821_079_552, NEW | dict(
+        model_type="phi3", vocab_size=32064, max_position_embeddings=4096, hidden_size=3072, intermediate_size=8192,
+        num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32, original_max_position_embeddings=4096,
+        rope_scaling=None, sliding_window=2047)),
+    "starcoder2-3b": (3_030_371_328, dict(
+        model_type="starcoder2", vocab_size=49152, max_position_embeddings=16384, hidden_size=3072, intermediate_size=12288,
+        num_hidden_layers=30, num_attention_heads=24, num_key_value_heads=2, hidden_act="gelu_pytorch_tanh", mlp_type="default",
+        norm_type="layer_norm", norm_epsilon=1e-5, rope_theta=999999.4420358813, sliding_window=4096, use_bias=True)),
+    "stablelm-3b-4e1t": (2_795_443_200, NEW | dict(
+        model_type="stablelm", vocab_size=50304, max_position_embeddings=4096, hidden_size=2560, intermediate_size=6912,
+        num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32, partial_rotary_factor=0.25, use_qkv_bias=False)),
 }
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nanorlhf.errors import UserError
-from nanorlhf.formats.checkpoints import FAMILIES
+from nanorlhf.formats.checkpoints import FAMILIES, PARTIAL_ROTARY
 from nanorlhf.generate import Decoding, beam_search, generate, prefill
 from nanorlhf.kernels import sample
 from nanorlhf.model import ModelConfig, Transformer
@@ -16,9 +16,9 @@ PROMPTS = [[5, 9, 3, 22, 17, 30, 8], [4], [11, 2, 19], [6, 6, 40, 33, 12]]
 
 def tiny(family="gpt2", seed=0, **fields):
     """A random model whose logits are far enough apart that samples differ and EOS (id 1) is drawn now and then."""
-    grouped = family in ("llama", "mistral", "qwen2", "qwen3")
+    grouped = "kv_heads" in FAMILIES[family].keys
     defaults = dict(vocab_size=48, context=40, layers=2, heads=4, kv_heads=2 if grouped else 4, head_dim=6, eos_id=1, pad_id=0,
-                    rotary_dim=2 if family in ("gptj", "gpt_neox") else 0, init_std=0.3)
+                    rotary_dim=2 if family in ("gptj", *PARTIAL_ROTARY) else 0, init_std=0.3)
     return Transformer(ModelConfig.for_family(family, 24, **(defaults | fields)), seed)
 
 

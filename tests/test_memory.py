@@ -43,14 +43,14 @@ def kept(c, dtype):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_a_layer_keeps_is_counted_to_the_byte(family, dtype):
-    grouped = family in ("llama", "mistral", "qwen2", "qwen3")
+    grouped = "kv_heads" in FAMILIES[family].keys
     c = ModelConfig.for_family(family, width=72, vocab_size=50, context=32, layers=1, heads=6, kv_heads=2 if grouped else 6, head_dim=12)
     two = kept(dataclasses.replace(c, layers=2), dtype) - kept(c, dtype)
     assert two == 2 * 20 * kept_by_layer(c, 2 if dtype == "bfloat16" else 4)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5])
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gptj"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gptj", "stablelm"])
 def test_the_counts_are_those_of_the_models(family, share):
     c = ModelConfig.for_family(family, width=16, vocab_size=50, context=32, layers=4, heads=2, kv_heads=2, head_dim=8)
     for kind, model in (("policy", Transformer(c)), ("reward", RewardModel(c)),

@@ -242,6 +242,10 @@ VARIANTS = {
     "mistral": small("mistral", tied=False, kv_heads=2, head_dim=10), "qwen2": small("qwen2", kv_heads=1, rope_theta=1e6),
     "qwen2 untied": small("qwen2", tied=False), "qwen3": small("qwen3", tied=False, kv_heads=2, head_dim=14),
     "qwen3 tied, biases": small("qwen3", qkv_bias=True, out_bias=True, vocab_size=51),
+    "phi3": small("phi3", tied=False), "phi3 tied, grouped, partial rotary": small("phi3", kv_heads=2, head_dim=10, rotary_dim=6),
+    "starcoder2": small("starcoder2", kv_heads=2, rope_theta=300.0), "stablelm": small("stablelm", rotary_dim=2, tied=False),
+    "starcoder2 untied, no biases": small("starcoder2", tied=False, qkv_bias=False, out_bias=False, mlp_bias=False, head_dim=10),
+    "stablelm parallel, biases": small("stablelm", residual="parallel, one norm", qkv_bias=True, kv_heads=2),
 }
 
 
@@ -553,7 +557,14 @@ def test_damaged_and_hostile_files_are_rejected(tmp_path):
     ("opt", {"layer_norm_elementwise_affine": False}, "layer_norm_elementwise_affine False"),
     ("qwen2", {"use_sliding_window": True}, "use_sliding_window True"),
     ("qwen3", {"use_sliding_window": True}, "use_sliding_window True"),
-    ("qwen2", {"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention")])
+    ("qwen2", {"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
+    ("phi3", {"rope_scaling": {"type": "longrope", "short_factor": [1.0] * 3, "long_factor": [2.0] * 3}}, "rope type 'longrope'"),
+    ("phi3", {"rope_scaling": {"type": "su", "short_factor": [1.0] * 3, "long_factor": [2.0] * 3}}, "rope type 'su'"),
+    ("phi3", {"partial_rotary_factor": 0.1}, "0 rotary"), ("phi3", {"sliding_window": -1}, "context -1"),
+    ("starcoder2", {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"), ("starcoder2", {"use_bias": 1.5}, "use_bias 1.5"),
+    ("starcoder2", {"norm_type": "rms_norm"}, "norm_type 'rms_norm'"), ("starcoder2", {"mlp_type": "gated"}, "mlp_type 'gated'"),
+    ("stablelm", {"qk_layernorm": True}, "qk_layernorm True"), ("stablelm", {"use_qkv_bias": "no"}, "use_qkv_bias 'no'"),
+    ("stablelm", {"use_parallel_residual": "no"}, "use_parallel_residual 'no'")])
 def test_an_unsupported_config_gives_a_one_line_error(tmp_path, name, change, message):
     folder = case_folder(tmp_path, name)
     (folder / "config.json").write_text(json.dumps({**CASES[name], **change}))

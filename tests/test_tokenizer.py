@@ -640,11 +640,29 @@ def test_encode_marked_finds_special_tokens_unless_they_are_broken(tiny, tmp_pat
     assert ours.encode_marked("<s>cat</s>", start=False) == [1, *ours.encode("cat"), 2]
     assert ours.encode_marked("cat</s>", start=False) == [*ours.encode("cat", start=False), 2]
     spec = variant_of(GOLDENS["spec"], "llama")
-    spec["added_tokens"][1]["rstrip"] = True  # the library's stripping is not supported
+    spec["added_tokens"][1]["lstrip"] = True  # the library's stripping on the left is not supported
     strips = sentencepiece(tmp_path / "b", spec)
     assert strips.encode("<s> cat") == ours.encode("<s> cat") and strips.encode_marked("a") == ours.encode("a")
     with pytest.raises(DataError, match="'<s>' strips the space"):
         strips.encode_marked("<s> cat")
+
+
+@pytest.mark.parametrize("form", ["byte level", "sentencepiece"])
+def test_added_tokens_that_strip_the_space_behind_them(form, tiny, many, library, tmp_path):
+    """Phi-3's do, </s> among them, which is no special token there."""
+    spec = variant_of(GOLDENS["spec"], "llama") if form == "sentencepiece" else family_spec("gpt2", tiny)
+    n = max(*spec["model"]["vocab"].values(), *(t["id"] for t in spec["added_tokens"])) + 1
+    added = [t for t in spec["added_tokens"] if t["content"] != "</s>"]
+    stripping = [("<|user|>", n, True), ("<|end|>", n + 1, True), ("</s>", spec["model"]["vocab"].get("</s>", n + 2), False)]
+    flags = {**tokenizer_file.FLAGS, "rstrip": True}
+    spec["added_tokens"] = [*added, *({**flags, "content": t, "id": i, "special": s} for t, i, s in stripping)]
+    folder = written(tmp_path, spec, {"eos_token": "<|end|>"})
+    rng, pieces = random.Random(2), ["</s>", "<|user|>", "<|end|>", " ", "\n", "\t", "\x1c", "\x1f", "\x85", "\u3000", "the", "\u200b", "▁"]
+    texts = ["".join(rng.choices(pieces, k=9)) for _ in range(2000)] + many[::4]
+    ours, theirs = load_tokenizer(folder), library.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    for encode, special in ((ours.encode, True), (ours.encode_marked, False)):
+        theirs.encode_special_tokens = special
+        assert [encode(t) for t in texts] == [e.ids for e in theirs.encode_batch(texts, add_special_tokens=False)]
 
 
 def test_the_chat_template_and_its_variables_are_read_and_saved(tiny, tmp_path):

@@ -249,7 +249,9 @@ def encode_turns(tokenizer, messages, response, all_turns=True, given=()):
             answer, end = answer[:match.start()], match[0]
         else:
             answer = answer.removesuffix(_next_header(tokenizer))
-        pieces += [(context, False), (tokenizer.encode_marked(answer + end, start=False, mark=mark), number not in given)]
+        # SentencePiece may put a space after any added token, such as Phi-3's <|assistant|>.
+        start = tokenizer.spaces in ("prepend", "always") and not {*context[-1:]}.isdisjoint(tokenizer.special.values())
+        pieces += [(context, False), (tokenizer.encode_marked(answer + end, start=start, mark=mark), number not in given)]
         done = before + answer + end
     if not pieces[-1][0] or pieces[-1][0][-1] not in tokenizer.end_ids:
         pieces[-1][0].append(tokenizer.eos_id)

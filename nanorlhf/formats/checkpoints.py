@@ -111,7 +111,24 @@ FAMILIES = {
         "Qwen3ForCausalLM", "Qwen3ForSequenceClassification", style=LLAMA_STYLE | dict(qk_norm=True), only=NO_WINDOW,
         keys=LLAMA_KEYS | ATTENTION_BIAS, defaults=LLAMA_DEFAULTS | dict(head_dim=128),
         prefix="model.", block="layers", names=LLAMA_NAMES, constant=NO_WINDOW),
+    "phi3": Family(
+        "Phi3ForCausalLM", "Phi3ForSequenceClassification", style=LLAMA_STYLE, keys=LLAMA_KEYS,
+        defaults=LLAMA_DEFAULTS | dict(norm_eps=1e-5), prefix="model.", block="layers", constant=dict(sliding_window=None),
+        names=LLAMA_NAMES | {"attn.qkv": ["self_attn.qkv_proj"], "mlp.up": ["mlp.gate_up_proj"]}),
+    "starcoder2": Family(
+        "Starcoder2ForCausalLM", "Starcoder2ForSequenceClassification", style=dict(positions="rotary"),
+        keys=LLAMA_KEYS | dict(norm_eps="norm_epsilon", qkv_bias="use_bias", out_bias="use_bias", mlp_bias="use_bias"),
+        defaults=dict(norm_eps=1e-5, activation="gelu_pytorch_tanh", kv_heads=2), prefix="model.", block="layers",
+        only=dict(norm_type="layer_norm", mlp_type="default"), constant=dict(sliding_window=None),
+        names=LLAMA_NAMES | {"mlp.up": ["mlp.c_fc"], "mlp.down": ["mlp.c_proj"]}),
+    "stablelm": Family(
+        "StableLmForCausalLM", "StableLmForSequenceClassification", style=LLAMA_STYLE | dict(norm="layernorm", norm_eps=1e-5),
+        keys=SIZES | dict(kv_heads="num_key_value_heads", ffn="intermediate_size", norm_eps="layer_norm_eps",
+                          activation="hidden_act", qkv_bias="use_qkv_bias"),
+        defaults=LLAMA_DEFAULTS | dict(norm_eps=1e-5, kv_heads=32), only=dict(qk_layernorm=False),
+        prefix="model.", block="layers", names=LLAMA_NAMES),
 }
+PARTIAL_ROTARY = ("gpt_neox", "phi3", "stablelm")                 # may rotate a share of each head
 STALE = (".attn.bias", ".attention.bias", ".masked_bias", ".rotary_emb.inv_freq", ".embed_positions")  # buffers in old files
 LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
@@ -123,6 +140,8 @@ def read_rope(name, raw):
     if name == "gpt_neox":                        # has its own names
         rope = {"rope_theta": raw.get("rotary_emb_base", 10000.0)} | rope | {
             "partial_rotary_factor": raw.get("rotary_pct", 0.25)}
+    if name == "stablelm":
+        rope = {"partial_rotary_factor": 0.25} | rope
     rope = {"rope_theta": 10000.0} | rope | (raw.get("rope_scaling") or {}) | (raw.get("rope_parameters") or {})
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "llama3"):
@@ -152,13 +171,16 @@ def read_fields(name, raw):
         fields["rotary_dim"] = read_rotary(fields, fields["rotary_dim"])
     elif fields.get("positions") == "rotary":
         fields["rope_theta"], fields["rope_scaling"], share = read_rope(name, raw)
-        if share != 1 and name != "gpt_neox":
+        if share != 1 and name not in PARTIAL_ROTARY:
             raise UserError(f"partial_rotary_factor {share!r} is not supported in {name}")
         fields["rotary_dim"] = read_rotary(fields, int(fields["head_dim"] * share))
     if name == "gpt_neox":
         fields["residual"] = "parallel" if raw.get("use_parallel_residual") in (None, True) else "sequential"
-    if name == "mistral":                         # within its window, sliding attention is plain attention: go no further
-        fields["context"] = min(fields["context"], raw.get("sliding_window", 4096) or fields["context"])
+    if name == "stablelm":
+        fields["residual"] = "parallel, one norm" if raw.get("use_parallel_residual") else "sequential"
+    if "sliding_window" in family.constant:       # within its window, sliding attention is plain attention: go no further
+        window = raw.get("sliding_window", 4096 if name == "mistral" else None)
+        fields["context"] = min(fields["context"], window or fields["context"])
     if name == "opt" and raw.get("word_embed_proj_dim") not in (None, fields["width"]):
         raise UserError(f"word_embed_proj_dim {raw['word_embed_proj_dim']!r} other than hidden_size (OPT-350M) "
                         "is not supported")
@@ -231,7 +253,7 @@ def check_values(fields, raw):
         if type(fields[k]) is not int or not 0 < fields[k] < 2**31:
             raise UserError(f"{k} {fields[k]!r} is not a positive number")
     check_positive("norm_eps", fields.get("norm_eps", 1e-5))
-    for k in ("tie_word_embeddings", "use_parallel_residual", "attention_bias", "mlp_bias"):
+    for k in ("tie_word_embeddings", "use_parallel_residual", "attention_bias", "mlp_bias", "use_bias", "use_qkv_bias"):
         if raw.get(k) not in (None, True, False):
             raise UserError(f"{k} {raw[k]!r} is not true or false")
     for k in ("bos_token_id", "pad_token_id"):
@@ -436,12 +458,12 @@ def written_fields(config, family):
         fields["rotary_dim"] = config.rotary_dim or config.head_dim
     elif config.positions == "rotary":
         fields["rope_scaling"] = {"rope_type": "llama3", **config.rope_scaling} if config.rope_scaling else None
-        if config.family == "gpt_neox":
+        if config.family in PARTIAL_ROTARY:
             share = (config.rotary_dim or config.head_dim) / config.head_dim
             if int(config.head_dim * share) < config.rotary_dim:                       # rounded down: 49 * (2 / 49) < 2
                 share = math.nextafter(share, 1)
-            fields |= dict(rotary_emb_base=config.rope_theta, rotary_pct=share,
-                           use_parallel_residual=config.residual == "parallel")
-        else:
-            fields["rope_theta"] = config.rope_theta
+            fields["rotary_pct" if config.family == "gpt_neox" else "partial_rotary_factor"] = share
+        fields["rotary_emb_base" if config.family == "gpt_neox" else "rope_theta"] = config.rope_theta
+        if config.family in ("gpt_neox", "stablelm"):
+            fields["use_parallel_residual"] = config.residual != "sequential"
     return fields

@@ -87,8 +87,8 @@ def from_spec(path, spec, beside, files):
         if content in vocab and content not in added:
             added[content] = {**FLAGS, "id": vocab[content], "content": content, "special": True}
     _check_ids(path, [*vocab.values(), *(t["id"] for t in added.values() if t["content"] not in vocab)])
-    # What these flags do next to a match is not implemented. Special tokens may have them: plain `encode` never matches one.
-    if any(t[k] for t in added.values() if not t["special"] for k in ("lstrip", "rstrip", "single_word")):
+    # Special tokens may have such flags: plain `encode` never matches one.
+    if any(unread_flags(t) for t in added.values() if not t["special"]):
         raise DataError(f"{path}: added tokens that strip or need whole words are not supported")
 
     if model.get("byte_fallback"):
@@ -110,6 +110,11 @@ def from_spec(path, spec, beside, files):
     return dict(pieces, eos=eos, pad=pad if pad in added else None, bos=bos, added=list(added.values()), files=files,
                 special_text={role: names[role] for role in ROLES if names.get(role)},
                 chat_template=beside["chat_template"])
+
+
+def unread_flags(token):
+    """True if an added token has a flag whose effect next to a match is not implemented. That of `rstrip` is (Phi-3)."""
+    return token["lstrip"] or token["single_word"] or token["rstrip"] and token["normalized"]
 
 
 def read_companion_files(folder):

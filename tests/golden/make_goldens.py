@@ -26,6 +26,13 @@ OPT = dict(model_type="opt", vocab_size=48, max_position_embeddings=16, hidden_s
 MISTRAL = {**LLAMA, "model_type": "mistral", "num_attention_heads": 6, "sliding_window": None}
 QWEN2 = {**LLAMA, "model_type": "qwen2", "num_attention_heads": 6, "use_sliding_window": False, "max_window_layers": 1}
 QWEN3 = {**LLAMA, "model_type": "qwen3", "num_attention_heads": 5, "num_key_value_heads": 1, "head_dim": 6, "attention_bias": True}
+PHI3 = {**LLAMA, "model_type": "phi3", "sliding_window": None, "original_max_position_embeddings": 16, "rope_scaling": None,
+        "pad_token_id": None}
+STARCODER2 = dict(model_type="starcoder2", vocab_size=48, max_position_embeddings=16, hidden_size=24, intermediate_size=40,
+                  num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2, norm_epsilon=1e-3, rope_theta=500.0,
+                  sliding_window=12, norm_type="layer_norm", mlp_type="default", bos_token_id=0, eos_token_id=0)
+STABLELM = dict(model_type="stablelm", vocab_size=48, max_position_embeddings=16, hidden_size=32, intermediate_size=40,
+                num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, layer_norm_eps=1e-3, rope_theta=500.0)
 V5_LLAMA = {k: v for k, v in LLAMA.items() if k != "rope_theta"} | {"dtype": "float32"}
 V5_NEOX = {k: v for k, v in NEOX.items() if k not in ("rotary_pct", "rotary_emb_base")} | {"dtype": "float32"}
 CASES = {  # name -> config.json
@@ -59,6 +66,16 @@ CASES = {  # name -> config.json
         "rope_type": "default", "rope_theta": 700.0}, "layer_types": ["full_attention"] * 2, "sliding_window": None},
     "qwen3": QWEN3,
     "qwen3 tied": {**QWEN3, "tie_word_embeddings": True, "attention_bias": False},
+    "phi3": PHI3,
+    "phi3 with a window, tied, partial rotary, own head width": {**PHI3, "sliding_window": 12, "tie_word_embeddings": True, "head_dim": 10,
+                                                                 "partial_rotary_factor": 0.6},
+    "starcoder2": STARCODER2,
+    "starcoder2 untied, no biases, exact gelu": {**STARCODER2, "use_bias": False, "tie_word_embeddings": False, "hidden_act": "gelu"},
+    "stablelm": STABLELM,
+    "stablelm parallel, tied, biases, spelt as transformers 5": {
+        **{k: v for k, v in STABLELM.items() if k != "rope_theta"}, "use_parallel_residual": True, "tie_word_embeddings": True,
+        "use_qkv_bias": True, "rope_parameters": {"rope_type": "default", "rope_theta": 300.0, "partial_rotary_factor": 0.5}},
+    "stablelm by transformers 5 without a share": {**STABLELM, "rope_parameters": {"rope_type": "default", "rope_theta": 200.0}},
 }
 
 

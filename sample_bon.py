@@ -15,6 +15,12 @@ The group and other columns of the data are written along.
 The samples depend on --seed, --n and the data (a file's content, or the split), but on neither the reward nor
 --batch_size. So another reward ranks the same samples, and other prompts never get the same random numbers.
 
+--responses FILE scores what another engine has drawn: rows with prompt, responses, and perhaps finished, a
+list of true or false (not given: all are). Of each row the first --n count, or as many as the rows have; a
+row with fewer than the others is bad. Nothing is sampled: --init gives the tokenizer and the context, its
+weights are not read, and options of sampling are refused. The rest is as with own samples: --cut_at ends a
+response, one that leaves --max_length is truncated, and truncated ones are not written.
+
 --label_temperature makes comparisons as in DPO's sentiment setting: the responses to a prompt are paired,
 and a noisy judge prefers a to b with probability sigmoid((r_a - r_b) / temperature). At 0 the higher score
 always wins, and a tie is a coin toss.
@@ -23,16 +29,17 @@ Without options it draws best-of-16 from out/sft under out/rm on the built-in te
 """
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 import numpy as np
 
 from nanorlhf import ranks
-from nanorlhf.data import (Example, cut_response, decode_response, describe, encode_prompts, load_records,
-                           marks_of)
+from nanorlhf.data import (Example, cut_response, cut_text, decode_response, describe, encode_prompts,
+                           encode_response, length_limits, load_candidates, load_records, marks_of)
 from nanorlhf.errors import UserError
 from nanorlhf.files import append_records, read_jsonl, remove, require_folder, write_json, write_records
+from nanorlhf.formats.checkpoints import read_config
 from nanorlhf.formats.records import other_columns
 from nanorlhf.formats.sources import data_sha256
 from nanorlhf.generate import generate, repeated
@@ -48,13 +55,14 @@ from nanorlhf.training import seed_for
 @dataclass
 class Config:
     # Best-of-N
-    n: int = 16                      # samples per prompt
+    n: int = 16                      # samples per prompt; of --responses, at most this many
     reward: str = "out/rm"           # chooses: reward model's folder or hub name, gold, or file.py:function
     eval_reward: str = ""            # only measured: likewise; '' = gold, if on reviews
     label_temperature: float = -1.0  # of the judge who labels comparisons (ties: a coin); negative = none
     keep_unfinished: bool = False    # also write truncated responses; they end with EOS when read back
 
     # Data
+    responses: str = ""              # score the responses of this file, instead of sampling; replaces --data
     init: str = "out/sft"            # policy to sample: folder or hub name
     data: str = "reviews"            # record file of prompts, or `reviews` (4000 for train, else 500)
     split: str = "test"              # of reviews: train, test, ood_near or ood_far
@@ -131,8 +139,31 @@ def usable(scored, keep_unfinished):
 def stream_of(config):
     """What the random numbers depend on besides the seed: the data's content, wherever it lies, and n.
     Held-out comparisons with the random numbers of the training comparisons would repeat some texts."""
-    data = ("reviews", config.split) if config.data == "reviews" else ("file", data_sha256(config.data))
+    source = config.responses or config.data
+    data = ("reviews", config.split) if source == "reviews" else ("file", data_sha256(source))
     return *data, config.n
+
+
+def check_unused(config):
+    """Refuses options that --responses leaves without effect."""
+    for field in fields(config):
+        if field.name in ("data", "split", "response_length", "temperature", "top_k", "top_p", "compile"):
+            if (value := getattr(config, field.name)) != field.default:
+                raise UserError(f"--{field.name} {value} has no effect with --responses: leave it out")
+
+
+def given_samples(tokenizer, queries, records, longest, marks):
+    """The responses of records as if they had been sampled: (lists of ids, whether each is finished), for all
+    rows in order. A response ends before the first mark. One that leaves `longest` tokens is cut there."""
+    found, finished = [], []
+    for query, record in zip(queries, records):
+        for text, ended in zip(record["responses"], record["finished"]):
+            kept = cut_text(text, marks)
+            ids, room = encode_response(tokenizer, kept, record["prompt"]), longest - len(query)
+            ended = ended or kept != text
+            found.append(ids[:room] if ended else ids[:-1][:room])      # ids end with EOS
+            finished.append(ended and len(ids) <= room)
+    return found, finished
 
 
 def sample(config):
@@ -142,21 +173,33 @@ def sample(config):
         remove(drawn)                            # a kill may have left it
         return
     init = require_folder(config.init, "python train_sft.py", Config.init)
-    if config.n < (2 if config.label_temperature >= 0 else 1):
+    least, source = 2 if config.label_temperature >= 0 else 1, config.responses or config.data
+    if config.n < least:
         raise UserError(f"--n {config.n}: at least one sample per prompt, and two to compare")
-    tokenizer = load_tokenizer(init)
-    policy = run.prepare(Transformer.from_pretrained(init), tokenizer)
-    limit, skip_bad = config.limit or None, config.skip_bad
-    records = load_records(config.data, "prompt", config.split, limit, skip_bad, tokenizer=tokenizer,
-                           columns=config.columns)
-    prompts = encode_prompts(tokenizer, records, config, policy.config.context)
-    describe(run.name, tokenizer, [Example(p, len(p)) for p in prompts])
-    reward = load_reward(config.reward, tokenizer, run.device, records, config.data, dtype=config.dtype)
-    measured = config.eval_reward or ("gold" if config.data == "reviews" else "")
+    tokenizer, limit, skip_bad = load_tokenizer(init), config.limit or None, config.skip_bad
+    marks = marks_of(config.cut_at)
+    if config.responses:
+        check_unused(config)
+        records = load_candidates(source, config.n, limit, skip_bad, tokenizer, config.columns)
+        config = replace(config, n=len(records[0]["responses"]))
+        if config.n < least:
+            raise UserError(f"{source}: one response to each prompt, and it takes two to compare")
+        context = read_config(init)[0]["context"]
+        longest = length_limits(config, context)[0]
+        prompts = encode_prompts(tokenizer, records, config, context, response_length=1)
+        shown, _ = given_samples(tokenizer, prompts[:1], records[:1], longest, marks)
+    else:
+        policy, shown = run.prepare(Transformer.from_pretrained(init), tokenizer), [[]]
+        records = load_records(source, "prompt", config.split, limit, skip_bad, tokenizer=tokenizer,
+                               columns=config.columns)
+        prompts = encode_prompts(tokenizer, records, config, policy.config.context)
+    describe(run.name, tokenizer, [Example(prompts[0] + shown[0], len(prompts[0]))])
+    reward = load_reward(config.reward, tokenizer, run.device, records, source, dtype=config.dtype)
+    measured = config.eval_reward or ("gold" if source == "reviews" else "")
     eval_reward = None
     if measured:
-        eval_reward = load_reward(measured, tokenizer, run.device, records, config.data, dtype=config.dtype)
-    columns, marks = other_columns(records), marks_of(config.cut_at)
+        eval_reward = load_reward(measured, tokenizer, run.device, records, source, dtype=config.dtype)
+    columns = other_columns(records)
 
     # A row's samples depend on the seed and its number only, so --resume goes on after the rows that exist.
     n, stream = config.n, stream_of(config)
@@ -167,14 +210,17 @@ def sample(config):
     write_records(drawn, scored)
     for first in range(len(scored), len(prompts), config.batch_size):
         queries, asked = (items[first:first + config.batch_size] for items in (prompts, records))
-        with run.autocast():
-            samples = generate(policy, queries, config.response_length, config.temperature, config.top_k,
-                               config.top_p, n, seed_for(config.seed, "bon", *stream), marks, tokenizer,
-                               first_row=first * n)
-        responses = samples.responses()
-        if marks:
-            responses = [cut_response(tokenizer, y, marks, r["prompt"], config.response_length)
-                         for y, r in zip(responses, repeated(asked, n))]
+        if config.responses:
+            responses, finished = given_samples(tokenizer, queries, asked, longest, marks)
+        else:
+            with run.autocast():
+                samples = generate(policy, queries, config.response_length, config.temperature, config.top_k,
+                                   config.top_p, n, seed_for(config.seed, "bon", *stream), marks, tokenizer,
+                                   first_row=first * n)
+            responses, finished = samples.responses(), samples.finished.tolist()
+            if marks:
+                responses = [cut_response(tokenizer, y, marks, r["prompt"], config.response_length)
+                             for y, r in zip(responses, repeated(asked, n))]
         scores = reward(repeated(queries, n), responses, repeated(asked, n)).view(-1, n)            # [P, n]
         if eval_reward:
             values = eval_reward(repeated(queries, n), responses, repeated(asked, n)).view(-1, n)   # [P, n]
@@ -183,7 +229,7 @@ def sample(config):
             texts = [decode_response(tokenizer, r, record["prompt"]) for r in responses[rows]]
             scored.append(dict(prompt=record["prompt"], responses=texts, scores=scores[i].tolist(),
                                values=values[i].tolist() if eval_reward else None,
-                               finished=samples.finished[rows].tolist(), columns=columns[first + i]))
+                               finished=finished[rows], columns=columns[first + i]))
         metrics = {"scores/mean": scores.mean(), "scores/best": scores.max(1).values.mean()}
         if eval_reward:
             metrics["eval_reward/of_best"] = values.gather(1, scores.argmax(1, keepdim=True)).mean()

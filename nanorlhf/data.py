@@ -50,8 +50,8 @@ def load_records(path_or_name, kind, split="train", limit=None, skip_bad=False, 
     rows          False: forget the rows that records were read from, which takes half of the memory.
     bad           a dict that takes {what is wrong with a skipped row: (number of such rows, place of the first)}.
 
-    A record is a dict of the kind's fields; the attribute `row` of prompts and rankings is the JSON object they were read
-    from. Text is taken as it stands. In particular, no space is put between prompt and completion: the completion carries
+    A record is a dict of the kind's fields; the attribute `row` of prompts, rankings and candidates is the JSON object they were
+    read from. Text is taken as it stands. In particular, no space is put between prompt and completion: the completion carries
     its own leading space where one is wanted (HH and TL;DR files do so). A completion may have "given": numbers of earlier
     turns of the assistant (0: the first) that nothing is learned from.
     """
@@ -73,8 +73,8 @@ def load_records(path_or_name, kind, split="train", limit=None, skip_bad=False, 
                 row = renamed(row, columns)
                 missing -= row.keys() if missing and isinstance(row, dict) else set()
                 found = records_of(row, kind)
-                for record in found if not rows else ():
-                    record.row = None
+                for record in found if kind == "candidates" or not rows else ():
+                    record.line, record.row = line, record.row if rows else None
                 records += rendered(tokenizer, found, kind) if tokenizer and found else found
             except DataError as e:
                 if not skip_bad:
@@ -105,6 +105,27 @@ def with_progress(items, what):
         yield item
 
 
+def load_candidates(path, n, limit=None, skip_bad=False, tokenizer=None, columns=""):
+    """load_records of kind "candidates", with the same number of responses each: the first n of every row, or as many as the rows
+    have. A row with fewer than the others is a bad row, unless it has n."""
+    records = load_records(path, "candidates", limit=limit, skip_bad=skip_bad, tokenizer=tokenizer, columns=columns)
+    counts = [len(r["responses"]) for r in records]
+    fewest, most = min(counts), max(counts)
+    n = min(n, most)
+    few = [r for r in records if len(r["responses"]) < n]
+    if few and not skip_bad:
+        raise DataError(f"{path}:{few[0].line}: {len(few[0]['responses'])} responses, where other rows have {most} (--n {fewest} "
+                        f"uses the first {fewest} of each row, --skip_bad skips rows with fewer)")
+    if few:
+        print(f"{path}: skipped {len(few)} of {len(records)} rows (fewer than {n} responses)", file=sys.stderr)
+    if most > n:
+        print(f"{path}: of up to {most} responses to a prompt the first {n} are used (--n)", flush=True)
+    records = [r for r in records if len(r["responses"]) >= n]
+    for r in records:
+        r["responses"], r["finished"] = r["responses"][:n], r["finished"][:n]
+    return records
+
+
 def rendered(tokenizer, records, kind):
     """Returns the records of one row, which share a prompt, without the comparisons of responses that have the same tokens.
     Raises a DataError if the chat template rejects the prompt or a response, or if no comparison is left."""
@@ -115,7 +136,7 @@ def rendered(tokenizer, records, kind):
         return records
     texts = [r.get("responses") or [r[field] for field in ("completion", "chosen", "rejected") if field in r] for r in records]
     ids = {text: encode_turns(tokenizer, messages, text, all_turns=False)[-1][0] for text in dict.fromkeys(sum(texts, []))}
-    kept = [r for r, ys in zip(records, texts) if len(ys) == 1 or any(ids[y] != ids[ys[0]] for y in ys)]
+    kept = [r for r, ys in zip(records, texts) if len(ys) == 1 or kind == "candidates" or any(ids[y] != ids[ys[0]] for y in ys)]
     if not kept:
         raise DataError("the responses are one text under the chat template")
     return kept

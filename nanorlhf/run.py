@@ -37,7 +37,8 @@ from nanorlhf.training import seed_for
 
 MAY_CHANGE_ON_RESUME = (*HOW_TO_BEGIN, "device", "shard", "deterministic", "compile", "gradient_checkpointing", "share_prompts",
                         "micro_batch_size", "eval_every", "save_every")
-INPUTS = ("init", "reference", "value_init", "tokenizer", "reward", "eval_reward", "eval_data", "eval_prompts", "normalize_data")
+INPUTS = ("init", "reference", "value_init", "tokenizer", "reward", "eval_reward", "eval_data", "eval_prompts", "normalize_data",
+          "responses")
 MAKE_COMPARISONS = ("python sample_bon.py --split train --limit 8000 --n 2 --reward gold --label_temperature 0.2 "
                     "--out out/comparisons")      # makes the default --data of train_rm.py and train_dpo.py
 MAKE_BASE = "python train_sft.py --init scratch --family llama --kind text --packing false --lr 2.5e-3 --out out/base"

@@ -36,7 +36,8 @@ RUNS = {
     "ppo_gold": ("train_ppo", dict(limit=32, reward="gold", reward_at="sentences")),
     "rrhf": ("train_rrhf", dict(limit=16, resample_every=2, kl_coef=0.1)),
     "rrhf_beam": ("train_rrhf", dict(limit=16, sampling="beam")),
-    "bon": ("sample_bon", dict(n=4, limit=10, batch_size=4))}
+    "bon": ("sample_bon", dict(n=4, limit=10, batch_size=4)),
+    "bon_given": ("sample_bon", dict(responses="out/comparisons/ranked.jsonl", limit=10, batch_size=4, response_length=48))}
 
 
 def start(name, options, out, **more):
@@ -70,7 +71,7 @@ def program(folder, how, until=None):
                 raise KeyboardInterrupt
         Run.checkpoint = checkpoint
     for name, (script, options) in RUNS.items():
-        if until and name == "bon":
+        if until and script == "sample_bon":
             continue
         if until:
             options = options | dict(save_every=1, resume=(Path(folder) / name).exists())
@@ -144,7 +145,7 @@ def test_any_number_of_processes_does_what_one_does(folder_of, name, count, how)
     """In float64: all gradients to 1e-12, the logs to 1e-9, and the same responses."""
     import torch
     one, several = (torch.load(folder / f"{name}.pt") for folder in (folder_of(1), folder_of(count, how)))
-    assert len(one) == len(several) and (name == "bon" or one)
+    assert len(one) == len(several) and (name.startswith("bon") or one)
     for a, b in zip(one, several):
         assert len(a) == len(b)
         for x, y in zip(a, b):
@@ -168,7 +169,7 @@ def resumed(folder_of):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in RUNS if name != "bon"])
+@pytest.mark.parametrize("name", [name for name in RUNS if not name.startswith("bon")])
 def test_a_run_resumes_on_another_number_of_processes(folder_of, resumed, name):
     """In float64: the rows of all steps and the weights are those of one process that was not interrupted."""
     import torch

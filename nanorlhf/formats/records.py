@@ -16,7 +16,8 @@ from nanorlhf.files import parse_json
 from nanorlhf.formats.chat import ASSISTANT, TURN, content_of, messages_of, name_of, string, transcript
 
 FIELDS = {"text": ("text",), "prompt": ("prompt",), "completion": ("prompt", "completion"),
-          "preference": ("prompt", "chosen", "rejected"), "ranked": ("prompt", "responses", "scores")}
+          "preference": ("prompt", "chosen", "rejected"), "ranked": ("prompt", "responses", "scores"),
+          "candidates": ("prompt", "responses")}       # of one prompt, not scored yet
 TLDR_PROMPT = "SUBREDDIT: r/{subreddit}\n\nTITLE: {title}\n\nPOST: {post}\n\nTL;DR:"  # Stiennon et al. 2020
 CNNDM_PROMPT = "ARTICLE: {article}\nTL;DR:"
 ALPACA_PROMPT = ("Below is an instruction that describes a task. Write a response that appropriately completes the "
@@ -32,14 +33,14 @@ LABELS = ("label", "kto_tag")                      # read: false or 0 for an ans
 REFUSED = ("tools", "functions", "documents", "image", "images", "video", "videos", "audio", "audios",
            "chat_template_kwargs")                 # unless they are empty
 # Fields that mean something in a row with a prompt and responses, so other_columns leaves them out:
-MEANT = {"prompt", "completion", "chosen", "rejected", "responses", "scores", "messages", "conversations", "instruction",
-         "group", "score", "score_chosen", "score_rejected", *BEFORE}
+MEANT = {"prompt", "completion", "chosen", "rejected", "responses", "scores", "finished", "messages", "conversations",
+         "instruction", "group", "score", "score_chosen", "score_rejected", *BEFORE}
 
 
 class Record(dict):
-    """A dict with the fields of one kind. `row` is the JSON object that a prompt or a ranking was read from, with all its
-    fields, and `read` names those that identified it; None and () for other records."""
-    row, read = None, ()
+    """A dict with the fields of one kind. `row` is the JSON object that a prompt, a ranking or candidates were read from, with
+    all its fields, and `read` names those that identified it; None and () for other records. `line` is its place in the file."""
+    row, read, line = None, (), 0
 
 
 def columns_of(records):
@@ -89,8 +90,8 @@ def records_of(row, kind):
     whole, row = row, {name: value for name, value in row.items() if value is not None}
     if refused := [name for name in REFUSED if row.get(name) and row[name] != "[]"]:
         raise DataError(f"{refused[0]} is not read: leave the field out if the rows are right without it")
-    fits = [reader for reader in READERS if set(reader[0]) <= row.keys()]
-    fits = [reader for reader in fits if not any(set(reader[0]) < set(other[0]) for other in fits)]
+    fits = [reader for reader in READERS if set(reader[0]) <= row.keys() and (reader[1] != "candidates" or kind == "candidates")]
+    fits = [reader for reader in fits if reader[1] == "candidates" or not any(set(reader[0]) < set(o[0]) for o in fits)]
     if not fits:
         raise DataError(f"no known record in the fields {names or '(none)'}")
     # Prefer the kind asked for, else the first that fits. A prompt is read by the fullest layout: it has a reference answer.
@@ -124,7 +125,7 @@ def records_of(row, kind):
         raise DataError(f"no {kind} record ({', '.join(FIELDS[kind])}) can be made of a {row_kind} record, "
                         f"fields {names}")
     converted = [Record(r) for r in converted]
-    for r in converted if kind in ("prompt", "ranked") else ():         # the kinds that a reward sees; others need not hold it
+    for r in converted if kind in ("prompt", "ranked", "candidates") else ():          # a reward sees these; others need no row
         r.row, r.read = whole, fields
     return converted
 
@@ -363,6 +364,27 @@ def _read_ranked(row, field, *_):
     return {"prompt": prompts[0], "responses": list(responses), "scores": [float(s) for s in scores]}
 
 
+def _read_candidates(row, field, _):
+    """Reads responses that are to be scored. A string is a sample, and may be empty or hold anything; "finished" says which ended
+    by themselves (not given: all)."""
+    if not isinstance(row["responses"], list) or not row["responses"]:
+        raise DataError(f"responses is {'empty' if row['responses'] == [] else 'not a list'}")
+    finished = row.get("finished", [True] * len(row["responses"]))
+    if not isinstance(finished, list) or [type(f) for f in finished] != [bool] * len(row["responses"]):
+        raise DataError("finished is not a list of true or false, one for each response")
+    asked, prompt = _prompt(row, field), _read_prompt(row, field)["prompt"]
+
+    def read(response):
+        if isinstance(asked, list) and isinstance(response, str):
+            response = string(response, "a response")
+            return prompt, response if _is_open(asked) else " " + response.removeprefix(" ")
+        return _dialogue(asked, response, "a response")[:2]
+    prompts, responses = zip(*map(read, row["responses"]))
+    if len(set(prompts)) > 1:
+        raise DataError("prompts differ")
+    return {"prompt": prompts[0], "responses": list(responses), "finished": finished}
+
+
 def _read_summaries(row, *_):
     """Reads openai/summarize_from_feedback. `choice` is the index of the better summary."""
     info, summaries = row["info"], row["summaries"]
@@ -405,6 +427,7 @@ READERS = (  # (fields that identify a row, its kind, its reader); earlier ones 
     (("instruction", "response"), "completion", _read_completion),
     (("messages",), "completion", _read_messages),
     (("conversations",), "completion", _read_messages),
+    (("prompt", "responses"), "candidates", _read_candidates),          # only if asked for: else the row is a prompt
     (("text",), "text", lambda row, field: {"text": string(row[field], field)}),
     (("prompt",), "prompt", _read_prompt),
     (("instruction",), "prompt", _read_prompt),

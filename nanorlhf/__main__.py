@@ -1,13 +1,14 @@
 """The whole pipeline in one command: `python -m nanorlhf` trains every method on the built-in task and compares them.
 
     base model -> SFT -> comparisons of its samples, labelled by a noisy judge -> reward model -> PPO, PPO on the true
-    reward, DPO, Unlikelihood, Preferred-FT, RRHF, best-of-16 -> one table, one plot, a page of samples
+    reward, DPO, Unlikelihood, Preferred-FT, RRHF, best-of-16 -> one table, one plot, one page with all of it
 
 Every stage is a call of its script's own train(Config(...)) or sample(Config(...)), and nothing else. If the command is
 stopped at any moment, running it again resumes.
 """
 
 import dataclasses
+import functools
 import time
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from nanorlhf.files import read_json, read_jsonl, write_json, write_records, wri
 from nanorlhf.jobs import is_finished, run_jobs, stage_jobs
 from nanorlhf.metrics import mean_and_interval, share_interval, within
 from nanorlhf.options import check_options, one_line_errors, parse_options
+from nanorlhf.plot import can_plot, report_page, save_plot
 from nanorlhf.run import git_commit
 
 
@@ -155,26 +157,6 @@ def frontier(folders):
     return {m: ls for m, ls in lines.items() if any(ls)}
 
 
-def can_plot():
-    """True if matplotlib is there; else says how to get it."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("no plot: it needs the extra `plot` (pip install -e '.[plot]')")
-        return False
-    matplotlib.use("Agg")                                                              # without a display
-    return True
-
-
-def save_plot(draw, file):
-    """Calls draw(axes) on new axes and saves the figure."""
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(figsize=(8, 5))
-    draw(axes)
-    figure.savefig(file, dpi=120, bbox_inches="tight")
-    plt.close(figure)
-
-
 def draw_frontier(axes, lines, sft_gold):
     """Plots gold reward against KL to SFT (Rafailov 2023, Figure 2): one point per evaluation, one colour per method."""
     axes.axhline(sft_gold, color="grey", linestyle=":", label="SFT")
@@ -184,18 +166,6 @@ def draw_frontier(axes, lines, sft_gold):
     axes.set(xlabel="KL(policy || SFT), nats per sequence", ylabel="gold reward on held-out prompts", xscale="symlog")
     axes.set(xlim=(0, None), ylim=(-2.05, 1))
     axes.legend(fontsize=8)
-
-
-def samples_page(samples, prompts_a_split=2):
-    """Returns Markdown with what every method wrote for the same few prompts of each split."""
-    lines = ["# Samples\n\nThe first prompts of each split, one sample of each method; in brackets the gold reward."]
-    for split in ("test", "ood_near", "ood_far"):
-        rows = [s for s in samples if s["split"] == split]
-        for prompt in list(dict.fromkeys(s["prompt"] for s in rows))[:prompts_a_split]:
-            lines.append(f"\n## {prompt} ({split})\n")
-            first = {s["method"]: s for s in reversed(rows) if s["prompt"] == prompt}
-            lines += [f"- **{s['method']}** [{s['gold']:.2f}]{s['completion']}" for s in reversed(first.values())]
-    return "\n".join(lines) + "\n"
 
 
 def main():
@@ -224,10 +194,13 @@ def main():
         write_json(root / "table.json", dict(rows=rows, judge=judge, seeds=tables, commit=git_commit(), frontier=lines, note=note,
                                              options=dataclasses.asdict(options), seconds=round(time.monotonic() - started)))
         write_records(root / "samples.jsonl", [s for one_seed in samples for s in one_seed])
-        write_text(root / "samples.md", samples_page(samples[0]))
+        draw = functools.partial(draw_frontier, lines=lines, sft_gold=rows[0]["gold/test"][0])
         if plot := can_plot():
-            save_plot(lambda axes: draw_frontier(axes, lines, rows[0]["gold/test"][0]), root / "frontier.png")
-        print(f"\n{table}\n{root}/table.md, table.json, samples.md{', frontier.png' if plot else ''}; "
+            save_plot([draw], root / "frontier.png")
+        trained = [folder / name for name in ("base", "rm", *POLICIES.values()) for folder in folders]
+        page = report_page([root, *trained], plots=plot, draws={"gold reward against KL": draw}, of_runs=False)
+        write_text(root / "report.html", page)
+        print(f"\n{table}\n{root}/table.md, table.json, report.html{', frontier.png' if plot else ''}; "
               f"{time.monotonic() - started:.0f} seconds")
 
 

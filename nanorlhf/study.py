@@ -17,7 +17,6 @@ import time
 from pathlib import Path
 
 from nanorlhf import ranks
-from nanorlhf.__main__ import can_plot, save_plot
 from nanorlhf.errors import NotFinite, UserError
 from nanorlhf.evaluate import cell
 from nanorlhf.experiments import COMMON, POLICY_SCRIPTS, PPO, measured, runs
@@ -25,6 +24,7 @@ from nanorlhf.files import read_json, write_json, write_text
 from nanorlhf.findings import EXPERIMENTS, over_seeds, verdict
 from nanorlhf.jobs import Job, is_finished, run_jobs, run_stage, stages_needed
 from nanorlhf.options import check_options, leading_words, one_line_errors, parse_options
+from nanorlhf.plot import can_plot, save_plot
 from nanorlhf.run import git_commit
 
 
@@ -144,7 +144,7 @@ def report(names, seeds, out, plots):
         experiment = EXPERIMENTS[name]
         parts.append(f"## {experiment.title}\n\n{claims_table(experiment, seeds)}")
         if plots:
-            save_plot(functools.partial(experiment.plot, seeds=seeds), Path(out) / f"{name}.png")
+            save_plot([functools.partial(experiment.plot, seeds=seeds)], Path(out) / f"{name}.png")
             parts.append(f"![{experiment.title}]({name}.png)")
         parts.append(experiment.tables(seeds))
     return "\n\n".join(parts)

@@ -26,6 +26,7 @@ rewards metrics
 evaluate
 judge
 memory
+plot
 run
 train_sft train_rm train_ppo train_dpo train_rrhf sample_bon
 jobs
@@ -77,7 +78,8 @@ def test_only_scripts_and_programs_import_run_and_options():
     for name, path in files().items():
         if name not in SCRIPTS and name not in ("run", "bench", "__main__", "study"):
             assert "nanorlhf.run" not in [m for m, *_ in imports(path)], name
-        if name not in SCRIPTS and name not in ("run", "data", "evaluate", "judge", "generate", "memory", "bench", "__main__", "study"):
+        if name not in SCRIPTS and name not in ("run", "data", "evaluate", "judge", "generate", "memory", "plot", "bench", "__main__",
+                                             "study"):
             assert "nanorlhf.options" not in [m for m, *_ in imports(path)], name
 
 

@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import html
 import io
 import json
 import re
@@ -19,6 +20,7 @@ from conftest import ROOT, SCRIPTS, entry_of
 from nanorlhf import training
 from nanorlhf.__main__ import POLICIES, main, over_seeds, reward_model_rows, stages
 from nanorlhf.data import load_records
+from nanorlhf.files import read_jsonl
 from nanorlhf.findings import Claim, Experiment, held_out
 from nanorlhf.metrics import within
 from nanorlhf.options import check_options, parse_options
@@ -105,7 +107,14 @@ def test_the_pipeline_writes_a_table_and_samples_of_every_method(finished):
         assert {c for c in row if c.startswith("win/")} == {f"win/{name}" for name in others}
     table = (out / "table.md").read_text(encoding="utf-8")
     assert table.strip() in said and "gap OOD-far" in table and "gold ID - SFT" in table
-    assert all(name in (out / "samples.md").read_text(encoding="utf-8") for name in POLICIES)
+    page = (out / "report.html").read_text(encoding="utf-8")
+    first = {s["method"]: s for s in reversed(read_jsonl(out / "samples.jsonl")) if s["split"] == "ood_far"}
+    assert set(first) == {*POLICIES, "best-of-16"}
+    for method, sample in first.items():
+        assert f"<b>{method}</b>" in page and html.escape(sample["completion"].strip()) in page
+    assert page.count("<section class=prompt>") == len({s["prompt"] for s in read_jsonl(out / "samples.jsonl")})
+    assert all(f"<td>{folder}</td>" in page for folder in ("base", "rm", *POLICIES.values())) and "surest quarter" in page
+    assert "report.html" in said and ('alt="gold reward against KL"' in page) == ("frontier.png" in said)
     assert set(json.loads((out / "table.json").read_text(encoding="utf-8"))["frontier"]) >= {"PPO", "DPO", "best-of-n"}
 
 
@@ -153,6 +162,8 @@ def test_the_pipeline_resumes_where_it_stopped_and_lists_no_plot_that_it_did_not
     assert "] ppo\n" in said and "] base\n" not in said
     assert before == ((out / "ppo" / "model.safetensors").read_bytes(), (out / "base" / "model.safetensors").stat().st_mtime_ns)
     assert "no plot: it needs the extra" in said and "frontier.png" not in said
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert "<img" not in page and "matplotlib is missing" in page and "<b>PPO</b>" in page
 
 
 def test_a_folder_cannot_mix_two_recipes(finished):

@@ -93,6 +93,7 @@ class Config:
     compile: bool = False            # torch.compile the layers
     shard: bool = False              # with torchrun: split each model over the processes (FSDP2)
     deterministic: bool = False      # on a GPU: kernels that give the same bits every time; slower
+    tensorboard: bool = False        # write the metrics for TensorBoard too, into --out/tensorboard
 
 
 def prefers(score_a, score_b, temperature, rng):
@@ -247,8 +248,8 @@ def write_outputs(run, scored, config, stream):
     """best.jsonl, ranked.jsonl and comparisons.jsonl."""
     records = [usable(s, config.keep_unfinished) for s in scored]
     if dropped := len(scored) * config.n - sum(len(r["responses"]) for r in records):
-        print(f"{dropped} of {len(scored) * config.n} responses are unfinished or empty and not written"
-              + ("" if config.keep_unfinished else " (--keep_unfinished writes the unfinished)"))
+        run.say(f"{dropped} of {len(scored) * config.n} responses are unfinished or empty and not written"
+                + ("" if config.keep_unfinished else " (--keep_unfinished writes the unfinished)"))
     best = []
     for r in records:
         if r["responses"]:
@@ -269,9 +270,11 @@ def write_outputs(run, scored, config, stream):
         if pairs:
             ceiling = label_ceiling([p["score_chosen"] for p in pairs], [p["score_rejected"] for p in pairs],
                                     temperature)
-            print(f"{len(pairs)} comparisons; a perfect judge would agree with {ceiling:.1%} of their labels")
+            run.say(f"{len(pairs)} comparisons; a perfect judge would agree with {ceiling:.1%} of their "
+                    f"labels")
     else:
-        print("comparisons.jsonl is not written: that takes --label_temperature (0 or more) and --n above 1")
+        run.say("comparisons.jsonl is not written: that takes --label_temperature (0 or more) and --n "
+                "above 1")
 
 
 def write_curve(run, scored, config):
@@ -285,7 +288,7 @@ def write_curve(run, scored, config):
                 row[name], half = mean_and_interval(estimates)
                 row |= {f"{name}_interval": half} if half else {}        # 0: unknown, as with one prompt
         curve.append(row)
-        print("  ".join(f"{k} {v:.4g}" for k, v in row.items()))
+        run.say("  ".join(f"{k} {v:.4g}" for k, v in row.items()))
     write_json(run.out / "curve.json", curve)
 
 

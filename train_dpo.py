@@ -94,6 +94,7 @@ class Config:
     compile: bool = False            # torch.compile the layers
     shard: bool = False              # with torchrun: split each model over the processes (FSDP2)
     deterministic: bool = False      # on a GPU: kernels that give the same bits every time; slower
+    tensorboard: bool = False        # write the metrics for TensorBoard too, into --out/tensorboard
 
 
 def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=Config.beta,

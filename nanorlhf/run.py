@@ -1,7 +1,7 @@
 """The run folder of one script: refuse or resume, log, save checkpoints, finish.
 
-A run folder holds metrics.jsonl, samples.jsonl, run.json, checkpoints/ and, once finished, a checkpoint that other software
-loads. Nothing in it is a pickle.
+A run folder holds metrics.jsonl, samples.jsonl, log.txt, run.json, checkpoints/ and, once finished, a checkpoint that other
+software loads. Nothing in it is a pickle.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from nanorlhf import ranks
+from nanorlhf import ranks, terminal
 from nanorlhf.data import of_each
 from nanorlhf.errors import NotFinite, UserError
 from nanorlhf.files import (FolderLock, append_records, atomic_write, fingerprint, read_json, read_jsonl, remove, sha256_of,
@@ -36,14 +36,16 @@ from nanorlhf.tokenizer import check_same_ids, load_tokenizer
 from nanorlhf.training import seed_for
 
 MAY_CHANGE_ON_RESUME = (*HOW_TO_BEGIN, "device", "shard", "deterministic", "compile", "gradient_checkpointing", "share_prompts",
-                        "micro_batch_size", "eval_every", "save_every")
+                        "micro_batch_size", "eval_every", "save_every", "tensorboard")
 INPUTS = ("init", "reference", "value_init", "tokenizer", "reward", "eval_reward", "eval_data", "eval_prompts", "normalize_data",
           "responses")
 MAKE_COMPARISONS = ("python sample_bon.py --split train --limit 8000 --n 2 --reward gold --label_temperature 0.2 "
                     "--out out/comparisons")      # makes the default --data of train_rm.py and train_dpo.py
 MAKE_BASE = "python train_sft.py --init scratch --family llama --kind text --packing false --lr 2.5e-3 --out out/base"
 
-
+# The numbers that a terminal's line of progress has room for, and their names there.
+IN_BRIEF = {"loss": "loss", "objective/scores": "reward", "scores/mean": "reward", "scores/best": "best", "objective/kl": "kl",
+            "accuracy": "accuracy", "rewards/accuracies": "accuracy", "rewards/margins": "margin", "objective/length": "length"}
 NOT_YET = ".run.json.writing"         # all that is there if a run was killed while it wrote its first file
 
 
@@ -72,6 +74,7 @@ class Run:
         self.finished = ranks.on_first(self._check_resumable if config.resume else self._check_unused)
         self.started, self.printed, self.tokens, self.first_step, self.step = time.monotonic(), 0.0, 0, 0, 0
         self.before = {"time": 0.0, "tokens": 0}  # of the parts of the run before this one
+        self.new_writer, self.writer = summary_writer() if getattr(config, "tensorboard", False) else None, None
 
     def _check_unused(self):
         """Checks that a new run may write to the folder; returns False, for it is not finished."""
@@ -137,7 +140,7 @@ class Run:
                 write_records(log, [r for r in read_jsonl(log) if r["step"] <= step])
         self.before |= {k: v for row in read_jsonl(self.out / "metrics.jsonl")[-1:] for k, v in row.items() if k in self.before}
         self.first_step = self.step = step
-        print(f"{self.name} resumes {self.out} after step {step}", flush=True)
+        self.say(f"{self.name} resumes {self.out} after step {step}")
 
     def _write_run_json(self, finished):
         versions = {p: importlib.metadata.version(p) for p in ("torch", "tiktoken", "numpy", "safetensors")}
@@ -186,8 +189,16 @@ class Run:
 
     # ---- Logging ----------------------------------------------------------------------------------------------------
 
+    def say(self, line, progress=False):
+        """Appends a line to log.txt and prints it. A terminal shows progress in place instead (`log`)."""
+        if ranks.mine() == 0:
+            with open(self.out / "log.txt", "a", encoding="utf-8") as file:
+                print(line, file=file)
+        if not (progress and terminal.here()):
+            print(line, flush=True)
+
     def log(self, step, total, metrics, tokens=0):
-        """Appends one row to metrics.jsonl and prints progress. step: finished steps; tokens: tokens processed in this step.
+        """Appends one row to metrics.jsonl and shows progress. step: finished steps; tokens: tokens processed in this step.
 
         The row also gets `time`, the seconds since begin(), `tokens`, and their ratio `tokens_per_second`. They are sums over
         all parts of a run that was stopped and resumed.
@@ -201,14 +212,30 @@ class Run:
         whole, count = self.before["time"] + seconds, self.before["tokens"] + self.tokens
         times = {"time": round(whole, 3), "tokens": count, "tokens_per_second": round(count / whole, 3)}
         append_records(self.out / "metrics.jsonl", [{"step": step, **times, **row}])
+        if ranks.mine() == 0:
+            self.log_elsewhere(step, times | row)
+        head, left = f"{self.name} {step}/{total}", int(seconds / max(1, step - self.first_step) * (total - step))
+        left, speed = f"{left // 60}:{left % 60:02d} left", f"{self.tokens / seconds:,.0f} tokens/s  " if self.tokens else ""
         if step >= total or step == 1 or now - self.printed > 5:
             self.printed = now
-            left = int(seconds / max(1, step - self.first_step) * (total - step))
             shown = "  ".join(f"{k} {v:.4g}" for k, v in row.items() if not k.startswith("eval/"))
-            speed = f"{self.tokens / seconds:,.0f} tokens/s  " if self.tokens else ""
-            print(f"{self.name} {step}/{total}  {shown}  {speed}{left // 60}:{left % 60:02d} left", flush=True)
+            self.say(f"{head}  {shown}  {speed}{left}", progress=True)
         if evals := {k: v for k, v in row.items() if k.startswith("eval/") and not k.endswith("_se")}:
-            print(f"{self.name} {step}/{total}  " + "  ".join(f"{k} {v:.4g}" for k, v in evals.items()), flush=True)
+            self.say(f"{head}  " + "  ".join(f"{k} {v:.4g}" for k, v in evals.items()))
+        if terminal.here():                       # what a narrow terminal cuts off comes last
+            shown = "  ".join(f"{short} {row[k]:.4g}" for k, short in IN_BRIEF.items() if k in row)
+            terminal.draw(head, f"  {left}  {shown}  {speed}", last=step >= total)
+
+    def log_elsewhere(self, step, row):
+        """Hands a step's row, {name: number}, to TensorBoard; without --tensorboard it does nothing. This is the one place where
+        a fork calls a logger of its own. Only the first rank comes here. A step that a resumed run takes again comes again."""
+        if self.new_writer is None:
+            return
+        if self.writer is None:                   # purge_step: what an interrupted run has logged from this step on is void
+            self.writer = self.new_writer(self.out / "tensorboard", purge_step=step)
+        for name, value in row.items():
+            self.writer.add_scalar(name, value, step)
+        self.writer.flush()                       # a kill loses nothing
 
     def log_samples(self, step, records):
         """Appends texts to samples.jsonl."""
@@ -284,6 +311,8 @@ class Run:
 
     def done(self):
         """Marks the run finished."""
+        if self.writer:
+            self.writer.close()
         ranks.on_first(self._write_run_json, True)
         self.asked_to_stop.restore()
         self.lock = None
@@ -375,6 +404,18 @@ def checked_state(folder):
 def digest_of(state):
     """sha256 of a JSON value."""
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+
+
+def summary_writer():
+    """Returns TensorBoard's SummaryWriter; UserError if it is not installed. It writes in a thread, and an error there, such as a
+    full disk, is raised at the next call: so the thread's traceback is not shown."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError("--tensorboard needs the extra `tensorboard` (pip install -e '.[tensorboard]')")
+    before = threading.excepthook
+    threading.excepthook = lambda failed: type(failed.thread).__module__.startswith("tensorboard.") or before(failed)
+    return SummaryWriter
 
 
 def git_commit():

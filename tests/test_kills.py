@@ -61,7 +61,7 @@ def outcome(folder):
     """Returns {file: sha256 of what must not depend on kills}: weights, records, samples and metrics but for the times."""
     from nanorlhf.files import read_jsonl
     found = {}
-    for file in sorted(p for p in folder.iterdir() if p.is_file() and p.name not in ("run.json", "metrics.jsonl")):
+    for file in sorted(p for p in folder.iterdir() if p.is_file() and p.name not in ("run.json", "metrics.jsonl", "log.txt")):
         found[file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
     rows = [{k: v for k, v in row.items() if k not in TIMES} for row in read_jsonl(folder / "metrics.jsonl")]
     return found | {"metrics": hashlib.sha256(json.dumps(rows).encode()).hexdigest()}

@@ -4,8 +4,11 @@ import dataclasses
 import json
 import math
 import os
+import re
 import subprocess
 import sys
+import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_origin
@@ -19,7 +22,7 @@ import nanorlhf.__main__
 import nanorlhf.bench
 import nanorlhf.evaluate
 import nanorlhf.generate
-from conftest import SCRIPTS, TRAINERS
+from conftest import SCRIPTS, TRAINERS, entry_of
 from nanorlhf import run as run_module
 from nanorlhf.errors import UserError
 from nanorlhf.files import atomic_write, fingerprint, read_jsonl, require_file, require_folder, write_json, write_records
@@ -573,7 +576,7 @@ def test_a_model_that_computes_nan_is_never_saved_as_finished(Model, value, says
     with pytest.raises(UserError, match=says):
         run.finish(model, load_tokenizer("reviews"))
     assert json.loads((tmp_path / "run.json").read_text())["finished"] is False and "done" not in capsys.readouterr().out
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.jsonl", "run.json"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["log.txt", "metrics.jsonl", "run.json"]
 
 
 FULL = {"fsync": OSError(28, "No space left on device"),
@@ -627,7 +630,7 @@ def test_a_folder_that_another_process_writes_is_refused(how, tmp_path):
     run = Run(Small(str(out), **how), "sft")                                            # it has ended: its lock is gone with it
     run.begin(0)
     run.done()
-    assert sorted(p.name for p in out.iterdir()) == ["run.json"]
+    assert sorted(p.name for p in out.iterdir()) == [*(["log.txt"] if "resume" in how else []), "run.json"]
 
 
 def test_interrupted_says_what_was_saved_and_the_short_command(tmp_path, monkeypatch):
@@ -874,3 +877,181 @@ def test_deterministic_asks_torch_for_kernels_that_repeat_their_bits(tmp_path):
             os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
     Run(Small(str(tmp_path / "y")), "sft")
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+# ---- What a terminal shows ------------------------------------------------------------------------------------------
+
+
+def screen(written):
+    """Returns the lines that a terminal shows after this text, and the cursor's column; no line may be wider than the terminal."""
+    lines, column = [""], 0
+    for part in re.findall(r"\r|\n|\033\[\d+m|[^\r\n\033]+|\033", written):
+        assert part != "\033", "an escape code that is no colour"
+        if part == "\r":
+            column = 0
+        elif part == "\n":
+            lines.append("")
+            column = 0
+        elif not part.startswith("\033"):
+            lines[-1] = lines[-1][:column].ljust(column) + part + lines[-1][column + len(part):]
+            column += len(part)
+    return [line.rstrip() for line in lines], column
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    """Returns the function that makes stdout and stderr a terminal of 60 columns, which pytest would undo before the test; it
+    returns the function that returns what was written since its last call."""
+    pty = pytest.importorskip("pty", reason="needs POSIX terminals")
+    ours, theirs = pty.openpty()
+    stream = open(theirs, "w", encoding="utf-8")
+
+    def written():
+        os.write(theirs, b"\0")                   # so that reading has an end
+        found = b""
+        while not found.endswith(b"\0"):
+            found += os.read(ours, 4096)
+        return found[:-1].decode().replace("\r\n", "\n")
+
+    def begin(**variables):
+        for name in ("stdout", "stderr"):
+            monkeypatch.setattr(sys, name, stream)
+        for name, value in (dict(COLUMNS="60", TERM="xterm", NO_COLOR="") | variables).items():
+            monkeypatch.setenv(name, value)
+        return written
+    yield begin
+    stream.close()
+    os.close(ours)
+
+
+def test_a_terminal_shows_progress_in_one_line_and_the_log_has_full_ones(terminal, tmp_path):
+    written, run = terminal(), Run(Small(str(tmp_path)), "ppo")
+    run.begin(0)
+    row = {"objective/scores": 0.125, "objective/kl": 2.0, "objective/length": 48.0, "lr": 1e-3}
+    run.log(1, 4, row, tokens=1000)
+    shown = written()
+    assert shown.count("\033[36mppo 1/4\033[0m") == 1 and "\n" not in shown
+    [line], column = screen(shown)
+    assert line.startswith("ppo 1/4  0:00 left  reward 0.125  kl 2  length 48  ") and len(line) <= 59 and column == 0
+    run.log(2, 4, row | {"eval/reward": 0.5, "eval/reward_se": 0.1}, tokens=1000)
+    print("a warning", file=sys.stderr)                                                # whose end the line must not show
+    run.log(3, 4, row, tokens=1000)
+    print("from a reward")
+    run.log(4, 4, row, tokens=1000)
+    run.done()
+    lines, column = screen(shown + written())
+    assert lines[:3] == ["ppo 2/4  eval/reward 0.5", "a warning", "from a reward"] and lines[3].startswith("ppo 4/4  0:00 left  reward")
+    assert lines[4:] == [f"ppo done: {tmp_path}", ""] and column == 0
+    log = (tmp_path / "log.txt").read_text().splitlines()
+    assert re.fullmatch(r"ppo 1/4  objective/scores 0.125  objective/kl 2  objective/length 48  lr 0.001  [\d,]+ tokens/s  0:00 left", log[0])
+    assert log[1] == "ppo 2/4  eval/reward 0.5" and log[2].startswith("ppo 4/4  objective/scores") and len(log) == 3
+
+
+@pytest.mark.parametrize("variables", [dict(NO_COLOR="1"), dict(TERM="dumb"), dict(TERM=""), dict(COLUMNS="20"), dict(COLUMNS="7")])
+def test_the_line_has_no_colour_where_none_is_wanted_and_fits_a_narrow_terminal(terminal, tmp_path, variables):
+    written, run = terminal(**variables), Run(Small(str(tmp_path)), "sft")
+    run.begin(0)
+    for step in (1, 2, 3):
+        run.log(step, 3, {"loss": 1 / step}, tokens=1000)
+    shown, width = written(), int(os.environ["COLUMNS"])
+    assert ("\033" in shown) == ("COLUMNS" in variables)
+    assert {len(part) for part in re.split(r"[\r\n]+", re.sub(r"\033\[\d+m", "", shown))} == {0, width - 1}
+    line, rest = screen(shown)[0]
+    assert rest == "" and line.startswith("sft 3/3  0:00 left  loss 0.3333  "[:width - 1].rstrip())
+
+
+def test_a_pipe_gets_full_lines_and_the_log_of_a_resumed_run_goes_on(tmp_path, capsys):
+    for resume, steps in ((False, (1, 2, 3)), (True, (3, 4))):
+        run = Run(Small(str(tmp_path), resume=resume), "sft")
+        run.begin(steps[0] - 1)
+        for step in steps:
+            run.log(step, 4, {"loss": 1.0, "eval/loss": 0.5})
+    assert capsys.readouterr() == (said := (tmp_path / "log.txt").read_text(), "")
+    assert said.splitlines() == [
+        "sft 1/4  loss 1  0:00 left", *(f"sft {step}/4  eval/loss 0.5" for step in (1, 2, 3)),
+        f"sft resumes {tmp_path} after step 2", "sft 3/4  loss 1  0:00 left", "sft 3/4  eval/loss 0.5", "sft 4/4  loss 1  0:00 left",
+        "sft 4/4  eval/loss 0.5"]
+
+
+def test_a_log_that_cannot_be_written_stops_the_run_as_metrics_do(tmp_path):
+    run = Run(Small(str(tmp_path)), "sft")
+    run.begin(0)
+    (tmp_path / "log.txt").mkdir()
+    with pytest.raises(OSError, match="log.txt"):
+        run.log(1, 2, {"loss": 1.0})
+    (tmp_path / "log.txt").rmdir()
+    again = Run(Small(str(tmp_path), resume=True), "sft")
+    again.begin(0)
+    again.log(1, 2, {"loss": 1.0})
+    assert [r["step"] for r in read_jsonl(tmp_path / "metrics.jsonl")] == [1]
+
+
+# ---- TensorBoard ----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Watched(Small):
+    tensorboard: bool = True
+
+
+def events_of(folder):
+    """Returns {name: [(step, value)]} as TensorBoard reads it."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    found = EventAccumulator(str(folder / "tensorboard"), {"scalars": 0}).Reload()
+    return {name: [(e.step, e.value) for e in found.Scalars(name)] for name in found.Tags()["scalars"]}
+
+
+def test_tensorboard_has_the_rows_of_metrics_jsonl_also_of_a_killed_and_resumed_run(tmp_path):
+    pytest.importorskip("tensorboard", reason="needs the extra `tensorboard`")
+    for resume, steps in ((False, (1, 2, 3)), (True, (3, 4))):                         # killed after step 3; 2 was saved
+        run = Run(Watched(str(tmp_path), resume=resume), "sft")
+        run.begin(steps[0] - 1)
+        for step in steps:
+            run.log(step, 4, {"loss": 0.1 * step + resume, "objective/kl": 2.0} | ({"eval/gold": -0.3} if step % 2 else {}), tokens=10)
+        time.sleep(1)                             # TensorBoard orders its files by the second of their beginning
+    run.done()
+    rows, found = read_jsonl(tmp_path / "metrics.jsonl"), {}
+    for row in rows:
+        for name in row.keys() - {"step"}:
+            found.setdefault(name, []).append((row["step"], float(np.float32(row[name]))))
+    assert events_of(tmp_path) == found and [r["step"] for r in rows] == [1, 2, 3, 4] and rows[2]["loss"] == 0.1 * 3 + 1
+
+
+def test_tensorboard_may_be_added_on_resume_and_overwrite_removes_it(tmp_path):
+    pytest.importorskip("tensorboard", reason="needs the extra `tensorboard`")
+    Run(Watched(str(tmp_path), tensorboard=False), "sft").begin(0)
+    run = Run(Watched(str(tmp_path), resume=True), "sft")
+    run.begin(0)
+    run.log(1, 2, {"loss": 1.0})
+    assert events_of(tmp_path)["loss"] == [(1, 1.0)]
+    Run(Watched(str(tmp_path), tensorboard=False, overwrite=True), "sft").begin(0)
+    assert [p.name for p in tmp_path.iterdir()] == ["run.json"]
+
+
+def test_a_full_disk_under_tensorboard_is_an_error_of_the_run_and_no_traceback_of_a_thread(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("tensorboard", reason="needs the extra `tensorboard`")
+    from tensorboard.compat.tensorflow_stub.io.gfile import LocalFileSystem
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(threading, "excepthook", threading.__excepthook__)             # pytest has one of its own
+    run = Run(Watched(str(tmp_path)), "sft")
+    run.begin(0)
+    run.log(1, 50, {"loss": 1.0})
+    monkeypatch.setattr(LocalFileSystem, "append", full)
+    with pytest.raises(OSError, match="No space left"):
+        for step in range(2, 50):
+            run.log(step, 50, {"loss": 1.0})
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_script_without_the_package_says_so_before_it_reads_anything(name, tmp_path, monkeypatch):
+    for module in [m for m in sys.modules if m.split(".")[0] == "tensorboard" or m.startswith("torch.utils.tensorboard")]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)                              # as if it were not installed
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--tensorboard", "--init", "nowhere", "--out", str(tmp_path / "x")])
+    with pytest.raises(SystemExit) as stop:
+        main(SCRIPTS[name].Config, entry_of(SCRIPTS[name]), "")
+    assert stop.value.code == "error: --tensorboard needs the extra `tensorboard` (pip install -e '.[tensorboard]')"
+    assert not (tmp_path / "x").exists()

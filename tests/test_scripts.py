@@ -8,6 +8,7 @@ import importlib
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -90,7 +91,7 @@ def root(tmp_path_factory):
         assert found.code == 0, found.err
     for found in [done(p) for p in [start(folder, command) for command in [*PIPELINE[4:], *FOUND]]]:
         assert found.code == 0, found.err
-        assert "done: out/" in found.out
+        assert "done: out/" in found.out and "\r" not in found.out and "\033" not in found.out
     return folder
 
 
@@ -408,12 +409,12 @@ def test_sample_bon_writes_what_the_trainers_read(here, tmp_path, reward_file):
 
 def test_a_resumed_sample_bon_draws_the_same_samples(here, tmp_path):
     go(sample_bon, tmp_path / "x", reward="gold")
-    before = {p.name: p.read_bytes() for p in (tmp_path / "x").iterdir() if p.name not in ("metrics.jsonl", "run.json")}
+    before = {p.name: p.read_bytes() for p in (tmp_path / "x").iterdir() if p.name not in ("metrics.jsonl", "run.json", "log.txt")}
     run = json.loads((tmp_path / "x" / "run.json").read_text())
     (tmp_path / "x" / "run.json").write_text(json.dumps(dict(run, finished=False)))  # as if killed
     (tmp_path / "x" / "best.jsonl").unlink()
     rows = go(sample_bon, tmp_path / "x", reward="gold", resume=True)
-    assert {p.name: p.read_bytes() for p in (tmp_path / "x").iterdir() if p.name not in ("metrics.jsonl", "run.json")} == before
+    assert {p.name: p.read_bytes() for p in (tmp_path / "x").iterdir() if p.name not in ("metrics.jsonl", "run.json", "log.txt")} == before
     assert len(rows) == 1
 
 
@@ -755,6 +756,44 @@ def test_a_second_signal_stops_at_once(root, tmp_path):
     found = done(process)
     assert found.code == 1 and found.err.startswith("interrupted; no checkpoint was saved yet"), found.err
     assert not (tmp_path / "x/checkpoints").exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX terminals")
+def test_ctrl_c_in_a_terminal_leaves_whole_lines_and_the_cursor_on_a_fresh_one(root, tmp_path):
+    import fcntl
+    import pty
+    import struct
+    import termios
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 50, 0, 0))         # 24 lines of 50 columns
+    env = {k: v for k, v in ENV.items() if k not in ("COLUMNS", "LINES")} | {"NO_COLOR": "1", "TERM": "xterm"}
+
+    def take_the_terminal():
+        heed_ctrl_c()
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    options = [str(w) for k, v in {**COMMON[train_sft], "max_steps": 400, "out": tmp_path / "x"}.items() for w in (f"--{k}", v)]
+    process = subprocess.Popen([sys.executable, str(ROOT / "train_sft.py"), *options], cwd=root, env=env, stdin=theirs, stdout=theirs,
+                               stderr=theirs, start_new_session=True, preexec_fn=take_the_terminal)
+    os.close(theirs)
+    shown, pressed = b"", False
+    while True:
+        try:
+            more = os.read(ours, 4096)
+        except OSError:                           # how Linux says that it has ended
+            more = b""
+        if not more:
+            break
+        shown += more
+        if not pressed and b"sft 3/400" in shown:
+            os.write(ours, b"\x03")
+            pressed = True
+    os.close(ours)
+    shown, last = shown.decode(), read_jsonl(tmp_path / "x/metrics.jsonl")[-1]["step"]
+    assert process.wait() == 1 and "\033" not in shown and shown.count("\r\n") == 3      # first example, SIGINT, interrupted
+    drawn = [part for part in re.split(r"\r\n|\r", shown) if re.match(r"sft \d+/400  ", part)]
+    assert len(drawn) == last >= 3 and {len(part) for part in drawn} == {49}
+    assert f"\r{' ' * 49}\rsft: SIGINT: stops after this step and saves" in shown
+    assert re.search(rf"[\r\n]interrupted; continue after step {last} with: python .*--resume\r\n$", shown)
 
 
 RENAMED = [(module, old, new) for module in SCRIPTS.values() for old, new in getattr(module.Config, "renamed", {}).items()]

@@ -226,8 +226,10 @@ def scores_without_eos(scores, finished, config):
 def warn_if_ending_does_not_pay(scores, finished, config):
     """Two reasons why a policy would learn nothing, or never to end; said once, at the first step."""
     if not finished.any():
-        print(f"ppo: no response ended within --response_length {config.response_length}: raise it, or start "
-              f"from a model that has learned to stop", flush=True)
+        counts = (f", and each counts as {-config.missing_eos_penalty:g}, not its reward (--missing_eos)"
+                  if config.missing_eos == "replace" else "")
+        print(f"ppo: no response ended within --response_length {config.response_length}{counts}: raise it, "
+              f"or start from a model that has learned to stop", flush=True)
     elif config.missing_eos == "replace" and scores[finished].mean() < -config.missing_eos_penalty:
         print(f"ppo: scores average {scores[finished].mean():.3g}, so a response that never ends would do "
               f"better with its {-config.missing_eos_penalty:g}: raise --missing_eos_penalty, or center the "

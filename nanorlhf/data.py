@@ -27,7 +27,7 @@ from nanorlhf.files import local_folder
 from nanorlhf.formats.chat import (ASSISTANT, answer_affixes, conversation, encode_for_reply, encode_turns, is_open,
                                    messages_of, without_oldest)
 from nanorlhf.formats.records import FIELDS, Record, convert, records_of
-from nanorlhf.formats.sources import column_names, local_files, renamed, rows_in
+from nanorlhf.formats.sources import column_names, local_files, rows_in
 from nanorlhf.options import check_options, leading_words, one_line_errors, parse_options
 from nanorlhf.tokenizer import load_tokenizer as load_tokenizer  # callers may import it from here
 
@@ -65,12 +65,11 @@ def load_records(path_or_name, kind, split="train", limit=None, skip_bad=False, 
         if not path.is_file():
             raise DataError(f"{path}: a folder, not a file: name a file in it" if path.is_dir() else
                             f"{path}: no such file (and the only built-in name is `reviews`)")
-        for line, row in with_progress(rows_in(path), f"rows of {path} read"):
+        for line, row in with_progress(rows_in(path, columns), f"rows of {path} read"):
             if limit is not None and len(records) >= limit:
                 break
             seen += 1
             try:
-                row = renamed(row, columns)
                 missing -= row.keys() if missing and isinstance(row, dict) else set()
                 found = records_of(row, kind)
                 for record in found if kind == "candidates" or not rows else ():
@@ -78,7 +77,7 @@ def load_records(path_or_name, kind, split="train", limit=None, skip_bad=False, 
                 records += rendered(tokenizer, found, kind) if tokenizer and found else found
             except DataError as e:
                 if not skip_bad:
-                    raise DataError(f"{path}:{line}: {e}") from None
+                    raise DataError(f"{path}:{line}: {e}{hint(e, columns, missing)}") from None
                 count, first = bad.get(str(e), (0, f"{path}:{line}"))
                 bad[str(e)] = count + 1, first
     most = sorted(bad.items(), key=lambda item: -item[1][0])[:5]
@@ -93,6 +92,14 @@ def load_records(path_or_name, kind, split="train", limit=None, skip_bad=False, 
         warn_if_words_are_glued(path_or_name, records, tokenizer)
         warn_if_turns_are_plain(path_or_name, records, tokenizer)
     return records[:limit]
+
+
+def hint(error, columns, missing):
+    """What --columns has to do with an error; missing: our names of columns that no row has had."""
+    if missing:
+        return f" (no column {columns[min(missing)]}, which --columns names for {min(missing)})"
+    strange = str(error).startswith("no known record in the fields ") and not columns
+    return " (--columns gives them other names: --columns prompt=question,completion=answer)" if strange else ""
 
 
 def with_progress(items, what):
@@ -585,7 +592,8 @@ def main():
     files = leading_words()
     if len(files) != 1 and not {"-h", "--help"} & set(sys.argv):
         raise SystemExit("error: want python -m nanorlhf.data FILE --kind KIND --init FOLDER (--help lists the options)")
-    options = parse_options(Options, "Shows what a model will read of a file of records.", sys.argv[1 + len(files):])
+    options = parse_options(Options, "Shows what a model will read of a file of records.", sys.argv[1 + len(files):],
+                            prog="python -m nanorlhf.data FILE")
     with one_line_errors(options, lambda: "give the same command again"):
         preview(files[0], options)
 

@@ -500,7 +500,8 @@ def main():
     folders = leading_words()
     description = ("python -m nanorlhf.evaluate RUN [RUN...] [options]: a table over checkpoint folders. They come before the "
                    "options.")
-    options = parse_options(Options, description, sys.argv[1 + len(folders):])
+    options = parse_options(Options, description, sys.argv[1 + len(folders):],
+                            prog="python -m nanorlhf.evaluate RUN [RUN ...]")
     with one_line_errors(options, lambda: "nothing was saved: give the same command again"):
         check_options(options)
         ranks.join(pick_device(options.device), options.shard)

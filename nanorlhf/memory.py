@@ -264,7 +264,8 @@ def report(c, o):
 
 def main():
     folders = leading_words()
-    o = parse_options(Options, __doc__, sys.argv[1 + len(folders):])
+    o = parse_options(Options, __doc__, sys.argv[1 + len(folders):],
+                            prog="python -m nanorlhf.memory [FOLDER]")
     with one_line_errors(o, lambda: "give the same command again"):
         check_options(o)
         if len(folders) > 1 or folders and o.shape:

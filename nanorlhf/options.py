@@ -29,11 +29,12 @@ class OneLineParser(argparse.ArgumentParser):
         raise SystemExit(f"error: {message} (--help lists the options)")
 
 
-def parse_options(Config, description="", argv=None):
+def parse_options(Config, description="", argv=None, prog=None):
     """Command line -> Config. Each field is an option, the comment behind it is its help, and a comment line above fields is
     their heading in --help. --lr 1e-5 and --lr=1e-5 both work.
 
-    Config.renamed, {old option: new option}, keeps old names working; each use prints one line that says the new name.
+    Config.renamed, {old option: new option}, keeps old names working; each use prints one line that says the new name. prog: the
+    command and what comes before its options, for --help.
     """
     help_of, heading_of, heading = {}, {}, "Options"
     for line in inspect.getsource(Config).split("\n"):
@@ -43,7 +44,7 @@ def parse_options(Config, description="", argv=None):
             help_of[match[1]], heading_of[match[1]] = match[2], heading
     renamed = getattr(Config, "renamed", {})
 
-    parser = OneLineParser(description=description, allow_abbrev=False,
+    parser = OneLineParser(prog=prog, description=description, allow_abbrev=False,
                            formatter_class=argparse.RawDescriptionHelpFormatter)
     headings = {heading: parser.add_argument_group(heading) for heading in heading_of.values()}
     for field in dataclasses.fields(Config):

@@ -270,7 +270,8 @@ def report_page(folders, keys="", plots=True, draws=(), of_runs=True):
 
 def main():
     words = leading_words()
-    o, folders = parse_options(Options, __doc__, sys.argv[1 + len(words):]), list(dict.fromkeys(map(Path, words)))
+    o, folders = parse_options(Options, __doc__, sys.argv[1 + len(words):],
+                            prog="python -m nanorlhf.plot RUN [RUN ...]"), list(dict.fromkeys(map(Path, words)))
     with one_line_errors(o, lambda: "give the same command again"):
         if len(folders) < 1 + o.options:
             raise UserError(f"name {'two run folders' if o.options else 'a run folder'} or more, before the options")

@@ -77,8 +77,12 @@ class Run:
         self.new_writer, self.writer = summary_writer() if getattr(config, "tensorboard", False) else None, None
 
     def _check_unused(self):
-        """Checks that a new run may write to the folder; returns False, for it is not finished."""
-        if self.out.exists() and any(file.name != NOT_YET for file in self.out.iterdir()):
+        """Checks that a new run may write to the folder; returns False, for it is not finished. A run that ended before its first
+        step has left nothing that could be lost."""
+        there = {file.name for file in self.out.iterdir()} - {NOT_YET, "log.txt"} if self.out.exists() else set()
+        if there == {"run.json"} and not read_run(self.out).get("finished", True):
+            return False
+        if there:
             if not self.config.overwrite:
                 raise UserError(f"{self.out} already holds files: name another --out, or continue with --resume, "
                                 f"or replace it with --overwrite")
@@ -133,6 +137,7 @@ class Run:
                 for old in [self.out / "checkpoints", *self.out.iterdir()]:            # not the folder, which is locked
                     if old.name != "run.json":
                         remove(old)
+            remove(self.out / "log.txt")
             self._write_run_json(finished=False)
             return
         for log in (self.out / "metrics.jsonl", self.out / "samples.jsonl"):

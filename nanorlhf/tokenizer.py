@@ -19,6 +19,7 @@ import tiktoken
 
 from nanorlhf.errors import DataError, one_line
 from nanorlhf.files import local_folder, parse_json
+from nanorlhf.formats.chat import other_end
 from nanorlhf.formats.checkpoints import read_end_ids
 from nanorlhf.formats.tokenizer_files import (BYTE_LEVEL, FLAGS, GPT2_PATTERN, TOKENIZER_FILES, bos_template, byte_symbols,
                                               encoding_of, from_sentencepiece, from_spec, from_tekken, from_vocab_and_merges,
@@ -313,7 +314,8 @@ def load_tokenizer(name_or_path):
 
 
 def _of_checkpoint(path):
-    """Returns the Tokenizer of a folder or file. Prints one line if config.json or generation_config.json name other EOS ids."""
+    """Returns the Tokenizer of a folder or file. Prints one line if config.json or generation_config.json name other EOS ids,
+    and one if the chat template ends an answer with none of them."""
     ends = read_end_ids(path if path.is_dir() else path.parent)
     tokenizer = Tokenizer(**_read(path), ends=ends)
     if ends and tokenizer.eos_id not in ends:
@@ -321,6 +323,10 @@ def _of_checkpoint(path):
         _say_once(f"{path}: the tokenizer's EOS is id {tokenizer.eos_id}, the eos_token_id of its configuration {configured}. "
                   f"Training appends the tokenizer's; {used} end a sampled response"
                   + ("" if set(ends) <= {*tokenizer.end_ids} else " (other ids are no special tokens)"))
+    if tokenizer.chat_template and (end := other_end(tokenizer)) is not None:
+        token, ends = tokenizer.decode([end], start=False, special=True), tokenizer.end_ids
+        _say_once(f"{path}: the chat template ends an answer with {token!r}, id {end}, but only {', '.join(map(str, ends))} ends "
+                  f"a response: answers run on. If that is not meant, write \"eos_token_id\": {[end, *ends]} into config.json")
     return tokenizer
 
 

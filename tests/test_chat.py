@@ -607,3 +607,15 @@ def test_a_reward_model_with_too_few_embeddings_gives_a_one_line_error(base, tmp
     load_tokenizer(base).save(tmp_path / "rm")
     with pytest.raises(UserError, match="RewardModel of 500 tokens does not fit the tokenizer of"):
         load_reward(str(tmp_path / "rm"), load_tokenizer(base), torch.device("cpu"))
+
+
+def test_a_template_whose_end_is_no_eos_is_named(tmp_path, capsys):
+    """ChatML on a model that ends texts with another token, as Qwen's base models: answers would never end."""
+    folder = write_tokenizer(tmp_path / "tok", CHATML, "<|end|>")
+    tokenizer = load_tokenizer(folder)
+    end, line = tokenizer.special["<|im_end|>"], capsys.readouterr().err
+    assert f"ends an answer with '<|im_end|>', id {end}, but only {tokenizer.eos_id} ends a response" in line
+    assert f'write "eos_token_id": [{end}, {tokenizer.eos_id}] into config.json' in line
+    (folder / "config.json").write_text(json.dumps(dict(eos_token_id=[end, tokenizer.eos_id])))
+    tokenizer = load_tokenizer(folder)
+    assert "ends an answer" not in capsys.readouterr().err and set(tokenizer.end_ids) == {end, tokenizer.eos_id}

@@ -359,7 +359,8 @@ def test_bad_rows_raise_with_file_and_line_or_are_skipped_and_counted(row, kind,
     path = file_of(tmp_path, GOOD[kind], b"", row, GOOD[kind])
     with pytest.raises(DataError) as e:
         load_records(path, kind)
-    assert str(e.value) == f"{path}:3: {message}"
+    hint = " (--columns gives them other names: --columns prompt=question,completion=answer)" if "no known record" in message else ""
+    assert str(e.value) == f"{path}:3: {message}{hint}"
     assert len(load_records(path, kind, skip_bad=True)) == 2
     assert capsys.readouterr().err == f"{path}: skipped 1 of 3 rows (1 {message})\n"
 

@@ -1055,3 +1055,21 @@ def test_a_script_without_the_package_says_so_before_it_reads_anything(name, tmp
         main(SCRIPTS[name].Config, entry_of(SCRIPTS[name]), "")
     assert stop.value.code == "error: --tensorboard needs the extra `tensorboard` (pip install -e '.[tensorboard]')"
     assert not (tmp_path / "x").exists()
+
+
+def test_a_run_that_ended_before_its_first_step_does_not_stand_in_the_way(tmp_path):
+    """Its folder holds options alone: after a mistake in a reward function, say, the same command goes through."""
+    out = tmp_path / "x"
+    run = Run(Small(str(out)), "sft")
+    run.begin(0)
+    run.say("a first line")
+    run.asked_to_stop.restore()
+    del run
+    again = Run(Small(str(out)), "sft")
+    again.begin(0)
+    assert "a first line" not in ((out / "log.txt").read_text() if (out / "log.txt").exists() else "")
+    again.log(1, 2, {"loss": 1.0})
+    again.asked_to_stop.restore()
+    del again
+    with pytest.raises(UserError, match="already holds files"):                        # a step has been logged
+        Run(Small(str(out)), "sft")

@@ -180,6 +180,21 @@ def test_columns_have_other_names(tmp_path, capsys):
     assert capsys.readouterr().err == f"{file}: no row has the column solution, which --columns names for answer\n"
 
 
+def test_a_wrong_name_is_said_where_the_run_stops(tmp_path):
+    file = tmp_path / "a.csv"
+    file.write_text("question,good,bad\nQ?, yes,\n")
+    with pytest.raises(DataError, match=r"a.csv:2: no known record in the fields question, good, bad .*\(--columns gives them other"):
+        load_records(file, "preference")
+    with pytest.raises(DataError, match=r"no column questoin, which --columns names for prompt"):
+        load_records(file, "preference", columns="prompt=questoin,chosen=good,rejected=bad")
+    named = "prompt=question,chosen=good,rejected=bad"
+    with pytest.raises(DataError, match="a.csv:2: empty rejected"):                    # an empty cell under our name
+        load_records(file, "preference", columns=named)
+    assert load_records(file, "completion", columns=named) == [dict(prompt="Q?", completion=" yes")]
+    file.write_text("prompt,chosen,rejected\nQ?, a, b\n")
+    assert load_records(file, "preference", columns="chosen=rejected,rejected=chosen") == [dict(prompt="Q?", chosen=" b", rejected=" a")]
+
+
 def test_a_script_reads_csv_with_other_columns(base, tmp_path):
     """The same comparisons as JSON lines and as CSV with other names: the same weights."""
     rows = [dict(question=f"Number {i}?", good=" yes", bad=" no") for i in range(30)]

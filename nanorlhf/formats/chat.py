@@ -7,6 +7,7 @@ the model reads the transcript as it is. The words of a message never become a s
 """
 
 import functools
+import itertools
 import json
 import os
 import re
@@ -294,6 +295,17 @@ def _next_header(tokenizer):
     if os.path.commonprefix([t.rstrip()[::-1] for t in tails]):
         raise DataError("the chat template does not heed add_generation_prompt, so the end of an answer cannot be found")
     return ""
+
+
+def other_end(tokenizer):
+    """Returns the id of the special token by which the chat template ends an answer, if it is none of those that end a response;
+    else None."""
+    try:
+        ids, _ = encode_turns(tokenizer, _opening(tokenizer), " " + PROBE, all_turns=False)[-1]
+    except DataError:                             # no response to this template can be read
+        return None
+    behind = itertools.takewhile(lambda i: not tokenizer.decode([i], start=False).strip(), reversed(ids[:-1]))
+    return next((i for i in reversed([*behind]) if i in tokenizer.special.values()), None)
 
 
 @functools.lru_cache(8)

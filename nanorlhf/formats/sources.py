@@ -1,7 +1,7 @@
 """The rows of a data file in any file format: JSON lines, a JSON array, CSV, parquet, or a data set of the Hugging Face Hub.
 
-    rows_in(path)          reads a file row by row, without holding it whole (but for a JSON array)
-    renamed(row, columns)  the row with the names that --columns gives its columns
+    rows_in(path, columns) reads a file row by row, without holding it whole (but for a JSON array); columns gives its columns
+                           other names
     local_files(name)      the files behind `hub:NAME`, downloaded; a file stands for itself
 """
 
@@ -24,30 +24,31 @@ TEXTS = {"text", "prompt", "completion", "chosen", "rejected", "instruction", "o
 TRUTH = {"label", "kto_tag", "weight", "train", "training", "loss"}                    # 0 or false: not to be learned
 
 
-def rows_in(path):
+def rows_in(path, columns=()):
     """Yields (number, row): the lines of a file as bytes still to be parsed, or dicts. Numbers count from 1. They are those of
-    lines, in CSV of a row's last line; in a JSON array and in parquet those of rows. A DataError names the file."""
+    lines, in CSV of a row's last line; in a JSON array and in parquet those of rows. columns: of `column_names`. A
+    DataError names the file."""
     with open(path, "rb", 2**16) as raw:
         packed = raw.peek(2)[:2] == b"\x1f\x8b"
         f = io.BufferedReader(gzip.GzipFile(fileobj=raw), 2**16) if packed else raw
         try:
             start = f.peek().removeprefix(b"\xef\xbb\xbf")                            # without a byte-order mark
-            yield from _rows(path, f, start)
+            yield from _rows(path, f, start, columns)
         except (OSError, EOFError, zlib.error) as error:
             if not packed:
                 raise
             raise DataError(f"{path}: broken gzip file ({one_line(error)})") from None
 
 
-def _rows(path, f, start):
+def _rows(path, f, start, columns):
     table = re.search(r"\.(csv|tsv)(\.gz)?$", str(path).lower())
     form = next((form for first, form in OTHER_FORMATS.items() if start.startswith(first)), None)
     if start.startswith(b"PAR1"):
-        return _parquet_rows(path)
+        return ((number, renamed(row, columns)) for number, row in _parquet_rows(path))
     if b"\0" in start[:4]:
         form = form or "UTF-16 or binary"
     elif table and not form:
-        return _table_rows(path, f, "," if table[1] == "csv" else "\t")
+        return _table_rows(path, f, "," if table[1] == "csv" else "\t", columns)
     elif start.strip() and not re.search(rb"^[ \t\r]*[{[]", start, re.MULTILINE):
         form = form or "csv (name it .csv or .tsv) or other text"
     if form:
@@ -55,23 +56,25 @@ def _rows(path, f, start):
                         f"pandas' to_json(orient='records', lines=True)")
     if start.lstrip()[:1] == b"[":
         try:
-            return enumerate(parse_json(f.read().decode("utf-8-sig")), 1)
+            return ((i, renamed(row, columns)) for i, row in enumerate(parse_json(f.read().decode("utf-8-sig")), 1))
         except ValueError as error:
             raise DataError(f"{path}: bad JSON array ({one_line(error)})") from None
     if f.peek(3)[:3] == b"\xef\xbb\xbf":
         f.read(3)
     # A binary file is split at \n only: texts contain U+0085, a line end to str.splitlines.
-    return ((number, line) for number, line in enumerate(f, 1) if line.strip())
+    return ((number, renamed(line, columns)) for number, line in enumerate(f, 1) if line.strip())
 
 
-def _table_rows(path, f, delimiter):
+def _table_rows(path, f, delimiter, columns):
     """A row of CSV as a dict, by the header's names. An empty cell is absent, but in TEXTS it is an empty text. Lists stand as
     JSON in their cells."""
     csv.field_size_limit(2**31 - 1)
     lines = csv.reader(io.TextIOWrapper(f, encoding="utf-8-sig", newline=""), delimiter=delimiter, strict=True)
     try:
-        header = next(lines, [])
-        if twice := [name for i, name in enumerate(header) if name in header[:i]]:
+        theirs = next(lines, [])
+        ours = {columns[name]: name for name in columns if columns[name] in theirs} if columns else {}
+        header = [ours.get(name, "" if name in ours.values() else name) for name in theirs]
+        if twice := [name for i, name in enumerate(header) if name and name in header[:i]]:
             raise DataError(f"{path}: the header names {one_line(repr(twice[0]))} twice")
         for cells in lines:
             if len(cells) != len(header) and cells:

@@ -561,8 +561,11 @@ def preview(file, options):
     check_options(options)
     tokenizer, context = load_tokenizer(local_folder(options.init)), read_config(options.init)[0]["context"]
     bad = {}
-    records = load_records(file, options.kind, options.split, options.limit or None, skip_bad=True, tokenizer=tokenizer,
-                           columns=options.columns, bad=bad)
+    try:
+        records = load_records(file, options.kind, options.split, options.limit or None, skip_bad=True, tokenizer=tokenizer,
+                               columns=options.columns, bad=bad)
+    except DataError as error:
+        raise DataError(f"{error} (--kind {options.kind}; there are {', '.join(FIELDS)})") if bad else error
     lengths, cut = [], 0
     for i, record in enumerate(with_progress(records, "records tokenised")):
         fields = [field for field in FIELDS[options.kind] if field not in ("prompt", "scores")]

@@ -20,6 +20,7 @@ from nanorlhf.data import (Example, collate, cut_response, decode_response, enco
                            load_records, marks_of, of_each, post_of)
 from nanorlhf.errors import UserError
 from nanorlhf.files import local_folder, require_folder, write_json, write_records, write_text
+from nanorlhf.formats.checkpoints import tensor_index
 from nanorlhf.generate import generate, repeated
 from nanorlhf.metrics import (across_input_diversity, bon_kl, bootstrap_interval, difference_and_interval, distinct_n,
                               expectation_adjusted_distinct, mean_and_interval, mnli_relation, nli_diversity, perplexity,
@@ -359,6 +360,9 @@ def evaluate_policies(folders, options):
     check_options(options)
     for folder in filter(None, [options.reference, *folders.values(), options.perplexity]):
         require_folder(folder, "python train_sft.py" if folder == Options.reference else "the script that makes it")
+    for folder in [options.reference, *folders.values()]:
+        if "score.weight" in tensor_index(local_folder(folder)):
+            raise UserError(f"{folder} is a reward model, not a language model: name it as --reward or --gold")
     evaluation = Evaluation(options)
     for folder in folders.values():
         check_same_ids("the policy", folder, evaluation.tokenizer)

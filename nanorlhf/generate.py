@@ -350,11 +350,13 @@ def main():
     parser.add_argument("--top_p", type=float, default=1.0, help="1 = off (default)")
     parser.add_argument("--num_samples", type=int, default=2, help="samples per prompt (default: 2)")
     parser.add_argument("--seed", type=int, default=0, help="of the samples (default: 0)")
-    parser.add_argument("--stop", action="append", default=[], help="string that ends a response (several may be given)")
+    parser.add_argument("--stop", action="append", default=[],
+                        help="string that ends a response; \\n is a newline (several may be given)")
     options = parser.parse_args()
     if options.system is not None and not options.chat:
         parser.error("--system needs --chat")
     system = [{"role": "system", "content": options.system}] if options.system else []
+    stop = [text.replace("\\n", "\n") for text in options.stop]
     with one_line_errors(options, lambda: "give the same command again"):
         device = pick_device("auto")
         models = [(r, Transformer.from_pretrained(r).to(device), load_tokenizer(local_folder(r))) for r in options.runs]
@@ -366,7 +368,7 @@ def main():
                 prompt = transcript([*system, {"role": "user", "content": prompt}], "--prompt or --system") + ASSISTANT
             for run, model, tokenizer in models:
                 found = generate(model, [encode_prompt(tokenizer, prompt)], options.max_new_tokens, options.temperature,
-                                 options.top_k, options.top_p, options.num_samples, options.seed, options.stop, tokenizer)
+                                 options.top_k, options.top_p, options.num_samples, options.seed, stop, tokenizer)
                 for ids, finished in zip(found.responses(), found.finished.tolist()):
                     print(f"--- {run}\n{tokenizer.decode(ids, start=False)}{'' if finished else ' [...]'}")
 

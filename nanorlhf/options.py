@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import difflib
 import errno
 import inspect
 import itertools
@@ -26,6 +27,12 @@ HOW_TO_BEGIN = ("out", "resume", "overwrite")     # never taken from the run tha
 
 class OneLineParser(argparse.ArgumentParser):
     def error(self, message):
+        known = [name for action in self._actions for name in action.option_strings]
+        meant = [difflib.get_close_matches(word, known, 1, 0.75) for word in re.findall(r"--\w+", message)]
+        if message.startswith("unrecognized arguments: --") and any(meant):
+            message += f"; did you mean {' or '.join(sum(meant, []))}?"
+        elif message.startswith("unrecognized arguments") and " " in self.prog:
+            message += f"; want {self.prog} [options]"
         raise SystemExit(f"error: {message} (--help lists the options)")
 
 

@@ -309,7 +309,7 @@ def load_tokenizer(name_or_path):
         encoding = tiktoken.get_encoding(str(name_or_path))
     except (OSError, ValueError) as e:  # tiktoken downloads the ranks on first use
         raise DataError(f"{name_or_path}: tiktoken could not fetch it ({type(e).__name__}); offline, give a folder "
-                        "with tokenizer.json or encoder.json + vocab.bpe instead") from None
+                        "with tokenizer.json or vocab.json + merges.txt instead") from None
     return Tokenizer(encoding, "<|endoftext|>")
 
 

@@ -1073,3 +1073,15 @@ def test_a_run_that_ended_before_its_first_step_does_not_stand_in_the_way(tmp_pa
     del again
     with pytest.raises(UserError, match="already holds files"):                        # a step has been logged
         Run(Small(str(out)), "sft")
+
+
+def test_a_misspelt_option_and_a_word_out_of_place_are_named(monkeypatch):
+    @dataclass
+    class Many(Small):
+        response_length: int = 3
+    with pytest.raises(SystemExit, match=r"--reponse_lenght 3; did you mean --response_length\? \(--help lists"):
+        parse_options(Many, argv=["--out", "x", "--reponse_lenght", "3"])
+    with pytest.raises(SystemExit, match=r"unrecognized arguments: --limit 3 \(--help lists"):
+        parse_options(Many, argv=["--out", "x", "--limit", "3"])
+    with pytest.raises(SystemExit, match=r"unrecognized arguments: a; want python -m x RUN \[RUN ...\] \[options\] \("):
+        parse_options(Many, argv=["--out", "x", "a"], prog="python -m x RUN [RUN ...]")

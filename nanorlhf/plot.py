@@ -242,12 +242,13 @@ const prompts = [...document.querySelectorAll(".prompt")].map(part => [part, pla
 """
 
 
-def report_page(folders, keys="", plots=True, draws=(), of_runs=True):
-    """Returns the page. folders: of runs and evaluations; plots: whether there is matplotlib; draws: {title: function of axes} of
-    more pictures; of_runs: whether it shows the runs' own samples, beside those of the evaluations."""
+def report_page(folders, keys="", plots=None, draws=(), of_runs=True):
+    """Returns the page. folders: of runs and evaluations; plots: whether there is matplotlib (None: found out here); draws:
+    {title: function of axes} of more pictures; of_runs: whether it shows the runs' own samples, beside those of the evaluations."""
     evaluations = [Path(folder) for folder in folders if (Path(folder) / "table.md").exists()]
     logs = [read_log(folder) for folder in folders if Path(folder) not in evaluations]
     lines, shown = lines_of(logs), keys_of(logs, keys)
+    plots = can_plot() if plots is None else plots
     parts = ["<h1>Report</h1><nav><a href=#tables>Tables</a><a href=#curves>Curves</a><a href=#samples>Samples</a></nav>",
              "<h2 id=tables>Tables</h2>", *(html_of((folder / "table.md").read_text(encoding="utf-8")) for folder in evaluations)]
     if logs:
@@ -270,8 +271,8 @@ def report_page(folders, keys="", plots=True, draws=(), of_runs=True):
 
 def main():
     words = leading_words()
-    o, folders = parse_options(Options, __doc__, sys.argv[1 + len(words):],
-                            prog="python -m nanorlhf.plot RUN [RUN ...]"), list(dict.fromkeys(map(Path, words)))
+    o = parse_options(Options, __doc__, sys.argv[1 + len(words):], prog="python -m nanorlhf.plot RUN [RUN ...]")
+    folders = list(dict.fromkeys(map(Path, words)))
     with one_line_errors(o, lambda: "give the same command again"):
         if len(folders) < 1 + o.options:
             raise UserError(f"name {'two run folders' if o.options else 'a run folder'} or more, before the options")
@@ -279,7 +280,7 @@ def main():
             if not file.endswith(kinds):                                               # so no file of a run is replaced
                 raise UserError(f"--{option} {file}: must end in {' or '.join(kinds)}")
         if o.report:
-            write_text(o.report, report_page(folders, o.keys, can_plot()))
+            write_text(o.report, report_page(folders, o.keys))
             print(o.report)
             return
         logs = [read_log(folder) for folder in folders]

@@ -244,7 +244,8 @@ const prompts = [...document.querySelectorAll(".prompt")].map(part => [part, pla
 
 def report_page(folders, keys="", plots=None, draws=(), of_runs=True):
     """Returns the page. folders: of runs and evaluations; plots: whether there is matplotlib (None: found out here); draws:
-    {title: function of axes} of more pictures; of_runs: whether it shows the runs' own samples, beside those of the evaluations."""
+    {title: function of axes} of more pictures; of_runs: whether it shows the runs' own samples, beside those of the
+    evaluations."""
     evaluations = [Path(folder) for folder in folders if (Path(folder) / "table.md").exists()]
     logs = [read_log(folder) for folder in folders if Path(folder) not in evaluations]
     lines, shown = lines_of(logs), keys_of(logs, keys)

@@ -211,7 +211,10 @@ def test_a_table_without_a_true_reward_has_no_gold_column(chain, tmp_path):
 def test_ppo_prints_advice_when_no_response_ends(chain, tmp_path, capsys):
     _, at = chain
     go(train_ppo, tmp_path / "p", init=str(at / "sft"), reward="gold", limit=4, response_length=1)
-    assert "no response ended within --response_length 1: raise it" in capsys.readouterr().out
+    says = "no response ended within --response_length 1, and each counts as -1, not its reward (--missing_eos): raise it, or start"
+    assert says in capsys.readouterr().out
+    go(train_ppo, tmp_path / "q", init=str(at / "sft"), reward="gold", limit=4, response_length=1, missing_eos="none")
+    assert "no response ended within --response_length 1: raise it, or start" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("chain", ["llama"], indirect=True)

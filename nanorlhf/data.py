@@ -559,8 +559,8 @@ def preview(file, options):
     are bad."""
     from nanorlhf.formats.checkpoints import read_config
     check_options(options)
-    tokenizer, context = load_tokenizer(local_folder(options.init)), read_config(options.init)[0]["context"]
-    bad = {}
+    tokenizer = load_tokenizer(local_folder(options.init))
+    limits, bad = length_limits(options, read_config(options.init)[0]["context"]), {}
     try:
         records = load_records(file, options.kind, options.split, options.limit or None, skip_bad=True, tokenizer=tokenizer,
                                columns=options.columns, bad=bad)
@@ -573,9 +573,9 @@ def preview(file, options):
         names = [f"response with score {s:g}" for s in record["scores"]] if "scores" in record else fields
         prompt = record.get("prompt", "")
         if texts:
-            examples = make_examples(tokenizer, prompt, texts, *length_limits(options, context), options.keep)
+            examples = make_examples(tokenizer, prompt, texts, *limits, options.keep)
         else:
-            ids = encode_prompt(tokenizer, prompt, length_limits(options, context)[1], options.keep)
+            ids = encode_prompt(tokenizer, prompt, limits[1], options.keep)
             examples = [Example(ids, len(ids))]
         lengths += [len(e.tokens) for e in examples]
         cut += sum(e.prompt_cut or e.response_cut for e in examples)

@@ -359,9 +359,8 @@ def evaluate_policies(folders, options):
     "win/NAME", its win rate against each of the others."""
     check_options(options)
     for folder in filter(None, [options.reference, *folders.values(), options.perplexity]):
-        require_folder(folder, "python train_sft.py" if folder == Options.reference else "the script that makes it")
-    for folder in [options.reference, *folders.values()]:
-        if "score.weight" in tensor_index(local_folder(folder)):
+        made_by = "python train_sft.py" if folder == Options.reference else "the script that makes it"
+        if "score.weight" in tensor_index(require_folder(folder, made_by)):
             raise UserError(f"{folder} is a reward model, not a language model: name it as --reward or --gold")
     evaluation = Evaluation(options)
     for folder in folders.values():

@@ -54,6 +54,18 @@ def tiny():
 
 
 @pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """The folder of a tiny policy that has learned nothing, with the built-in task's tokenizer."""
+    from nanorlhf.model import ModelConfig, Transformer
+    from nanorlhf.tokenizer import load_tokenizer
+    folder, tokenizer = tmp_path_factory.mktemp("base"), load_tokenizer("reviews")
+    Transformer(ModelConfig(vocab_size=tokenizer.vocab_size, context=96, width=16, layers=1, heads=2, kv_heads=2, head_dim=8,
+                            ffn=32, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)).save_pretrained(folder)
+    tokenizer.save(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
 def one_thread():
     """Limits torch to one thread: bits must not depend on how many cores are free, and tiny matrices run faster."""
     before = torch.get_num_threads()

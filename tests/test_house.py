@@ -14,8 +14,9 @@ errors terminal
 ranks
 files
 options training reviews
-formats.chat formats.sources formats.tokenizer_files formats.checkpoints
+formats.chat formats.tokenizer_files formats.checkpoints
 formats.records
+formats.sources
 tokenizer
 data
 kernels_triton

@@ -17,7 +17,6 @@ from conftest import ROOT
 from nanorlhf.data import load_candidates, load_records
 from nanorlhf.errors import DataError
 from nanorlhf.files import read_jsonl
-from nanorlhf.model import ModelConfig, Transformer
 from nanorlhf.options import main
 from nanorlhf.tokenizer import load_tokenizer
 
@@ -43,15 +42,6 @@ ROW = dict(prompt="p", responses=[" a", " b"])
 def write_rows(file, rows):
     file.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8")
     return str(file)
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    folder, tokenizer = tmp_path_factory.mktemp("base"), load_tokenizer("reviews")
-    Transformer(ModelConfig(vocab_size=tokenizer.vocab_size, context=96, width=16, layers=1, heads=2, kv_heads=2, head_dim=8,
-                            ffn=32, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)).save_pretrained(folder)
-    tokenizer.save(folder)
-    return folder
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from nanorlhf.data import load_records
 from nanorlhf.errors import UserError
 from nanorlhf.evaluate import Options, evaluate_policies
 from nanorlhf.files import read_jsonl
-from nanorlhf.model import ModelConfig, RewardModel, Transformer
+from nanorlhf.model import RewardModel, Transformer
 from nanorlhf.options import main, parse_options
 from nanorlhf.rewards import load_reward
 from nanorlhf.tokenizer import load_tokenizer
@@ -51,15 +51,6 @@ def sums(kind):
             if kind == "messages":
                 rows[-1]["completion"] = [{"role": "assistant", "content": f"It is {a + b}."}]
     return rows
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    folder, tokenizer = tmp_path_factory.mktemp("base"), load_tokenizer("reviews")
-    Transformer(ModelConfig(vocab_size=tokenizer.vocab_size, context=96, width=16, layers=1, heads=2, kv_heads=2, head_dim=8,
-                            ffn=32, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)).save_pretrained(folder)
-    tokenizer.save(folder)
-    return str(folder)
 
 
 @pytest.fixture(params=["text", "messages"])

@@ -9,7 +9,6 @@ import types
 import pytest
 
 import train_dpo
-import train_sft
 from nanorlhf import data
 from nanorlhf.data import load_records
 from nanorlhf.errors import DataError, UserError
@@ -17,14 +16,6 @@ from nanorlhf.formats.sources import column_names, data_sha256, local_files, ren
 
 PAIRS = [dict(prompt="Is it good?", chosen=' Yes,\nit is "good".', rejected=" No.\u0085"), dict(prompt="A, b?", chosen=" a", rejected=" b")]
 CSV = 'prompt,chosen,rejected\r\nIs it good?," Yes,\nit is ""good"".", No.\u0085\r\n"A, b?", a, b\r\n'
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sources") / "base"
-    train_sft.train(train_sft.Config(init="scratch", kind="text", out=str(folder), max_steps=1, limit=50, eval_every=0, width=16,
-                                     layers=1, heads=2, batch_size=4, device="cpu"))
-    return folder
 
 
 def rows_of(path):
@@ -56,6 +47,9 @@ def test_cells_of_csv_hold_lists_truth_and_nothing(tmp_path):
     with pytest.raises(DataError, match="a.csv:3: label is 0.0: the answer is not to be imitated"):
         load_records(file, "completion")
     assert load_records(file, "prompt")[1]["prompt"] == "[1] is a list?"
+    file.write_text("prompt,label,loss\np,pos,0.5\nq,False,\n,0,\n")                  # a word is no truth; nothing is passed over
+    assert rows_of(file) == [dict(prompt="p", label="pos", loss="0.5"), dict(prompt="q", label=False, loss=None),
+                             dict(prompt="", label=0.0, loss=None)]
 
 
 @pytest.mark.parametrize("content, message", [

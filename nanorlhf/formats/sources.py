@@ -7,6 +7,7 @@
 
 import contextlib
 import csv
+import functools
 import gzip
 import hashlib
 import io
@@ -17,11 +18,11 @@ from pathlib import Path
 
 from nanorlhf.errors import DataError, UserError, one_line
 from nanorlhf.files import parse_json, sha256_of
+from nanorlhf.formats.records import LABELS
 
 OTHER_FORMATS = {b"ARROW1": "arrow", b"PK\x03\x04": "zip or xlsx", b"\xff\xfe": "UTF-16 text", b"\xfe\xff": "UTF-16 text",
                  b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zXZ": "xz"}      # by first bytes
 TEXTS = {"text", "prompt", "completion", "chosen", "rejected", "instruction", "output", "response", "query", "question", "answer"}
-TRUTH = {"label", "kto_tag", "weight", "train", "training", "loss"}                    # 0 or false: not to be learned
 
 
 def rows_in(path, columns=()):
@@ -43,26 +44,29 @@ def rows_in(path, columns=()):
 def _rows(path, f, start, columns):
     table = re.search(r"\.(csv|tsv)(\.gz)?$", str(path).lower())
     form = next((form for first, form in OTHER_FORMATS.items() if start.startswith(first)), None)
-    if start.startswith(b"PAR1"):
-        return ((number, renamed(row, columns)) for number, row in _parquet_rows(path))
+    parquet = start.startswith(b"PAR1")
     if b"\0" in start[:4]:
         form = form or "UTF-16 or binary"
-    elif table and not form:
+    elif table and not form and not parquet:
         return _table_rows(path, f, "," if table[1] == "csv" else "\t", columns)
-    elif start.strip() and not re.search(rb"^[ \t\r]*[{[]", start, re.MULTILINE):
+    elif start.strip() and not parquet and not re.search(rb"^[ \t\r]*[{[]", start, re.MULTILINE):
         form = form or "csv (name it .csv or .tsv) or other text"
     if form:
         raise DataError(f"{path}: {form}, not JSON: write one JSON object per line in UTF-8, plain or gzipped, for example with "
                         f"pandas' to_json(orient='records', lines=True)")
-    if start.lstrip()[:1] == b"[":
+    if parquet:
+        rows = _parquet_rows(path)
+    elif start.lstrip()[:1] == b"[":
         try:
-            return ((i, renamed(row, columns)) for i, row in enumerate(parse_json(f.read().decode("utf-8-sig")), 1))
+            rows = enumerate(parse_json(f.read().decode("utf-8-sig")), 1)
         except ValueError as error:
             raise DataError(f"{path}: bad JSON array ({one_line(error)})") from None
-    if f.peek(3)[:3] == b"\xef\xbb\xbf":
-        f.read(3)
-    # A binary file is split at \n only: texts contain U+0085, a line end to str.splitlines.
-    return ((number, renamed(line, columns)) for number, line in enumerate(f, 1) if line.strip())
+    else:
+        if f.peek(3)[:3] == b"\xef\xbb\xbf":
+            f.read(3)
+        # A binary file is split at \n only: texts contain U+0085, a line end to str.splitlines.
+        rows = ((number, line) for number, line in enumerate(f, 1) if line.strip())
+    return ((number, renamed(row, columns)) for number, row in rows)
 
 
 def _table_rows(path, f, delimiter, columns):
@@ -72,16 +76,15 @@ def _table_rows(path, f, delimiter, columns):
     lines = csv.reader(io.TextIOWrapper(f, encoding="utf-8-sig", newline=""), delimiter=delimiter, strict=True)
     try:
         theirs = next(lines, [])
-        ours = {columns[name]: name for name in columns if columns[name] in theirs} if columns else {}
-        header = [ours.get(name, "" if name in ours.values() else name) for name in theirs]
+        ours = {old: new for new, old in renamed(dict(zip(theirs, theirs)), columns).items()}
+        header = [ours.get(name, "") for name in theirs]                               # "": another column took its name
         if twice := [name for i, name in enumerate(header) if name and name in header[:i]]:
             raise DataError(f"{path}: the header names {one_line(repr(twice[0]))} twice")
         for cells in lines:
             if len(cells) != len(header) and cells:
                 raise DataError(f"{path}:{lines.line_num}: {len(cells)} cells under a header of {len(header)}")
-            row = {name: _cell(name, cell) for name, cell in zip(header, cells) if name}
-            if any(row.values()):
-                yield lines.line_num, row
+            if any(cells):
+                yield lines.line_num, {name: _cell(name, cell) for name, cell in zip(header, cells) if name}
     except UnicodeDecodeError:
         raise DataError(f"{path}: bad UTF-8 after line {lines.line_num}: save the file as UTF-8") from None
     except csv.Error as error:
@@ -93,9 +96,9 @@ def _cell(name, cell):
     if cell[:2] == "[{" or not text and cell[:1] in ("[", "{"):                        # messages; responses, scores
         with contextlib.suppress(ValueError):
             return parse_json(cell)
-    if name in TRUTH:
+    if name in LABELS:                            # 0 or false: not to be imitated; others, such as "pos", are texts
         with contextlib.suppress(ValueError):
-            return {"true": True, "false": False}.get(cell.lower()) if cell.isalpha() else float(cell)
+            return {"true": True, "false": False}.get(cell.lower(), cell) if cell.isalpha() else float(cell)
     return cell if text or cell else None
 
 
@@ -139,9 +142,12 @@ def column_names(text):
 def local_files(name):
     """Returns the files behind a name: of `hub:NAME`, `hub:NAME:CONFIG` or `hub:NAME:CONFIG:SPLIT` (train, if none is named) the
     parquet files that the Hub keeps of every data set, downloaded once; else the file itself. UserError says what is missing."""
-    if not str(name).startswith("hub:"):
-        return [Path(name)]
-    repository, config, split, *more = [*str(name).split(":")[1:], "", "", ""][:4]
+    return list(_hub_files(name)) if str(name).startswith("hub:") else [Path(name)]
+
+
+@functools.lru_cache
+def _hub_files(name):
+    repository, config, split, *more = [*name.split(":")[1:], "", "", ""][:4]
     split = split or "train"
     try:
         from huggingface_hub import HfApi, hf_hub_download

@@ -1,15 +1,17 @@
-"""Speed and memory against a peer: `python -m nanorlhf.bench {logprob,generate,step,tokenize,data,gpu} [--out file.json]`.
+"""Speed and memory against a peer: `python -m nanorlhf.bench {logprob,generate,linear,step,tokenize,data,gpu} [--out file.json]`.
 
     logprob   token_logprobs against torch's F.linear_cross_entropy in its best chunks, or, with an older torch, log_softmax +
               gather: forward + backward, and the memory each needs beyond its inputs
     generate  tokens/s against transformers' generate with the same weights, on ragged prompts and on best-of-n of one prompt
+    linear    a decoding step's products of few rows plain and packed: the table that kernels.rows_for_packed chooses by
     step      one SFT step against transformers + AdamW, and one DPO step against TRL's trainer, on the same tokens
     gpu       the figures that need a GPU, in bfloat16 (bench_gpu.py)
     tokenize  tokens/s of --text against the `tokenizers` library on one thread, and how many texts get different ids
     data      seconds and memory from a file of 200,000 comparisons to the first update of a reward model; there is no peer
 
 Machines drift, so the two sides take turns within one process, and the ratio is that of their medians. Each figure but those
-of tokenize and data comes with its share of the hardware's limit (matrix products and reading memory), measured in the same run.
+of linear, tokenize and data comes with its share of the hardware's limit (matrix products and reading memory), measured in the
+same run.
 """
 
 import os
@@ -38,7 +40,7 @@ from nanorlhf.errors import UserError
 from nanorlhf.files import parse_json, write_json
 from nanorlhf.formats.sources import rows_in
 from nanorlhf.generate import generate
-from nanorlhf.kernels import token_logprobs
+from nanorlhf.kernels import pack, token_logprobs
 from nanorlhf.model import ModelConfig, Transformer, pick_device
 from nanorlhf.options import OneLineParser
 from nanorlhf.run import git_commit
@@ -244,6 +246,29 @@ def bench_generate(o, device, limits):
     return rows
 
 
+# ---- linear -----------------------------------------------------------------------------------------------------------
+
+def bench_linear(o, device, limits):
+    """Times both by weight [out, in] and rows. Copies of a weight take turns that together exceed the cache, as a model's weights
+    do: with one weight, which stays in the cache, another variant can look better. `pack_us`: what packing takes, once."""
+    rows = []
+    for out, width in ((1152, 384), (384, 1536), (1536, 384), (8192, 384), (960, 576), (576, 576), (3072, 576), (576, 1536),
+                       (49152, 576), (2304, 768), (768, 3072), (50257, 768)):
+        weights = torch.randn(max(2, 2**24 // (out * width)), out, width)
+        packed = [pack(w) for w in weights]
+        pack_us = 1e6 * min(seconds(lambda: [pack(w) for w in weights], device) for _ in range(3)) / len(weights)
+        for R in (1, 2, 4, 8, 16, 32, 64, 512):
+            x = torch.randn(R, width)
+            t = medians({"plain": lambda: [F.linear(x, w) for w in weights],
+                         "packed": lambda: [torch.ops.mkldnn._linear_pointwise(x, p, None, "none", [], "") for p in packed]},
+                        o.repeats, device)
+            plain_us, packed_us = (1e6 * t[k] / len(weights) for k in ("plain", "packed"))
+            rows.append(dict(out=out, width=width, rows=R, plain_us=plain_us, packed_us=packed_us, pack_us=pack_us))
+            print(f"[{out}, {width}], {R} rows: F.linear {plain_us:.0f} us, packed {packed_us:.0f} us: "
+                  f"{packed_us / plain_us:.2f}; packing takes {pack_us:.0f} us", flush=True)
+    return rows
+
+
 # ---- step -----------------------------------------------------------------------------------------------------------
 
 def bench_step(o, device, limits):
@@ -416,7 +441,7 @@ def bench_data(o, device, limits):
 def main():
     parser = OneLineParser(prog="python -m nanorlhf.bench", description=__doc__,
                            formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("benchmark", choices=["logprob", "generate", "step", "tokenize", "data", "gpu"])
+    parser.add_argument("benchmark", choices=["logprob", "generate", "linear", "step", "tokenize", "data", "gpu"])
     parser.add_argument("--layers", type=int, default=0, help="default 6")
     parser.add_argument("--width", type=int, default=0, help="default 384; logprob 256")
     parser.add_argument("--heads", type=int, default=0, help="default 6")
@@ -442,7 +467,7 @@ def main():
     try:
         if o.threads:
             torch.set_num_threads(o.threads)
-        device = torch.device("cpu") if o.benchmark in ("tokenize", "data") else pick_device(o.device)
+        device = torch.device("cpu") if o.benchmark in ("linear", "tokenize", "data") else pick_device(o.device)
         limits = hardware_limits(device)
         name = torch.cuda.get_device_name() if device.type == "cuda" else f"{processor()}, {os.cpu_count()} cores"
         print(f"{name}, torch {torch.__version__}: {limits['flops'] / 1e9:.0f} GFLOP/s, "
@@ -454,17 +479,18 @@ def main():
             from nanorlhf.bench_gpu import bench_gpu
             limits, rows = bench_gpu(device, o.repeats, medians)
         else:
-            rows = {"logprob": bench_logprob, "generate": bench_generate, "step": bench_step,
+            rows = {"logprob": bench_logprob, "generate": bench_generate, "linear": bench_linear, "step": bench_step,
                     "tokenize": bench_tokenize, "data": bench_data}[o.benchmark](o, device, limits)
         busy = warn_if_busy(before, time.monotonic() - started)
     except UserError as error:
         raise SystemExit(f"error: {error}")
     if o.out:
         modules = ("torch", "transformers", "trl", "tokenizers")
+        settings = {k: os.environ[k] for k in ("LD_PRELOAD", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA") if k in os.environ}
         versions = {m: sys.modules[m].__version__ for m in modules if m in sys.modules}
         write_json(o.out, dict(benchmark=o.benchmark, device=name, threads=torch.get_num_threads(), commit=git_commit(),
-                               python=platform.python_version(), **versions, limits=limits, busy=busy, options=vars(o),
-                               results=rows))
+                               python=platform.python_version(), **versions, settings=settings, limits=limits, busy=busy,
+                               options=vars(o), results=rows))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 `python -m nanorlhf.generate RUN [RUN...] --prompt "..."` prints samples from any checkpoint folders, for comparison.
 """
 
+import contextlib
 import dataclasses
 import math
 
@@ -12,7 +13,7 @@ import torch
 from nanorlhf import ranks
 from nanorlhf.data import encode_prompt, of_each, to_device
 from nanorlhf.errors import UserError
-from nanorlhf.kernels import filter_logits, sample, static_shapes
+from nanorlhf.kernels import filter_logits, packing_pays, sample, static_shapes
 from nanorlhf.model import Cache, Transformer
 
 GRAPHS = True  # a GPU replays decoding steps as a graph
@@ -66,7 +67,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
                   torch.zeros(R + 1, dtype=torch.bool, device=device))
     by_length = sorted(mine, key=lambda p: len(prompts[p]))                            # so that a chunk has little padding
     options = dict(temperature=temperature, top_k=top_k, top_p=top_p)
-    with gathered(model) as in_step:
+    with ready(model, R, max_new_tokens) as in_step:
         size, n = batch_shape(model, max(map(len, prompts), default=1), num_samples, max_new_tokens, batch_size)
         chunks = [by_length[i:i + size] for i in range(0, len(by_length), size)]
         jobs = [(chunk, range(i, min(i + n, num_samples))) for chunk in chunks for i in range(0, num_samples, n)]
@@ -91,10 +92,18 @@ def free_memory(device):
         return None
 
 
-def gathered(model):
-    """`ranks.gathered` with half of the free memory; the rest is for the cache."""
-    free = free_memory(model.embed.weight.device) if ranks.sharded else None
-    return ranks.gathered(model, free and free // 2)
+@contextlib.contextmanager
+def ready(model, rows, steps):
+    """Within it the model is ready to decode `rows` rows of `steps` tokens: gathered if it is sharded, with half of the free
+    memory for it, and on a CPU packed, if that pays and takes at most a quarter. Yields True if all ranks must run the model
+    equally often."""
+    device = model.embed.weight.device
+    free = free_memory(device)
+    plain = device.type == "cpu" and not (ranks.sharded or model.compiled or torch.is_autocast_enabled("cpu"))
+    fits = free is not None and sum(p.numel() * p.element_size() for p in model.parameters()) <= free // 4
+    packed = model.packed() if plain and fits and packing_pays(rows, steps) else contextlib.nullcontext()
+    with ranks.gathered(model, free and free // 2) as in_step, packed:
+        yield in_step
 
 
 def batch_shape(model, longest, num_samples, max_new_tokens, batch_size):
@@ -270,7 +279,7 @@ def beam_search(model, prompts, max_new_tokens, num_beams=4, num_groups=1, diver
         raise UserError(f"{num_beams} beams, {num_groups} groups, temperature {temperature}: each must be above 0")
     if num_beams % num_groups:
         raise UserError(f"{num_beams} beams do not divide into {num_groups} groups")
-    with gathered(model) as in_step:
+    with ready(model, len(prompts) * num_beams, max_new_tokens) as in_step:
         return of_each(prompts, max(1, batch_size // num_beams), lambda chunk: _beams(
             model, chunk, max_new_tokens, num_beams, num_groups, diversity_penalty, temperature, length_penalty, tokenizer,
             in_step), len)

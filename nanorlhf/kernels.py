@@ -194,33 +194,41 @@ def sample(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
 
 
 @functools.cache
-def slices_are_fast():
-    """True on an AMD processor, where the CPU's BLAS divides a product with few rows badly among its threads."""
+def rows_for_packed():
+    """Returns the numbers of rows for which `packed_linear` is faster with a packed weight. They depend on the processor's maker
+    and its vectors, because F.linear's library, MKL, has other kernels for each, and never on a clock, so that a run's numbers
+    do not vary. The tables, and how Intel's kernels were measured, are in results/bench. Other makers: not tried, none."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as f:
-            return any(line.startswith("vendor_id") and "AuthenticAMD" in line for line in f)
+            maker = next((line.split()[-1] for line in f if line.startswith("vendor_id")), "")
     except OSError:
-        return False
+        maker = ""
+    if maker == "AuthenticAMD":
+        return range(1, 2**31)
+    if maker == "GenuineIntel":
+        return range(3, 2**31 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 33)
+    return range(0)
 
 
-def thin_linear(x, weight, bias=None):
-    """Computes F.linear for few rows, as in decoding, on some processors faster: x [R, in], weight [out, in] -> [R, out].
+def packing_pays(rows, steps):
+    """True if a CPU decodes this many rows and steps sooner with packed weights. `pack` takes as long as some five steps save."""
+    faster = rows_for_packed()
+    return steps >= 16 and len(faster) > 0 and rows >= faster.start and torch.backends.mkldnn.is_available()
 
-    A batched product gives each thread as many slices of about 512 outputs as any other. On an AMD EPYC (Zen 3, AVX2, two cores,
-    float32) it takes 0.4 to 1.1 of F.linear's time, mostly below 0.9, for 1 to 64 rows and weights from 300 thousand numbers
-    (the table is in results/bench). Smaller weights gain nothing, and on other processors it has not been measured. The choice
-    depends on the processor and the shapes, never on a clock, so that a run's numbers do not vary.
-    """
-    n = torch.get_num_threads()
-    if n == 1 or len(x) > 64 or weight.numel() < 2**18 or not x.is_cpu or x.dtype != weight.dtype or not slices_are_fast():
+
+def pack(weight):
+    """Returns a copy of weight [out, in] in the layout of the library oneDNN, for `packed_linear`; None for a small weight, with
+    which it is not faster, and for other dtypes than float32."""
+    fits = weight.is_cpu and weight.dtype == torch.float32 and weight.numel() >= 2**18
+    return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 64) if fits else None
+
+
+def packed_linear(x, weight, bias=None, packed=None):
+    """Computes F.linear without gradients: x [..., in], weight [out, in] -> [..., out]; packed: the same weight from `pack`, or
+    None. With it a product of few rows, as in decoding, takes a quarter to nine tenths of F.linear's time."""
+    if packed is None or x.numel() // x.shape[-1] not in rows_for_packed():
         return F.linear(x, weight, bias)
-    n *= max(1, round(len(weight) / 512 / n))
-    size = len(weight) // n                                                            # outputs of a slice
-    slices = weight[:n * size].view(n, size, -1)
-    y = torch.bmm(x.expand(n, *x.shape), slices.mT).transpose(0, 1).reshape(len(x), -1)
-    if n * size < len(weight):
-        y = torch.cat([y, F.linear(x, weight[n * size:])], 1)
-    return y if bias is None else y + bias
+    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
 
 
 def static_shapes(device):

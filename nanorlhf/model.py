@@ -7,6 +7,7 @@ precision is autocast.
 Letters: B batch, T time, D width, V vocabulary, H heads, K key-value heads, E head width.
 """
 
+import contextlib
 import dataclasses
 import math
 
@@ -18,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from nanorlhf import ranks
 from nanorlhf.errors import UserError
 from nanorlhf.formats.checkpoints import FAMILIES, load_weights, read_config, read_constants, save_weights, tensor_index
-from nanorlhf.kernels import decode_attention, matmul32, static_shapes, thin_linear, token_logprobs
+from nanorlhf.kernels import decode_attention, matmul32, pack, packed_linear, static_shapes, token_logprobs
 from nanorlhf.training import seed_for
 
 
@@ -73,13 +74,13 @@ def make_norm(c):
 
 
 class Linear(nn.Linear):
+    packed = None                                 # the weight once more, of kernels.pack; within Transformer.packed
+
     def reset_parameters(self):                   # does nothing: Transformer draws all weights once, from its own generator
         pass
 
     def forward(self, x):
-        if x.shape[1] == 1 and not torch.is_grad_enabled() and not torch.compiler.is_compiling():    # a decoding step
-            return thin_linear(x[:, 0], self.weight, self.bias)[:, None]
-        return super().forward(x)
+        return super().forward(x) if self.packed is None else packed_linear(x, self.weight, self.bias, self.packed)
 
 
 class Embedding(nn.Embedding):
@@ -167,9 +168,9 @@ def rotate(x, cos, sin):
     x [B, H, T, E]; cos, sin [B or 1, 1, T, R], the first half of sin negated: the halves (a, b) of the R dimensions become
     (a cos - b sin, b cos + a sin)."""
     R = cos.shape[-1]
-    turned, rest = x.float().split([R, x.shape[-1] - R], dim=-1)
-    turned = torch.addcmul(turned * cos, turned.roll(R // 2, dims=-1), sin)
-    return (torch.cat([turned, rest], dim=-1) if rest.shape[-1] else turned).to(x.dtype)
+    turned = x[..., :R].float()
+    turned = torch.addcmul(turned * cos, turned.roll(R // 2, dims=-1), sin).to(x.dtype)
+    return turned if R == x.shape[-1] else torch.cat([turned, x[..., R:]], dim=-1)
 
 
 class Cache:
@@ -250,6 +251,7 @@ class Transformer(nn.Module):
         self.head = Linear(c.width, c.vocab_size, bias=c.head_bias) if head and not c.tied else None
         self.compiled = False                     # by compile_layers
         self.checkpointing = False                # keep a layer's input only, and compute the layer again in the backward pass
+        self.packed_head = None                   # as in Linear
         self.vocab = c.vocab_size                 # ids that may be predicted: check_fit lowers it to the tokenizer's
         if self.embed.weight.is_meta:             # load_weights will fill the model
             return
@@ -320,21 +322,35 @@ class Transformer(nn.Module):
         return None if self.head is None or self.head.bias is None else self.head.bias[:self.vocab]
 
     def output_head(self):
-        """Returns (weight [V, D], bias [V] or None) for `logits`, rounded to the dtype that autocast asks for. A caller that
-        needs logits step by step gets them once."""
+        """Returns (weight [V, D], bias [V] or None, the packed weight or None) for `logits`, the weight rounded to the dtype that
+        autocast asks for. A caller that needs logits step by step gets them once."""
         weight, device = self.head_weight, self.embed.weight.device.type
         if torch.is_autocast_enabled(device):
             weight = weight.to(torch.get_autocast_dtype(device))
             weight = weight.float() if device == "cpu" else weight                     # where the product is in float32
-        return weight, self.head_bias
+        return weight, self.head_bias, self.packed_head
+
+    @contextlib.contextmanager
+    def packed(self):
+        """Within it, on a CPU, large weights are held twice, once as `kernels.pack` makes them, and the model only decodes."""
+        layers = [m for m in self.blocks.modules() if isinstance(m, Linear)]
+        try:
+            for layer in layers:
+                layer.packed = pack(layer.weight)
+            self.packed_head = pack(self.head_weight)
+            yield
+        finally:
+            for layer in layers:
+                layer.packed = None
+            self.packed_head = None
 
     def logits(self, hidden, head=None):
         """hidden [..., D] -> [..., V], float32 also under autocast, as in `token_logprobs`: in bf16, logits far from 0 lose the
         differences that a distribution is made of. head: a result of `output_head`."""
-        weight, bias = head or self.output_head()
+        weight, bias, packed = head or self.output_head()
         device = hidden.device.type
         if not torch.is_autocast_enabled(device):
-            return (thin_linear if hidden.dim() == 2 else F.linear)(hidden, weight, bias)
+            return packed_linear(hidden, weight, bias, packed)
         with torch.autocast(device, enabled=False):
             hidden = hidden.to(torch.get_autocast_dtype(device))
             z = matmul32(hidden.flatten(0, -2), weight.T).view(*hidden.shape[:-1], -1)

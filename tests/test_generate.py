@@ -8,8 +8,8 @@ import torch
 from nanorlhf.errors import UserError
 from nanorlhf.formats.checkpoints import FAMILIES, PARTIAL_ROTARY
 from nanorlhf.generate import Decoding, beam_search, generate, prefill
-from nanorlhf.kernels import sample
-from nanorlhf.model import ModelConfig, Transformer
+from nanorlhf.kernels import packed_linear, sample
+from nanorlhf.model import Linear, ModelConfig, Transformer
 
 PROMPTS = [[5, 9, 3, 22, 17, 30, 8], [4], [11, 2, 19], [6, 6, 40, 33, 12]]
 
@@ -19,7 +19,8 @@ def tiny(family="gpt2", seed=0, **fields):
     grouped = "kv_heads" in FAMILIES[family].keys
     defaults = dict(vocab_size=48, context=40, layers=2, heads=4, kv_heads=2 if grouped else 4, head_dim=6, eos_id=1, pad_id=0,
                     rotary_dim=2 if family in ("gptj", *PARTIAL_ROTARY) else 0, init_std=0.3)
-    return Transformer(ModelConfig.for_family(family, 24, **(defaults | fields)), seed)
+    fields = defaults | dict(width=24) | fields
+    return Transformer(ModelConfig.for_family(family, fields.pop("width"), **fields), seed)
 
 
 class Letters:
@@ -70,6 +71,40 @@ def test_bfloat16_sampling_is_close_to_the_full_forward_pass(family, shapes):
             tokens = torch.tensor([PROMPTS[row // 2] + response])
             fresh = model.logprobs(tokens, torch.arange(tokens.shape[1])[None] >= len(PROMPTS[row // 2]))[0, -len(response):]
             assert float((logp[:len(response)] - fresh).abs().max()) < 0.3
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+@pytest.mark.parametrize("family", ["gpt2", "gptj", "llama"])
+def test_packed_weights_sample_as_plain_ones_and_are_made_anew_for_each_call(family, monkeypatch):
+    """Every matrix of this model but the attention's output is large enough to be packed."""
+    monkeypatch.setattr("nanorlhf.kernels.rows_for_packed", lambda: range(1, 2**31))
+    model = tiny(family, width=320, ffn=900, heads=5, kv_heads=5, head_dim=64, vocab_size=900, init_std=0.05)
+    seen = []
+    monkeypatch.setattr("nanorlhf.model.packed_linear", lambda x, w, b, p: (seen.append(p), packed_linear(x, w, b, p))[1])
+    for change in (0.0, 0.5):
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(1 + change)                                                     # as an optimizer does, in place
+        seen.clear()
+        out = generate(model, PROMPTS, 16, num_samples=3, seed=1)
+        assert len([p for p in seen if p is not None]) > 15 * 2 * 3                    # qkv, up and down of both layers
+        assert unpacked(model)
+        for row, (response, logp) in enumerate(zip(out.responses(), out.logprobs)):
+            tokens = torch.tensor([PROMPTS[row // 3] + response])
+            with torch.no_grad():
+                fresh = model.logprobs(tokens, torch.arange(tokens.shape[1])[None] >= len(PROMPTS[row // 3]))[0, -len(response):]
+            torch.testing.assert_close(logp[:len(response)], fresh, atol=1e-4, rtol=0)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        seen.clear()
+        generate(model, PROMPTS, 16)
+        assert not any(p is not None for p in seen)
+    with pytest.raises(RuntimeError, match="stop here"), model.packed():
+        raise RuntimeError("stop here")
+    assert unpacked(model)
+
+
+def unpacked(model):
+    return model.packed_head is None and all(m.packed is None for m in model.modules() if isinstance(m, Linear))
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])

@@ -1,5 +1,6 @@
 """The kernels against closed forms: values, gradients, memory, the distribution of samples, attention over a split cache."""
 
+import io
 import math
 
 import numpy as np
@@ -286,3 +287,50 @@ def test_decode_attention_equals_plain_attention_on_ragged_prompts(H, K, n):
             values = torch.cat([prefix_v[r // n, k, real], suffix_v[r, k]])
             want = (keys @ q[r, h] / math.sqrt(E)).softmax(0) @ values
             torch.testing.assert_close(got[r, h * E:(h + 1) * E], want, atol=1e-6, rtol=1e-6)   # its softmax is float32
+
+
+# ---- Packed weights -------------------------------------------------------------------------------------------------
+
+packs = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+
+
+@packs
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_packed_weight_gives_the_same_product(monkeypatch, bias):
+    monkeypatch.setattr(kernels, "rows_for_packed", lambda: range(3, 50))
+    generator = torch.Generator().manual_seed(0)
+    weight, b = torch.randn(1100, 300, generator=generator), torch.randn(1100, generator=generator) if bias else None
+    packed = kernels.pack(weight)
+    for shape in ((1, 300), (3, 300), (40, 1, 300), (49, 300), (5, 20, 300)):          # 1 and 100 rows are outside the range
+        x = torch.randn(shape, generator=generator)
+        exact = F.linear(x.double(), weight.double(), None if b is None else b.double())
+        torch.testing.assert_close(kernels.packed_linear(x, weight, b, packed), exact.float(), atol=1e-4, rtol=1e-5)
+    zero = torch.zeros_like(weight)                                                    # only the packed copy is read
+    assert [bool(kernels.packed_linear(torch.ones(n, 300), zero, None, packed).any()) for n in (2, 3, 49, 50)] == [
+        False, True, True, False]
+
+
+def test_small_weights_and_other_dtypes_are_not_packed():
+    assert kernels.pack(torch.zeros(511, 512)) is None and kernels.pack(torch.zeros(512, 512, dtype=torch.float64)) is None
+
+
+@pytest.mark.parametrize("maker, vectors, rows", [
+    ("AuthenticAMD", "AVX512", [1, 2, 64]), ("AuthenticAMD", "AVX2", [1, 2, 64]), ("GenuineIntel", "AVX512", [3, 64]),
+    ("GenuineIntel", "AVX2", [3, 32]), ("Somebody", "AVX2", []), (None, "DEFAULT", [])])
+def test_the_rows_for_packed_weights_depend_on_the_processor_only(monkeypatch, maker, vectors, rows):
+    def cpuinfo(path, encoding):
+        if maker is None:
+            raise FileNotFoundError(path)
+        return io.StringIO(f"processor\t: 0\nvendor_id\t: {maker}\ncpu family\t: 25\n")
+    monkeypatch.setattr(kernels, "open", cpuinfo, raising=False)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: vectors)
+    found = kernels.rows_for_packed.__wrapped__()
+    assert [n for n in (1, 2, 3, 32, 64) if n in found] == [n for n in (1, 2, 3, 32, 64) if rows and rows[0] <= n <= rows[-1]]
+
+
+@packs
+def test_packing_pays_from_some_steps_and_rows(monkeypatch):
+    monkeypatch.setattr(kernels, "rows_for_packed", lambda: range(3, 33))
+    assert [kernels.packing_pays(*case) for case in ((3, 16), (500, 16), (2, 16), (3, 15))] == [True, True, False, False]
+    monkeypatch.setattr(kernels, "rows_for_packed", lambda: range(0))
+    assert not kernels.packing_pays(16, 16)

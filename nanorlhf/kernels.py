@@ -225,7 +225,7 @@ def pack(weight):
 
 def packed_linear(x, weight, bias=None, packed=None):
     """Computes F.linear without gradients: x [..., in], weight [out, in] -> [..., out]; packed: the same weight from `pack`, or
-    None. With it a product of few rows, as in decoding, takes a quarter to nine tenths of F.linear's time."""
+    None. With it a product of few rows, as in decoding, mostly takes a quarter to nine tenths of F.linear's time."""
     if packed is None or x.numel() // x.shape[-1] not in rows_for_packed():
         return F.linear(x, weight, bias)
     return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")

@@ -95,17 +95,14 @@ def free_memory(device):
 @contextlib.contextmanager
 def ready(model, rows, steps):
     """Within it the model is ready to decode `rows` rows of `steps` tokens: gathered if it is sharded, with half of the free
-    memory for it, and on a CPU packed, if that pays and takes at most a quarter. Yields True if all ranks must run the model
-    equally often."""
+    memory for it, and on a CPU packed, if that pays. Yields True if all ranks must run the model equally often."""
     device = model.embed.weight.device
-    free = free_memory(device)
-    plain = device.type == "cpu" and not (ranks.sharded or model.compiled or torch.is_autocast_enabled("cpu"))
-    fits = free is not None and sum(p.numel() * p.element_size() for p in model.parameters()) <= free // 4
+    free = free_memory(device) if ranks.sharded else None
     with contextlib.ExitStack() as stack:
-        if plain:
+        if device.type == "cpu" and not (ranks.sharded or model.compiled or torch.is_autocast_enabled("cpu")):
             stack.enter_context(torch.inference_mode())                                # a twentieth of a step less than no_grad
-        if plain and fits and packing_pays(rows, steps):
-            stack.enter_context(model.packed())
+            if packing_pays(rows, steps, sum(p.numel() * p.element_size() for p in model.parameters())):
+                stack.enter_context(model.packed())
         yield stack.enter_context(ranks.gathered(model, free and free // 2))
 
 

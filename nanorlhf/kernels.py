@@ -9,6 +9,7 @@ G = H/K query heads per key-value head, S prompt positions, T new positions, E h
 """
 
 import functools
+import os
 
 import torch
 import torch.nn.functional as F
@@ -210,10 +211,14 @@ def rows_for_packed():
     return range(0)
 
 
-def packing_pays(rows, steps):
-    """True if a CPU decodes this many rows and steps sooner with packed weights. `pack` takes as long as some five steps save."""
+def packing_pays(rows, steps, size):
+    """True if a CPU decodes this many rows and steps sooner with packed weights, of `size` bytes in all: `pack` takes as long as
+    some five steps save. The copy must fit an eighth of the machine's memory (what is free at the moment has no say, so that
+    numbers do not vary)."""
     faster = rows_for_packed()
-    return steps >= 16 and len(faster) > 0 and rows >= faster.start and torch.backends.mkldnn.is_available()
+    if steps < 16 or not faster or rows < faster.start or not torch.backends.mkldnn.is_available():
+        return False
+    return size <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 8
 
 
 def pack(weight):

@@ -6,7 +6,7 @@
 Weights, gradients and optimizer states are counted exactly. What a layer keeps for the backward pass is counted from the code of
 model.py, tensor by tensor, as on a CPU; on a GPU an RMSNorm keeps less. A test compares the sum with measured peaks on a CPU. Not
 counted are the CUDA context, NCCL's buffers and what the allocator wastes, so a run fits if it takes at most 90% of --memory. Nor
-is what sampling adds on a CPU: the policy's large weights once more, if the copy takes at most a quarter of the free memory.
+is what sampling adds on a CPU: the policy's large weights once more, if they take at most an eighth of the memory.
 """
 
 import dataclasses

@@ -2,6 +2,7 @@
 
 import io
 import math
+import os
 
 import numpy as np
 import pytest
@@ -331,6 +332,8 @@ def test_the_rows_for_packed_weights_depend_on_the_processor_only(monkeypatch, m
 @packs
 def test_packing_pays_from_some_steps_and_rows(monkeypatch):
     monkeypatch.setattr(kernels, "rows_for_packed", lambda: range(3, 33))
-    assert [kernels.packing_pays(*case) for case in ((3, 16), (500, 16), (2, 16), (3, 15))] == [True, True, False, False]
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    cases = [(3, 16, 0), (500, 16, memory // 8), (2, 16, 0), (3, 15, 0), (3, 16, memory // 7)]
+    assert [kernels.packing_pays(*case) for case in cases] == [True, True, False, False, False]
     monkeypatch.setattr(kernels, "rows_for_packed", lambda: range(0))
-    assert not kernels.packing_pays(16, 16)
+    assert not kernels.packing_pays(16, 16, 0)

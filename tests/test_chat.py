@@ -325,6 +325,19 @@ def test_a_template_may_drop_earlier_reasoning_and_fold_the_system_message(tmp_p
 LAST = CHATML.replace("{% generation %}{{ m['content'] +", "{% generation %}{{ m['content'].split('</think>')[-1] +")
 
 
+def test_a_template_may_ask_how_a_message_ends(tmp_path):
+    """As GLM-4.5's and Qwen3's do."""
+    head = "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content.endswith('/nothink') %}"
+    rest = "[{{ m.content | length }}]{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
+    rest += "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    tokenizer = load_tokenizer(write_tokenizer(tmp_path / "tok", head + rest, "<|im_end|>"))
+    user = {"role": "user", "content": "Hi /nothink"}
+    asked = "<|im_start|>user\n[11]Hi /nothink<|im_end|>\n<|im_start|>assistant\n"
+    assert tokenizer.decode(encode_prompt(tokenizer, prompt_of([user])), special=True) == asked
+    opened = prompt_of([user]) + " Yes"
+    assert tokenizer.decode(encode_prompt(tokenizer, opened), special=True) == asked + "Yes"
+
+
 def test_a_template_may_not_drop_words_of_the_answer(tmp_path):
     """Of an earlier turn it may drop the reasoning; the answer that is trained on, or continued, has to arrive whole."""
     tokenizer = load_tokenizer(write_tokenizer(tmp_path / "a", LAST, "<|im_end|>"))

@@ -63,7 +63,7 @@ def transcript(messages, field):
     text = ""
     for m in messages:
         name, content = name_of(m, field), content_of(m, field)
-        if match := TURN.search(content):
+        if match := TURN.search(content.replace("\r\n", "\n")):         # records._tidy reads line ends so, too
             raise DataError(f"{field} holds a message with {match[0]!r} in it, which would begin another turn")
         if name == "Assistant" and not content.strip():
             raise DataError(f"{field} holds an empty assistant message")

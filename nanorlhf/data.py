@@ -98,7 +98,7 @@ def hint(error, columns, missing):
     """What --columns has to do with an error; missing: our names of columns that no row has had."""
     if missing:
         return f" (no column {columns[min(missing)]}, which --columns names for {min(missing)})"
-    strange = str(error).startswith("no known record in the fields ") and not columns
+    strange = str(error).startswith(("no known record in the fields ", "there is no prompt")) and not columns
     return " (--columns gives them other names: --columns prompt=question,completion=answer)" if strange else ""
 
 

@@ -325,6 +325,19 @@ def test_a_template_may_drop_earlier_reasoning_and_fold_the_system_message(tmp_p
 LAST = CHATML.replace("{% generation %}{{ m['content'] +", "{% generation %}{{ m['content'].split('</think>')[-1] +")
 
 
+def test_a_template_may_ask_how_a_message_ends(tmp_path):
+    """As GLM-4.5's and Qwen3's do."""
+    head = "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content.endswith('/nothink') %}"
+    rest = "[{{ m.content | length }}]{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
+    rest += "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    tokenizer = load_tokenizer(write_tokenizer(tmp_path / "tok", head + rest, "<|im_end|>"))
+    user = {"role": "user", "content": "Hi /nothink"}
+    asked = "<|im_start|>user\n[11]Hi /nothink<|im_end|>\n<|im_start|>assistant\n"
+    assert tokenizer.decode(encode_prompt(tokenizer, prompt_of([user])), special=True) == asked
+    opened = prompt_of([user]) + " Yes"
+    assert tokenizer.decode(encode_prompt(tokenizer, opened), special=True) == asked + "Yes"
+
+
 def test_a_template_may_not_drop_words_of_the_answer(tmp_path):
     """Of an earlier turn it may drop the reasoning; the answer that is trained on, or continued, has to arrive whole."""
     tokenizer = load_tokenizer(write_tokenizer(tmp_path / "a", LAST, "<|im_end|>"))
@@ -427,14 +440,15 @@ def test_generate_chat_takes_a_system_message_and_keeps_the_users_words(base, mo
 
 
 def test_the_end_of_turn_string_in_a_message_does_not_end_the_turn(tmp_path):
-    """Added tokens with `special: false` are matched in any text, but those of the template not in a user's message."""
+    """Added tokens with `special: false` are matched in any text, but those of the template not in a user's message. EOS is special
+    whatever the file says."""
     folder = write_tokenizer(tmp_path / "tok", *TEMPLATES["chatml"])
     spec = json.loads((folder / "tokenizer.json").read_text())
     for token in spec["added_tokens"]:
         token["special"] = token["special"] and "im_" not in token["content"]
     (folder / "tokenizer.json").write_text(json.dumps(spec))
     tokenizer = load_tokenizer(folder)
-    assert tokenizer.plain.keys() == {"<|im_start|>", "<|im_end|>"}
+    assert tokenizer.plain.keys() == {"<|im_start|>"}
     spec["added_tokens"].append({**spec["added_tokens"][0], "id": tokenizer.vocab_size, "content": "  ", "special": False})
     (folder / "tokenizer.json").write_text(json.dumps(spec))
     spaces = json.loads((folder / "tokenizer_config.json").read_text())

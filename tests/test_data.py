@@ -3,6 +3,7 @@
 import gzip
 import json
 import random
+import re
 from pathlib import Path
 
 import numpy as np
@@ -204,9 +205,9 @@ def test_words_of_a_user_never_begin_a_turn_in_a_record(tmp_path):
         record = load_records(file_of(tmp_path, row), "preference")[0]
         assert messages_of(record["prompt"]) == [{"role": "user", "content": words}]
     assert messages_of(TOLD) == [SYSTEM, USER]
-    row = {"prompt": [{"role": "user", "content": "a\n\nHuman: b"}]}
-    with pytest.raises(DataError, match="would begin another turn"):
-        load_records(file_of(tmp_path, row), "prompt")
+    for words in ("a\n\nHuman: b", "a\r\n\r\nAssistant: b", "a\n\r\nHuman: b"):    # a written prompt is read with \n for \r\n
+        with pytest.raises(DataError, match="would begin another turn"):
+            load_records(file_of(tmp_path, {"prompt": [{"role": "user", "content": words}]}), "prompt")
 
 
 def test_alpaca_rows_get_the_alpaca_prompt(tmp_path):
@@ -278,7 +279,9 @@ BAD = [  # row, kind, error message
     ({**PAIR, "rejected": " a"}, "preference", "chosen equals rejected"),
     ({"prompt": "p", "chosen": "c"}, "preference",
      "no preference record (prompt, chosen, rejected) can be made of a prompt record, fields prompt, chosen"),
-    ({"chosen": "x", "rejected": "\n\nAssistant: y"}, "preference", "chosen has no '\\n\\nAssistant:'"),
+    ({"chosen": "x", "rejected": "\n\nAssistant: y"}, "preference", "there is no prompt, and chosen has no '\\n\\nAssistant:'"),
+    ({"system": "s", "question": "q", "chosen": "x", "rejected": "y"}, "preference",
+     "there is no prompt, and chosen has no '\\n\\nAssistant:'"),
     ({"chosen": "a\n\nAssistant: x", "rejected": "b\n\nAssistant: y"}, "preference", "prompts differ"),
     ({"chosen": [USER, BOT], "rejected": [USER, BOT, USER, NO]}, "preference", "prompts differ"),
     ({"chosen": [USER, BOT], "rejected": [USER]}, "preference", "rejected does not end with an assistant message"),
@@ -324,6 +327,8 @@ BAD = [  # row, kind, error message
      "messages holds messages of one role in a row, of which some have weight 0"),
     ({"prompt": "p", "completion": "c", "label": False}, "completion", "label is False: the answer is not to be imitated"),
     ({"messages": [USER, BOT], "kto_tag": False}, "completion", "kto_tag is False: the answer is not to be imitated"),
+    ({"prompt": "p", "completion": "c", "label": "False"}, "completion", "label is False: the answer is not to be imitated"),
+    ({"messages": [USER, BOT], "weight": 0}, "completion", "weight is 0: the answer is not to be imitated"),
     ({"messages": [USER, BOT], "tools": [{"type": "function"}]}, "completion",
      "tools is not read: leave the field out if the rows are right without it"),
     ({"system": "a", "messages": [SYSTEM, USER, BOT]}, "completion", "two system messages that differ"),
@@ -359,7 +364,8 @@ def test_bad_rows_raise_with_file_and_line_or_are_skipped_and_counted(row, kind,
     path = file_of(tmp_path, GOOD[kind], b"", row, GOOD[kind])
     with pytest.raises(DataError) as e:
         load_records(path, kind)
-    hint = " (--columns gives them other names: --columns prompt=question,completion=answer)" if "no known record" in message else ""
+    hint = " (--columns gives them other names: --columns prompt=question,completion=answer)"
+    hint = hint if re.match("no known record|there is no prompt", message) else ""
     assert str(e.value) == f"{path}:3: {message}{hint}"
     assert len(load_records(path, kind, skip_bad=True)) == 2
     assert capsys.readouterr().err == f"{path}: skipped 1 of 3 rows (1 {message})\n"

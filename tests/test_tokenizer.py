@@ -954,3 +954,26 @@ def test_a_pad_that_we_choose_has_no_other_role(tiny, tmp_path):
     load_tokenizer(tmp_path / "b").save(tmp_path / "e")
     maps = [json.loads((tmp_path / "e" / f"{f}.json").read_text())["pad_token"] for f in ("tokenizer_config", "special_tokens_map")]
     assert maps[0] == maps[1] != "<e>"
+
+
+def test_flags_and_roles_of_the_configuration_outweigh_tokenizer_json(tiny, tmp_path):
+    """Equal to transformers', which reads tokenizer_config.json last."""
+    n = len(tiny.ranks)
+    spec = spec_of(tiny, [(n, "</s>", False), (n + 1, "<pad>", False), (n + 2, "<tool>", False), (n + 3, "<call>", True)])
+    flags = {**tokenizer_file.FLAGS, "rstrip": True}
+    ours = load_tokenizer(written(tmp_path / "a", spec, {
+        "eos_token": "</s>", "pad_token": "<pad>", "added_tokens_decoder": {
+            str(n + 2): {**flags, "content": "<tool>"}, str(n + 3): {**tokenizer_file.FLAGS, "content": "<call>"}}}))
+    assert ours.plain == {"<tool>": n + 2}
+    assert n not in ours.encode("a</s>") and ours.decode([*tiny.encode("a"), n]) == "a"
+    assert ours.encode("a<tool>  b") == [*tiny.encode("a"), n + 2, *tiny.encode("b")]
+
+
+def test_an_id_of_the_configuration_never_makes_a_words_token_special(tiny, tmp_path):
+    spec = spec_of(tiny, [(len(tiny.ranks), "<|endoftext|>", True)])
+    config = {"bos_token_id": tiny.encode('"')[0], "eos_token_id": tiny.encode(" the")[0], "pad_token_id": tiny.encode("!")[0]}
+    ours = load_tokenizer(written(tmp_path / "a", spec, None, config__json=config))
+    assert [*ours.special] == ["<|endoftext|>"] and ours.decode(ours.encode('"the the!"')) == '"the the!"'
+    spec["added_tokens"] = []
+    with pytest.raises(DataError, match="no eos_token_id of a special token"):
+        load_tokenizer(written(tmp_path / "b", spec, None, config__json=config))

@@ -63,7 +63,7 @@ def transcript(messages, field):
     text = ""
     for m in messages:
         name, content = name_of(m, field), content_of(m, field)
-        if match := TURN.search(content):
+        if match := TURN.search(content.replace("\r\n", "\n")):         # records._tidy reads line ends so, too
             raise DataError(f"{field} holds a message with {match[0]!r} in it, which would begin another turn")
         if name == "Assistant" and not content.strip():
             raise DataError(f"{field} holds an empty assistant message")
@@ -160,12 +160,14 @@ def _render(tokenizer, messages, add_generation_prompt):
     if cut:
         words[-1] = messages[-1]["content"]
     marked = [w + end + m["content"][len(w):] if w else m["content"] for w, m in zip(words, messages)]
+    real = [m["content"] for m in messages[:len(messages) - cut]] + marked[-1:] * cut  # a template may ask how a message ends
     errors = []
     for form in (str, _Parts):
         try:
-            text = _compiled(tokenizer.chat_template).render(
-                messages=[{"role": m["role"], "content": form(c)} for m, c in zip(messages, marked)],
+            text, plain = (_compiled(tokenizer.chat_template).render(
+                messages=[{"role": m["role"], "content": form(c)} for m, c in zip(messages, contents)],
                 add_generation_prompt=add_generation_prompt and not cut, tools=None, documents=None, **tokenizer.special_text)
+                for contents in (marked, real))
         except DataError as error:
             errors.append(error)
         except Exception as error:                # a template may raise anything
@@ -179,7 +181,7 @@ def _render(tokenizer, messages, add_generation_prompt):
             if text.count(end) < sum(map(bool, words)):
                 lost.append("assistant's messages")
             if not lost:
-                return (said if cut else text).replace(end, "")
+                return plain.rpartition(end)[0] if cut else plain
             errors.append(DataError(f"the chat template leaves out words of the {lost[0]}"))
     raise errors[0] from None
 

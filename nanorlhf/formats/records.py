@@ -29,7 +29,8 @@ ALPACA_INPUT_PROMPT = ("Below is an instruction that describes a task, paired wi
 # Fields that change what the others mean, besides those in READERS:
 BEFORE = ("system", "system_prompt", "history")    # read: what comes before the prompt
 TRAINED = ("weight", "train", "training", "loss")  # read, in a message: 0 or false if nothing is learned from this turn
-LABELS = ("label", "kto_tag")                      # read: false or 0 for an answer that is not to be imitated (KTO)
+LABELS = ("label", "kto_tag", "weight")            # read: NO for an answer that is not to be imitated (KTO), as text as well
+NO = ("false", "0", "0.0")
 REFUSED = ("tools", "functions", "documents", "image", "images", "video", "videos", "audio", "audios",
            "chat_template_kwargs")                 # unless they are empty
 # Fields that mean something in a row with a prompt and responses, so other_columns leaves them out:
@@ -98,7 +99,7 @@ def records_of(row, kind):
     fields, row_kind, read = min(fits, key=lambda reader: reader[1] == "text" if kind == "prompt" else reader[1] != kind)
     record = read(row, *fields)
     unfit = record.pop("unfit", None)              # why only the prompt is of use
-    if row_kind == "completion" and (labels := [name for name in LABELS if row.get(name) == 0]):
+    if row_kind == "completion" and (labels := [n for n in LABELS if str(row.get(n)).lower() in NO]):
         unfit = f"{labels[0]} is {row[labels[0]]}: the answer is not to be imitated"
     if unfit and kind != "prompt":
         raise DataError(unfit)
@@ -336,7 +337,7 @@ def _read_transcripts(row, *fields):
     texts = [string(row[field], field) for field in fields]
     for field, text in zip(fields, texts):
         if ASSISTANT not in text:
-            raise DataError(f"{field} has no {ASSISTANT!r}")
+            raise DataError(f"there is no prompt, and {field} has no {ASSISTANT!r}")
     (head, _, chosen), (other, _, rejected) = [text.rpartition(ASSISTANT) for text in texts]
     if head != other:
         raise DataError("prompts differ")

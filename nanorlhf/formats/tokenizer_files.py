@@ -69,15 +69,21 @@ def from_spec(path, spec, beside, files):
     vocab, names = dict(model["vocab"]), beside["names"]
     merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]]
     added = {t["content"]: {**FLAGS, **t} for t in spec.get("added_tokens") or []}
-    for token in beside["added"]:
-        added.setdefault(token["content"], {**FLAGS, **token})
+    for token in beside["added"]:                  # tokenizer_config.json has the last word on the flags, as in transformers
+        known = added.setdefault(token["content"], {**FLAGS, **token})
+        special = known["special"] or token.get("special")
+        known.update({flag: token[flag] for flag in FLAGS if flag in token}, special=bool(special))
     for token in added.values():
         token["id"] = vocab.get(token["content"], token["id"])
     token_of = {i: t for t, i in vocab.items()} | {t["id"]: t["content"] for t in added.values()}
 
+    of_text = {*map("".join, merges), *(t for t in vocab if len(t) == 1)} - added.keys()
+
     def named(role):
         i = beside["ids"].get(role)
-        return names.get(role) or token_of.get(i[0] if isinstance(i, list) and i else i)  # of a list, the first
+        token = token_of.get(i[0] if isinstance(i, list) and i else i)  # of a list, the first
+        # A configuration that was copied from another model may name any id. Texts need the tokens that merges make.
+        return names.get(role) or (None if token in of_text else token)
     # A family has a BOS only if its own tokenizer prepends it: GPT-2 names one and never uses it.
     templates = [s for s in _steps(spec.get("post_processor"), "processors") if s["type"] == "TemplateProcessing"]
     first = [t["single"][0].get("SpecialToken", {}).get("id") for t in templates]
@@ -86,6 +92,8 @@ def from_spec(path, spec, beside, files):
     for content in (bos, *map(named, ROLES), *special):
         if content in vocab and content not in added:
             added[content] = {**FLAGS, "id": vocab[content], "content": content, "special": True}
+    for content in added.keys() & {bos, named("eos_token"), *map(names.get, ROLES)}:  # whatever the file says, as in transformers
+        added[content]["special"] = True
     _check_ids(path, [*vocab.values(), *(t["id"] for t in added.values() if t["content"] not in vocab)])
     # Special tokens may have such flags: plain `encode` never matches one.
     if any(unread_flags(t) for t in added.values() if not t["special"]):
@@ -100,7 +108,7 @@ def from_spec(path, spec, beside, files):
 
     eos, pad = named("eos_token") or ("<|endoftext|>" if "<|endoftext|>" in added else None), named("pad_token")
     if eos is None:
-        raise DataError(f"{path}: no eos_token in tokenizer_config.json and no eos_token_id in config.json")
+        raise DataError(f"{path}: no eos_token in tokenizer_config.json and no eos_token_id of a special token in config.json")
     files = {**beside["files"], **files}
     if "tokenizer.json" not in files:
         made = {**spec, "added_tokens": sorted(added.values(), key=lambda t: t["id"])}

@@ -220,6 +220,8 @@ def test_alpaca_rows_get_the_alpaca_prompt(tmp_path):
     dolly = {"instruction": "Add {input}.", "context": "1 + {instruction}", "response": "3"}
     for kind in ("prompt", "completion"):
         assert load_records(file_of(tmp_path, dolly), kind) == [{"prompt": first["prompt"], "completion": "3"}]
+    with pytest.raises(DataError, match="both input and context"):
+        load_records(file_of(tmp_path, {**dolly, "input": "2 + 2"}), "completion")
     second = load_records(file_of(tmp_path, rows[1]), "preference")[0]
     assert second["prompt"].startswith("Below is an instruction that describes a task. Write")
     assert "### Input" not in second["prompt"] and (second["chosen"], second["rejected"]) == ("la", "no")

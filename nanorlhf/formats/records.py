@@ -164,6 +164,8 @@ def _prompt(row, field):
     prompt, is_chat = row.get(field, []), any(row.get(name) for name in BEFORE)
     if field == "instruction":
         prompt, extra = string(prompt, field), string(row.get("input") or row.get("context") or "", "input")
+        if row.get("input") and row.get("context") and row["input"] != row["context"]:
+            raise DataError("an instruction has both input and context: only one of them is its input")
         if is_chat:
             prompt += f"\n{extra}" if extra else ""
         else:

@@ -349,7 +349,7 @@ def main():
     from nanorlhf.files import local_folder
     from nanorlhf.formats.chat import ASSISTANT, transcript
     from nanorlhf.model import check_fit, pick_device
-    from nanorlhf.options import OneLineParser, one_line_errors
+    from nanorlhf.options import INTERVAL_OF, OneLineParser, check_number, one_line_errors
     from nanorlhf.tokenizer import load_tokenizer
     parser = OneLineParser(prog="python -m nanorlhf.generate", description="Prints samples of checkpoint folders.")
     parser.add_argument("runs", nargs="+", help="checkpoint folders")
@@ -370,6 +370,8 @@ def main():
     system = [{"role": "system", "content": options.system}] if options.system else []
     stop = [text.replace("\\n", "\n") for text in options.stop]
     with one_line_errors(options, lambda: "give the same command again"):
+        for option in ("max_new_tokens", "temperature", "top_k", "top_p", "num_samples", "seed"):
+            check_number(option, value := getattr(options, option), type(value), INTERVAL_OF[option])
         device = pick_device("auto")
         models = [(r, Transformer.from_pretrained(r).to(device), load_tokenizer(local_folder(r))) for r in options.runs]
         for _, model, tokenizer in models:

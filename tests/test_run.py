@@ -261,7 +261,9 @@ def test_an_option_of_a_fork_that_has_no_range_is_finite_and_not_negative_unless
     ("nanorlhf.evaluate", ["out/x", "--num_samples", "1"], "--num_samples 1"), ("nanorlhf.__main__", ["--scale", "nan"], "--scale nan"),
     ("nanorlhf.__main__", ["--seeds", "0"], "--seeds 0"), ("nanorlhf.generate", ["out/x"], "--prompt"),
     ("nanorlhf.bench", ["speed"], "speed"), ("nanorlhf.evaluate", ["--num_prompts", "4", "out/x"], "out/x"),
-    ("nanorlhf.__main__", ["--seeds", "9" * 30], "--seeds 999")])
+    ("nanorlhf.__main__", ["--seeds", "9" * 30], "--seeds 999"),
+    *(("nanorlhf.generate", ["out/x", "--prompt", "a", *words], " ".join(words) + ": must be ") for words in (
+        ("--temperature", "nan"), ("--top_p", "0.0"), ("--max_new_tokens", "0"), ("--num_samples", "100001"), ("--seed", "-1")))])
 def test_the_other_programs_check_their_numbers_too(module, argv, says, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["x", *argv])
     with pytest.raises(SystemExit) as stop:

@@ -13,6 +13,7 @@ import torch
 from nanorlhf import ranks
 from nanorlhf.data import encode_prompt, of_each, to_device
 from nanorlhf.errors import UserError
+from nanorlhf.formats.checkpoints import check_finite
 from nanorlhf.kernels import filter_logits, packing_pays, sample, static_shapes
 from nanorlhf.model import Cache, Transformer
 
@@ -158,7 +159,9 @@ def prefill(model, prompts, num_samples, max_new_tokens, in_step=False):
         hidden = model(to_device([p + [0] * (T - len(p)) for p in part], device), cache if counts else None)
         last = to_device([i * T + len(p) - 1 for i, p in enumerate(part)], device)
         logits += [model.logits(hidden.flatten(0, 1)[last]).float()] if counts else []
-    return cache, torch.cat(logits)
+    logits = torch.cat(logits)
+    check_finite({"its output": logits}, "the model's weights are too large, or it diverged in training")
+    return cache, logits
 
 
 def _vocabulary(model, tokenizer):

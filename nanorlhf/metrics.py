@@ -68,7 +68,9 @@ def best_of_n_estimate(scores, n, values=None):
 def perplexity(rows):
     """Returns exp of the mean negative log-likelihood per token. rows: (sum over tokens in nats, number of tokens) of each
     response; all tokens are pooled, so long responses weigh more. It counts how many equally likely tokens would be as hard to
-    guess, from 1 up, and it says nothing across tokenizers."""
+    guess, from 1 up, and it says nothing across tokenizers. UserError if it is beyond all numbers."""
+    if not sum(nll for nll, _ in rows) < 700 * sum(tokens for _, tokens in rows):      # NaN too
+        raise UserError("the perplexity is no finite number: the model that reads the texts has diverged in training")
     return math.exp(sum(nll for nll, _ in rows) / sum(tokens for _, tokens in rows))
 
 

@@ -130,6 +130,7 @@ class Run:
             return
         self.lock = FolderLock.of(self.out)
         if not self.config.resume:
+            self._check_unused()                  # a run that began and ended since the first look
             if self.config.overwrite and (self.out / "run.json").exists():
                 # Killed at any moment, it must leave a run folder: --overwrite touches no other. Until the old run.json is
                 # replaced it is that of an unfinished run, which --resume would take up at its beginning.

@@ -6,6 +6,7 @@ import statistics
 import numpy as np
 import pytest
 
+from nanorlhf.errors import UserError
 from nanorlhf.metrics import (bootstrap_interval, calibration, distinct_n, expectation_adjusted_distinct, mean_and_interval,
                               perplexity, repetition, self_bleu, share_interval, win_matrix, win_rate)
 
@@ -58,6 +59,12 @@ def test_perplexity_pools_all_tokens():
     responses' perplexities would be 17."""
     assert perplexity([(3 * math.log(2), 3), (math.log(32), 1)]) == pytest.approx(4.0)
     assert perplexity([(0.0, 7)]) == 1.0
+
+
+@pytest.mark.parametrize("nll", [math.nan, math.inf, 1e4])
+def test_a_perplexity_beyond_all_numbers_is_an_error(nll):
+    with pytest.raises(UserError, match="no finite number"):
+        perplexity([(1.0, 2), (nll, 1)])
 
 
 def test_calibration_of_four_pairs_in_two_bins():

@@ -25,7 +25,7 @@ import nanorlhf.generate
 from conftest import SCRIPTS, TRAINERS, entry_of
 from nanorlhf import run as run_module
 from nanorlhf.errors import UserError
-from nanorlhf.files import atomic_write, fingerprint, read_jsonl, require_file, require_folder, write_json, write_records
+from nanorlhf.files import atomic_write, fingerprint, read_json, read_jsonl, require_file, require_folder, write_json, write_records
 from nanorlhf.formats import checkpoints
 from nanorlhf.model import ModelConfig, RewardModel, Transformer, pick_device
 from nanorlhf.options import RANGES, check_options, main, metavar_of, named_files, parse_options
@@ -633,6 +633,15 @@ def test_a_folder_that_another_process_writes_is_refused(how, tmp_path):
     run.begin(0)
     run.done()
     assert sorted(p.name for p in out.iterdir()) == [*(["log.txt"] if "resume" in how else []), "run.json"]
+
+
+def test_a_run_that_ended_while_another_one_loaded_its_inputs_is_kept(tmp_path):
+    slow, fast = (Run(Small(str(tmp_path / "out"), batch_size=size), "sft") for size in (1, 2))
+    fast.begin(0)
+    fast.done()
+    with pytest.raises(UserError, match="already holds files"):
+        slow.begin(0)
+    assert read_json(tmp_path / "out" / "run.json")["options"]["batch_size"] == 2
 
 
 def test_interrupted_says_what_was_saved_and_the_short_command(tmp_path, monkeypatch):

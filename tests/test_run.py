@@ -682,6 +682,7 @@ def checkpoint_folder(folder, weights=b"0"):
 
 CHANGES = {  # {a changed file: the option whose content it is}
     "init/config.json": "init", "init/tokenizer.json": "init", "init/model.safetensors": "init", "reward.py": "reward",
+    "beside.py": "reward", "kit/words.py": "reward", "kit/__init__.py": "reward", "other.py": None,
     "rows.jsonl": "eval_data", "more.jsonl": "eval_data", "data.jsonl": "data", "init/run.json": None, "init/samples.jsonl": None,
     "init/metrics.jsonl": None}
 
@@ -691,6 +692,10 @@ def test_resume_notices_that_the_content_of_an_input_has_changed(file, tmp_path)
     checkpoint_folder(tmp_path / "init")
     for name in ("reward.py", "rows.jsonl", "more.jsonl", "data.jsonl"):
         (tmp_path / name).write_text("1")
+    (tmp_path / "kit").mkdir()
+    for name, code in {"reward.py": "import os, beside", "beside.py": "from kit import words", "kit/words.py": "from . import words",
+                       "kit/__init__.py": "", "other.py": ""}.items():
+        (tmp_path / name).write_text(code)
     config = Inputs(str(tmp_path / "out"), init=str(tmp_path / "init"), reward=f"{tmp_path}/reward.py:f", data=str(tmp_path / "data.jsonl"),
                     eval_data=f"a={tmp_path}/rows.jsonl,{tmp_path}/more.jsonl")
     Run(config, "rm").begin(0)

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -19,7 +20,7 @@ from nanorlhf import ranks, reviews
 from nanorlhf.data import (Example, collate, cut_response, decode_response, encode_prompts, encode_response, length_limits,
                            load_records, marks_of, of_each, post_of)
 from nanorlhf.errors import UserError
-from nanorlhf.files import local_folder, require_folder, write_json, write_records, write_text
+from nanorlhf.files import FolderLock, local_folder, require_folder, write_json, write_records, write_text
 from nanorlhf.formats.checkpoints import tensor_index
 from nanorlhf.generate import generate, repeated
 from nanorlhf.metrics import (across_input_diversity, bon_kl, bootstrap_interval, difference_and_interval, distinct_n,
@@ -344,7 +345,7 @@ def first_split_columns(evaluation, n, responses, scores):
     for column, first in (("ead_across", None), ("ead_first_across", e.first_words)):
         ead = across_input_diversity(outputs, functools.partial(expectation_adjusted_distinct, first=first))
         columns[column] = ead, None, None
-    for name, metric in meaning_metrics(e.options, e.on_reviews).items():
+    for name, metric in meaning_metrics(e.options, e.on_reviews).items() if len(outputs) > 1 else ():   # it compares pairs
         columns[f"{name}_across"] = across_input_diversity(outputs[:ACROSS_PAIRED], metric), None, None
     columns["ended"] = share_interval(float(np.mean([y[-1] in e.tokenizer.end_ids for y in responses])), len(responses))
     if e.options.perplexity:
@@ -509,7 +510,8 @@ def main():
         check_options(options)
         ranks.join(pick_device(options.device), options.shard)
         ranks.on_first(check_unused, options)
-        names = [Path(f).name for f in folders]
+        lock = FolderLock.of(Path(options.out)) if ranks.mine() == 0 else None         # until the table is written
+        names = [Path(os.path.abspath(f)).name for f in folders]        # of "." too
         taken = [*names, "SFT", f"best-of-{options.bon}"]
         rows, samples = evaluate_policies({name if taken.count(name) == 1 else f: f for name, f in zip(names, folders)}, options)
         column, judge = judge_of(options)
@@ -528,6 +530,7 @@ def main():
         write_text(Path(options.out) / "table.md", table)
         write_records(Path(options.out) / "samples.jsonl", samples)
         write_json(Path(options.out) / "table.json", rows)
+        del lock
 
 
 if __name__ == "__main__":

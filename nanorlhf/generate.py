@@ -13,6 +13,7 @@ import torch
 from nanorlhf import ranks
 from nanorlhf.data import encode_prompt, of_each, to_device
 from nanorlhf.errors import UserError
+from nanorlhf.formats.checkpoints import check_finite
 from nanorlhf.kernels import filter_logits, packing_pays, sample, static_shapes
 from nanorlhf.model import Cache, Transformer
 
@@ -155,7 +156,9 @@ def prefill(model, prompts, num_samples, max_new_tokens, in_step=False):
         hidden = model(to_device([p + [0] * (T - len(p)) for p in part], device), cache if counts else None)
         last = to_device([i * T + len(p) - 1 for i, p in enumerate(part)], device)
         logits += [model.logits(hidden.flatten(0, 1)[last]).float()] if counts else []
-    return cache, torch.cat(logits)
+    logits = torch.cat(logits)
+    check_finite({"its output": logits}, "the model's weights are too large, or it diverged in training")
+    return cache, logits
 
 
 def _vocabulary(model, tokenizer):
@@ -346,7 +349,7 @@ def main():
     from nanorlhf.files import local_folder
     from nanorlhf.formats.chat import ASSISTANT, transcript
     from nanorlhf.model import check_fit, pick_device
-    from nanorlhf.options import OneLineParser, one_line_errors
+    from nanorlhf.options import INTERVAL_OF, OneLineParser, check_number, one_line_errors
     from nanorlhf.tokenizer import load_tokenizer
     parser = OneLineParser(prog="python -m nanorlhf.generate", description="Prints samples of checkpoint folders.")
     parser.add_argument("runs", nargs="+", help="checkpoint folders")
@@ -367,6 +370,8 @@ def main():
     system = [{"role": "system", "content": options.system}] if options.system else []
     stop = [text.replace("\\n", "\n") for text in options.stop]
     with one_line_errors(options, lambda: "give the same command again"):
+        for option in ("max_new_tokens", "temperature", "top_k", "top_p", "num_samples", "seed"):
+            check_number(option, value := getattr(options, option), type(value), INTERVAL_OF[option])
         device = pick_device("auto")
         models = [(r, Transformer.from_pretrained(r).to(device), load_tokenizer(local_folder(r))) for r in options.runs]
         for _, model, tokenizer in models:

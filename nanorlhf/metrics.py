@@ -68,7 +68,9 @@ def best_of_n_estimate(scores, n, values=None):
 def perplexity(rows):
     """Returns exp of the mean negative log-likelihood per token. rows: (sum over tokens in nats, number of tokens) of each
     response; all tokens are pooled, so long responses weigh more. It counts how many equally likely tokens would be as hard to
-    guess, from 1 up, and it says nothing across tokenizers."""
+    guess, from 1 up, and it says nothing across tokenizers. UserError if it is beyond all numbers."""
+    if not sum(nll for nll, _ in rows) < 700 * sum(tokens for _, tokens in rows):      # NaN too
+        raise UserError("the perplexity is no finite number: the model that reads the texts has diverged in training")
     return math.exp(sum(nll for nll, _ in rows) / sum(tokens for _, tokens in rows))
 
 
@@ -242,11 +244,16 @@ def t_quantile(df):
     return math.sqrt(df) * math.tan(np.interp(0.95 * share[-1], share, angle))
 
 
+def alike(values):
+    """Returns whether the numbers of an array are the same, or differ by rounding only."""
+    return bool(np.ptp(values) <= 1e-12 * abs(values).max())
+
+
 def mean_and_interval(values):
     """Returns (mean, half width of its 95% interval by Student's t) of independent values. The half width is 0 if the values are
     all the same or a single one: then they do not say how uncertain their mean is."""
     v = np.asarray(values, dtype=np.float64)
-    half = t_quantile(len(v) - 1) * v.std(ddof=1) / math.sqrt(len(v)) if np.ptp(v) > 0 else 0.0
+    half = t_quantile(len(v) - 1) * v.std(ddof=1) / math.sqrt(len(v)) if not alike(v) else 0.0
     return float(v.mean()), float(half)
 
 
@@ -273,7 +280,7 @@ def difference_and_interval(a, b):
     width is 0 as in mean_and_interval. For values that belong together in pairs, take mean_and_interval of their differences."""
     a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     mean, half = float(a.mean() - b.mean()), 0.0
-    if min(len(a), len(b)) > 1 and max(np.ptp(a), np.ptp(b)) > 0:
+    if min(len(a), len(b)) > 1 and not (alike(a) and alike(b)):
         va, vb = a.var(ddof=1) / len(a), b.var(ddof=1) / len(b)
         df = (va + vb) ** 2 / (va ** 2 / (len(a) - 1) + vb ** 2 / (len(b) - 1))        # Welch 1947
         half = float(t_quantile(df) * math.sqrt(va + vb))

@@ -122,7 +122,7 @@ def _boolean(text):
 RANGES = {                        # {interval: the numeric options that lie in it}; nan and inf lie in none
     "[0, 1e9]": "micro_batch_size max_steps warmup_steps eval_every save_every limit max_prompt_length top_k "
                 "num_eval_prompts resample_every first_words",
-    "[1, 1e9]": "batch_size response_length num_ppo_epochs num_mini_batches num_prompts diversity_prompts",
+    "[1, 1e9]": "batch_size response_length max_new_tokens num_ppo_epochs num_mini_batches num_prompts diversity_prompts",
     "0 or [2, 1e9]": "max_length",                # a token is predicted from another one
     "[1, 1e5]": "width num_samples n", "[0, 1e5]": "bon", "[0, 1e3]": "kv_heads processes",
     "[1, 1e6]": "context seeds", "[1, 1e3]": "layers heads",
@@ -135,6 +135,9 @@ RANGES = {                        # {interval: the numeric options that lie in i
     "[-1e6, 1e6]": "missing_eos_penalty label_temperature",
     "0 or [1e-3, 1e3]": "temperature",
     "[0, 1)": "eval_fraction", "[0, 0.5)": "label_smoothing", "[0, 1]": "gamma lam alpha frozen_layers", "(0, 1]": "top_p"}
+
+
+INTERVAL_OF = {option: interval for interval, options in RANGES.items() for option in options.split()}
 
 
 def lies_in(value, interval):
@@ -151,18 +154,20 @@ def check_options(config):
     RANGES holds the ranges. A Config may declare others in its dict `ranges`, {option: interval}. An option in neither must
     be finite, and at least 0 unless its default is negative.
     """
-    interval_of = {option: interval for interval, options in RANGES.items() for option in options.split()}
-    interval_of |= getattr(config, "ranges", {})
+    interval_of = INTERVAL_OF | getattr(config, "ranges", {})
     for field in dataclasses.fields(config):
         words, value = get_args(field.type), getattr(config, field.name)
         if words and value not in words:
             raise UserError(f"--{field.name} {value}: not one of {', '.join(words)}")
         if field.type in (int, float):
             default = "(-inf, inf)" if field.default is not dataclasses.MISSING and field.default < 0 else "[0, inf)"
-            interval = interval_of.get(field.name, default)
-            if not isinstance(value, (int, field.type)) or not lies_in(value, interval):
-                raise UserError(f"--{field.name} {value}: must be {'an integer' if field.type is int else 'a number'} in "
-                                f"{interval}")
+            check_number(field.name, value, field.type, interval_of.get(field.name, default))
+
+
+def check_number(option, value, kind, interval):
+    """Raises UserError unless an option's value is of this kind, int or float, and lies in the interval."""
+    if not isinstance(value, (int, kind)) or not lies_in(value, interval):
+        raise UserError(f"--{option} {value}: must be {'an integer' if kind is int else 'a number'} in {interval}")
 
 
 def named_files(text):

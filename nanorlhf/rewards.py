@@ -5,11 +5,14 @@
     file.py:function     your own function of texts, and of your data's columns
 """
 
+import contextlib
+import copy
 import functools
 import importlib.util
 import inspect
 import itertools
 import math
+import os
 import sys
 import traceback
 from pathlib import Path
@@ -105,9 +108,9 @@ def in_own_tokens(own, context, policy, prompts, responses, records):
 class TextReward:
     """A function of texts, in TRL's form: function(prompts, completions, answer, **kwargs) -> list of numbers. All arguments are
     lists with one entry per response. `answer` stands for any column of the data, and **kwargs takes all the others;
-    `completion_ids` are the responses as token ids. Texts are strings: a conversation is its transcript. Values of columns are
-    the row's own objects, so the function must not change them. The result may also be a tensor, an array or an iterator; a
-    number may be of any kind, or in a list, row or array of its own ([N, 1]).
+    `completion_ids` are the responses as token ids. Texts are strings: a conversation is its transcript. All values are copies,
+    so the function may change them. The result may also be a tensor, an array or an iterator; a number may be of any kind, or in
+    a list, row or array of its own ([N, 1]).
 
     The first two parameters get prompts and completions, whatever their names. As in TRL, a function may also name only some of
     prompts, completions and completion_ids, in any order, and then everything is passed by name.
@@ -152,12 +155,13 @@ class TextReward:
         columns = dict.fromkeys(self.columns, [None] * len(texts)) | columns_of(records or ())
         columns = {n: v for n, v in columns.items() if n not in self.taken} | {
             n: v for n, v in given.items() if self.by_name or n == "completion_ids"}
-        columns = {n: v for n, v in columns.items() if n in self.names or self.takes_all}
+        columns = {n: list(map(copy.deepcopy, v)) for n, v in columns.items() if n in self.names or self.takes_all}
         if self.module:
             come_first(self.module)
         try:
-            result = self.function(*([] if self.by_name else [texts, given["completions"]]), **columns)
-            values = list_of(result, len(texts) + 1)
+            with process_kept(self.module):
+                result = self.function(*([] if self.by_name else [list(texts), given["completions"]]), **columns)
+                values = list_of(result, len(texts) + 1)
         except (Exception, SystemExit) as error:  # the user's code, an iterator's too: say where in it, in one line
             raise UserError(f"--reward {self.spec}: {_where(error)}")
         if inspect.iscoroutine(result):
@@ -221,6 +225,25 @@ def _where(error):
 
 
 FOLDERS, FIRST = {}, []                           # {module of a reward file: its folder}; the folder put first on sys.path
+WORKING = {}                                      # {module of a reward file: the working folder that it went to}
+
+
+@contextlib.contextmanager
+def process_kept(module):
+    """Takes back what a reward file's code changes for the whole process: the working folder, in which --out and other paths
+    begin, and whether torch records gradients and in which type it makes numbers. The file finds its working folder again."""
+    here, dtype, gradients = os.getcwd(), torch.get_default_dtype(), torch.is_grad_enabled()
+    with contextlib.suppress(OSError):            # it may be gone, as a temporary one
+        os.chdir(WORKING.get(module, here))
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            if (there := os.getcwd()) != here:
+                WORKING[module] = there
+        os.chdir(here)
+        torch.set_default_dtype(dtype)
+        torch.set_grad_enabled(gradients)
 
 
 def user_function(spec):
@@ -248,7 +271,8 @@ def user_module(file, source):
     module = importlib.util.module_from_spec(importlib.util.spec_from_file_location(name, file))
     sys.modules[name], FOLDERS[module] = module, folder
     try:
-        exec(compile(source, str(file), "exec", dont_inherit=True), vars(module))
+        with process_kept(module):
+            exec(compile(source, str(file), "exec", dont_inherit=True), vars(module))
     except BaseException:
         sys.modules.pop(name, None)
         del FOLDERS[module]

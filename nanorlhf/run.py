@@ -4,6 +4,7 @@ A run folder holds metrics.jsonl, samples.jsonl, log.txt, run.json, checkpoints/
 software loads. Nothing in it is a pickle.
 """
 
+import ast
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -130,6 +131,7 @@ class Run:
             return
         self.lock = FolderLock.of(self.out)
         if not self.config.resume:
+            self._check_unused()                  # a run that began and ended since the first look
             if self.config.overwrite and (self.out / "run.json").exists():
                 # Killed at any moment, it must leave a run folder: --overwrite touches no other. Until the old run.json is
                 # replaced it is that of an unfinished run, which --resume would take up at its beginning.
@@ -373,8 +375,9 @@ def new_model(config):
 
 
 def content_of(value):
-    """Returns a sha256 of what an input option names: the fingerprint of its folder or file, or of the file of file.py:function,
-    or of each file of NAME=FILE,NAME=FILE. '' if that is not on this machine: built-in names and hub names are not compared."""
+    """Returns a sha256 of what an input option names: the fingerprint of its folder or file, of the file of file.py:function and
+    of what it imports from beside it, or of each file of NAME=FILE,NAME=FILE. '' if that is not on this machine:
+    built-in names and hub names are not compared."""
     return " ".join(found for path in files_of(value) if (found := fingerprint(path)))
 
 
@@ -383,8 +386,32 @@ def files_of(value):
     if value in ("", "scratch", "reviews", "gold", "given"):
         return []
     file = re.sub(r"(\.py):\w+$", r"\1", value)
+    if file != value and Path(file).is_file():
+        return with_imports(Path(file))
     names = [file] if Path(file).exists() else named_files(file).values()
     return [Path(name) for name in names if Path(name).exists()]
+
+
+def with_imports(file):
+    """Returns a reward file and the files of its folder that it imports, itself or through others."""
+    found, todo, folder = [], [file], file.parent
+    while todo:
+        found.append(file := todo.pop(0))
+        try:
+            nodes = list(ast.walk(ast.parse(file.read_bytes())))
+        except (SyntaxError, ValueError, OSError):                                     # the run itself will say so
+            continue
+        for node in nodes:
+            names = [alias.name for alias in getattr(node, "names", ())] if isinstance(node, (ast.Import, ast.ImportFrom)) else []
+            base = folder
+            if isinstance(node, ast.ImportFrom):
+                base = file.parents[node.level - 1] if node.level else folder
+                names = [f"{node.module}.{name}" for name in names] if node.module else names
+            for parts in (name.split(".") for name in names):
+                for path in (base.joinpath(*parts[:n]) for n in range(1, len(parts) + 1)):
+                    todo += [f for f in (path.with_name(f"{path.name}.py"), path / "__init__.py")
+                             if f.is_file() and f not in (*found, *todo)]
+    return found
 
 
 def checked_state(folder):

@@ -5,6 +5,7 @@ import json
 import math
 import random
 import shutil
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -630,6 +631,37 @@ def test_a_folder_called_like_the_reference_s_row_keeps_its_path(monkeypatch):
     with pytest.raises(SystemExit, match="enough"):
         evaluate.main()
     assert seen == [{"a/SFT": "a/SFT", "x": "a/x", "a/best-of-4": "a/best-of-4", "a/y": "a/y", "b/y": "b/y"}]
+
+
+def test_a_single_prompt_has_no_diversity_across_prompts_of_meaning(sft):
+    (row,), _ = evaluate_policies({}, options_for(sft, data="reviews", num_prompts=1))
+    assert "nli_per_input" in row and "ead_across" in row and "nli_across" not in row
+    assert "| NLI across |" not in report([row], "", "")
+
+
+def test_a_second_evaluation_into_a_folder_is_refused_while_the_first_runs(sft, tmp_path, monkeypatch):
+    out, errors = tmp_path / "table", []
+    monkeypatch.setattr(sys, "argv", ["evaluate", "--reference", f"{sft}/sft", "--out", str(out), "--device", "cpu"])
+
+    def running(folders, options):
+        child = subprocess.run([sys.executable, "-m", "nanorlhf.evaluate", *sys.argv[1:]], capture_output=True, text=True)
+        errors.append(child.stderr)
+        raise UserError("enough")
+    monkeypatch.setattr(evaluate, "evaluate_policies", running)
+    with pytest.raises(SystemExit, match="enough"):
+        evaluate.main()
+    assert errors == [f"error: another process is writing {out}: wait for it, or name another --out\n"]
+
+
+def test_the_folder_in_which_one_stands_has_its_name_in_the_table(sft, monkeypatch, tmp_path):
+    monkeypatch.chdir(sft / "other")
+    monkeypatch.setattr(sys, "argv", ["evaluate", ".", "--reference", "../sft", "--out", str(tmp_path), "--device", "cpu"])
+
+    def found(folders, options):
+        raise UserError(str(folders))
+    monkeypatch.setattr(evaluate, "evaluate_policies", found)
+    with pytest.raises(SystemExit, match=r"\{'other': '.'\}"):
+        evaluate.main()
 
 
 def test_each_of_k_winners_is_the_best_of_n_samples_of_its_own(sft):

@@ -313,6 +313,17 @@ def test_ids_beyond_the_tokenizer_are_never_drawn_or_scored():
     torch.testing.assert_close(out.logprobs[::8, 0], logits.gather(1, out.tokens[::8, :1])[:, 0], atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_model_whose_finite_weights_overflow_is_named_and_draws_nothing(temperature):
+    model = tiny()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1e25)
+    for draw in (lambda: generate(model, [[1, 2]], 4, temperature), lambda: beam_search(model, [[1, 2]], 4)):
+        with pytest.raises(UserError, match="weights are too large, or it diverged in training: its output holds NaN"):
+            draw()
+
+
 def test_empty_and_overlong_prompts_are_rejected():
     model = tiny()
     for function in (generate, beam_search):

@@ -6,8 +6,10 @@ import statistics
 import numpy as np
 import pytest
 
-from nanorlhf.metrics import (bootstrap_interval, calibration, distinct_n, expectation_adjusted_distinct, mean_and_interval,
-                              perplexity, repetition, self_bleu, share_interval, win_matrix, win_rate)
+from nanorlhf.errors import UserError
+from nanorlhf.metrics import (best_of_n_estimate, bootstrap_interval, calibration, difference_and_interval, distinct_n,
+                              expectation_adjusted_distinct, mean_and_interval, perplexity, repetition, self_bleu,
+                              share_interval, win_matrix, win_rate)
 
 # ---- Diversity ------------------------------------------------------------------------------------------------------
 
@@ -60,6 +62,12 @@ def test_perplexity_pools_all_tokens():
     assert perplexity([(0.0, 7)]) == 1.0
 
 
+@pytest.mark.parametrize("nll", [math.nan, math.inf, 1e4])
+def test_a_perplexity_beyond_all_numbers_is_an_error(nll):
+    with pytest.raises(UserError, match="no finite number"):
+        perplexity([(1.0, 2), (nll, 1)])
+
+
 def test_calibration_of_four_pairs_in_two_bins():
     """sigmoid(log 3) = 3/4 and sigmoid(log 9) = 9/10. At 3/4 one of two is right, at 9/10 both: ece = (1/4 + 1/10) / 2. brier =
     (1/16 + 9/16 + 1/100 + 1/100) / 4."""
@@ -108,6 +116,15 @@ def test_the_bootstrap_does_not_fit_distinct_counts():
     assert value == 1.0 and high < 0.8
     value, _, high = bootstrap_interval(texts, expectation_adjusted_distinct, draws=200)
     assert high < value - 0.1
+
+
+def test_values_that_differ_by_rounding_only_have_no_interval():
+    """A judge that gives every text -2: best_of_n_estimate weighs the -2s in sums that round in their own ways."""
+    rng = np.random.default_rng(0)
+    estimates = [best_of_n_estimate(rng.integers(0, 5, 16), 4, np.full(16, -2.0)) for _ in range(20)]
+    assert len(set(estimates)) > 1 and mean_and_interval(estimates) == (pytest.approx(-2), 0.0)
+    assert difference_and_interval(estimates, [0.3, 0.1 + 0.2])[1] == 0
+    assert mean_and_interval([1e6, 1e6 + 1e-3])[1] > 0 and mean_and_interval([0.0, 1e-30])[1] > 0
 
 
 def test_a_win_matrix_of_one_text_per_prompt_has_the_win_rates():

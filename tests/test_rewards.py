@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import sys
 
@@ -240,6 +241,34 @@ def test_a_file_that_fails_leaves_no_module_and_a_changed_one_is_read_again(tmp_
     for value in (1, 2):                          # the same size, in the same second
         file.write_text(f"def f(p, c): return [{value}] * 3")
         assert rewards_of(f"{file}:f").tolist() == [float(value)] * 3
+
+
+CHANGES = """
+import os, torch
+os.makedirs("words", exist_ok=True)
+os.chdir("words")                                 # the file's own folder, for its relative paths
+open("word", "w").close()
+def score(prompts, completions, completion_ids, answer):
+    assert os.path.exists("word")
+    for values in (completion_ids, answer, *completion_ids, *answer, prompts, completions):
+        values.pop()
+    torch.set_grad_enabled(False)
+    torch.set_default_dtype(torch.float64)
+    return [1.0, 2.0]
+"""
+
+
+def test_a_reward_function_changes_neither_its_inputs_nor_the_process(tmp_path, monkeypatch):
+    """Its copies of the inputs and its working folder are its own: the ids are trained on afterwards, and --out is relative."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(CHANGES)
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "answer": [1, 2]}\n{"prompt": "b", "answer": [3, 4]}\n')
+    records, responses = load_records("rows.jsonl", "prompt"), [[70, 71], [72, 73]]
+    reward = load_reward("mine.py:score", load_tokenizer("reviews"), torch.device("cpu"), records, "rows.jsonl")
+    for _ in range(2):
+        assert reward([[70], [71]], responses, records).tolist() == [1, 2]
+        assert responses == [[70, 71], [72, 73]] and [r.row["answer"] for r in records] == [[1, 2], [3, 4]]
+        assert os.getcwd() == str(tmp_path) and torch.is_grad_enabled() and torch.get_default_dtype() == torch.float32
 
 
 RETURNED = {  # {what a function returns for three responses: the rewards, or what the error says}

@@ -25,7 +25,7 @@ import nanorlhf.generate
 from conftest import SCRIPTS, TRAINERS, entry_of
 from nanorlhf import run as run_module
 from nanorlhf.errors import UserError
-from nanorlhf.files import atomic_write, fingerprint, read_jsonl, require_file, require_folder, write_json, write_records
+from nanorlhf.files import atomic_write, fingerprint, read_json, read_jsonl, require_file, require_folder, write_json, write_records
 from nanorlhf.formats import checkpoints
 from nanorlhf.model import ModelConfig, RewardModel, Transformer, pick_device
 from nanorlhf.options import RANGES, check_options, main, metavar_of, named_files, parse_options
@@ -261,7 +261,9 @@ def test_an_option_of_a_fork_that_has_no_range_is_finite_and_not_negative_unless
     ("nanorlhf.evaluate", ["out/x", "--num_samples", "1"], "--num_samples 1"), ("nanorlhf.__main__", ["--scale", "nan"], "--scale nan"),
     ("nanorlhf.__main__", ["--seeds", "0"], "--seeds 0"), ("nanorlhf.generate", ["out/x"], "--prompt"),
     ("nanorlhf.bench", ["speed"], "speed"), ("nanorlhf.evaluate", ["--num_prompts", "4", "out/x"], "out/x"),
-    ("nanorlhf.__main__", ["--seeds", "9" * 30], "--seeds 999")])
+    ("nanorlhf.__main__", ["--seeds", "9" * 30], "--seeds 999"),
+    *(("nanorlhf.generate", ["out/x", "--prompt", "a", *words], " ".join(words) + ": must be ") for words in (
+        ("--temperature", "nan"), ("--top_p", "0.0"), ("--max_new_tokens", "0"), ("--num_samples", "100001"), ("--seed", "-1")))])
 def test_the_other_programs_check_their_numbers_too(module, argv, says, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["x", *argv])
     with pytest.raises(SystemExit) as stop:
@@ -633,6 +635,15 @@ def test_a_folder_that_another_process_writes_is_refused(how, tmp_path):
     assert sorted(p.name for p in out.iterdir()) == [*(["log.txt"] if "resume" in how else []), "run.json"]
 
 
+def test_a_run_that_ended_while_another_one_loaded_its_inputs_is_kept(tmp_path):
+    slow, fast = (Run(Small(str(tmp_path / "out"), batch_size=size), "sft") for size in (1, 2))
+    fast.begin(0)
+    fast.done()
+    with pytest.raises(UserError, match="already holds files"):
+        slow.begin(0)
+    assert read_json(tmp_path / "out" / "run.json")["options"]["batch_size"] == 2
+
+
 def test_interrupted_says_what_was_saved_and_the_short_command(tmp_path, monkeypatch):
     def training(config):
         run = Run(config, "sft")
@@ -671,6 +682,7 @@ def checkpoint_folder(folder, weights=b"0"):
 
 CHANGES = {  # {a changed file: the option whose content it is}
     "init/config.json": "init", "init/tokenizer.json": "init", "init/model.safetensors": "init", "reward.py": "reward",
+    "beside.py": "reward", "kit/words.py": "reward", "kit/__init__.py": "reward", "other.py": None,
     "rows.jsonl": "eval_data", "more.jsonl": "eval_data", "data.jsonl": "data", "init/run.json": None, "init/samples.jsonl": None,
     "init/metrics.jsonl": None}
 
@@ -680,6 +692,10 @@ def test_resume_notices_that_the_content_of_an_input_has_changed(file, tmp_path)
     checkpoint_folder(tmp_path / "init")
     for name in ("reward.py", "rows.jsonl", "more.jsonl", "data.jsonl"):
         (tmp_path / name).write_text("1")
+    (tmp_path / "kit").mkdir()
+    for name, code in {"reward.py": "import os, beside", "beside.py": "from kit import words", "kit/words.py": "from . import words",
+                       "kit/__init__.py": "", "other.py": ""}.items():
+        (tmp_path / name).write_text(code)
     config = Inputs(str(tmp_path / "out"), init=str(tmp_path / "init"), reward=f"{tmp_path}/reward.py:f", data=str(tmp_path / "data.jsonl"),
                     eval_data=f"a={tmp_path}/rows.jsonl,{tmp_path}/more.jsonl")
     Run(config, "rm").begin(0)

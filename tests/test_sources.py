@@ -26,7 +26,7 @@ def rows_of(path):
 
 
 @pytest.mark.parametrize("name, content", [
-    ("a.csv", CSV.encode()), ("A.CSV", CSV.encode("utf-8-sig")), ("a.csv.gz", gzip.compress(CSV.encode())),
+    ("a.csv", CSV.encode()), ("A.CSV", CSV.encode("utf-8-sig")), ("a.csv.gz", gzip.compress(CSV.encode(), mtime=0)),
     ("a.tsv", CSV.replace("prompt,chosen,rejected", "prompt\tchosen\trejected").replace('?,"', '?\t"').replace('", No', '"\t No')
      .replace('?", a, b', '?"\t a\t b').encode())])
 def test_csv_is_read_by_its_header(tmp_path, name, content):

@@ -36,6 +36,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from nanorlhf.bench_gpu import PARTS, bench_gpu
 from nanorlhf.errors import UserError
 from nanorlhf.files import parse_json, write_json
 from nanorlhf.formats.sources import rows_in
@@ -458,6 +459,7 @@ def main():
     parser.add_argument("--text", nargs="+", help="tokenize: .jsonl, .jsonl.gz (every string field) or text (paragraphs); data: "
                                                       "transcripts chosen, rejected")
     parser.add_argument("--rows", type=int, default=200_000, help="data: comparisons")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="gpu: which of its figures")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=0, help="0 = torch's default")
     parser.add_argument("--device", default="auto")
@@ -476,8 +478,7 @@ def main():
         if o.benchmark == "gpu":
             if device.type != "cuda":
                 raise UserError("gpu: torch sees no NVIDIA GPU here")
-            from nanorlhf.bench_gpu import bench_gpu
-            limits, rows = bench_gpu(device, o.repeats, medians)
+            limits, rows = bench_gpu(device, o.repeats, medians, o.parts)
         else:
             rows = {"logprob": bench_logprob, "generate": bench_generate, "linear": bench_linear, "step": bench_step,
                     "tokenize": bench_tokenize, "data": bench_data}[o.benchmark](o, device, limits)

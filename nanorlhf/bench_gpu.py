@@ -22,6 +22,7 @@ from nanorlhf import generate as generating
 from nanorlhf import kernels
 from nanorlhf.model import ModelConfig, Transformer, ValueModel, freeze
 
+PARTS = ("log-probs", "decode", "steps")
 LOGPROBS = ((16384, 2048, 128256), (8192, 4096, 151936))                               # N, D, V
 SHAPES = {"0.1B": dict(width=768, layers=12, heads=12, kv_heads=12, head_dim=64, ffn=2048, vocab_size=50304),
           "1B": dict(width=2048, layers=16, heads=32, kv_heads=8, head_dim=64, ffn=8192, vocab_size=128256),
@@ -103,7 +104,8 @@ def logprob_sides(hidden, weight, targets):
         sides["Liger"] = lambda: liger(weight, hidden, targets)
     if installed("cut_cross_entropy"):
         cut = importlib.import_module("cut_cross_entropy").linear_cross_entropy
-        sides["cut cross-entropy"] = lambda: cut(hidden, weight, targets, reduction="none")
+        # By default it leaves out gradients of tokens that are improbable, and with random weights those are all of them.
+        sides["cut cross-entropy"] = lambda: cut(hidden, weight, targets, reduction="none", filter_eps=None)
     return sides
 
 
@@ -243,14 +245,14 @@ def bench_steps(bench, name, shape, rows=STEPS["rows"], length=STEPS["length"], 
                      flops=of_body * rows * length * body + of_head * count * head)
 
 
-def bench_gpu(device, repeats, medians):
-    """Runs all of it. Returns (limits, rows)."""
+def bench_gpu(device, repeats, medians, parts=PARTS):
+    """Runs these parts. Returns (limits, rows)."""
     bench = Bench(device, repeats, medians)
     print(f"bfloat16 products {bench.rate / 1e12:.0f} TFLOP/s, memory {bench.bandwidth / 1e12:.2f} TB/s", flush=True)
-    for size in LOGPROBS:
+    for size in LOGPROBS if "log-probs" in parts else ():
         bench_logprobs(bench, *size)
-    for name in DECODE["shapes"]:
+    for name in DECODE["shapes"] if "decode" in parts else ():
         bench_decode(bench, name, SHAPES[name])
-    for name, shape in SHAPES.items():
+    for name, shape in SHAPES.items() if "steps" in parts else ():
         bench_steps(bench, name, shape)
     return dict(flops=bench.rate, bytes_per_second=bench.bandwidth), bench.rows

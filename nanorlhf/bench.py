@@ -3,7 +3,7 @@
     logprob   token_logprobs against torch's F.linear_cross_entropy in its best chunks, or, with an older torch, log_softmax +
               gather: forward + backward, and the memory each needs beyond its inputs
     generate  tokens/s against transformers' generate with the same weights, on ragged prompts and on best-of-n of one prompt
-    linear    a decoding step's products of few rows plain and packed: the table that kernels.rows_for_packed chooses by
+    linear    a decoding step's products of few rows plain and packed: the table that kernels.packing_rule chooses by
     step      one SFT step against transformers + AdamW, and one DPO step against TRL's trainer, on the same tokens
     gpu       the figures that need a GPU, in bfloat16 (bench_gpu.py)
     tokenize  tokens/s of --text against the `tokenizers` library on one thread, and how many texts get different ids
@@ -41,7 +41,7 @@ from nanorlhf.errors import UserError
 from nanorlhf.files import parse_json, write_json
 from nanorlhf.formats.sources import rows_in
 from nanorlhf.generate import generate
-from nanorlhf.kernels import pack, token_logprobs
+from nanorlhf.kernels import token_logprobs
 from nanorlhf.model import ModelConfig, Transformer, pick_device
 from nanorlhf.options import OneLineParser
 from nanorlhf.run import git_commit
@@ -256,8 +256,9 @@ def bench_linear(o, device, limits):
     for out, width in ((1152, 384), (384, 1536), (1536, 384), (8192, 384), (960, 576), (576, 576), (3072, 576), (576, 1536),
                        (49152, 576), (2304, 768), (768, 3072), (50257, 768)):
         weights = torch.randn(max(2, 2**24 // (out * width)), out, width)
-        packed = [pack(w) for w in weights]
-        pack_us = 1e6 * min(seconds(lambda: [pack(w) for w in weights], device) for _ in range(3)) / len(weights)
+        pack = torch.ops.mkldnn._reorder_linear_weight
+        packed = [pack(w, 64) for w in weights]
+        pack_us = 1e6 * min(seconds(lambda: [pack(w, 64) for w in weights], device) for _ in range(3)) / len(weights)
         for R in (1, 2, 4, 8, 16, 32, 64, 512):
             x = torch.randn(R, width)
             t = medians({"plain": lambda: [F.linear(x, w) for w in weights],

@@ -102,7 +102,7 @@ def ready(model, rows, steps):
     with contextlib.ExitStack() as stack:
         if device.type == "cpu" and not (ranks.sharded or model.compiled or torch.is_autocast_enabled("cpu")):
             stack.enter_context(torch.inference_mode())                                # a twentieth of a step less than no_grad
-            if packing_pays(rows, steps, sum(p.numel() * p.element_size() for p in model.parameters())):
+            if packing_pays(rows, steps, model.parameters()):
                 stack.enter_context(model.packed())
         yield stack.enter_context(ranks.gathered(model, free and free // 2))
 

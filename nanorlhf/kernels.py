@@ -195,43 +195,41 @@ def sample(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
 
 
 @functools.cache
-def rows_for_packed():
-    """Returns the numbers of rows for which `packed_linear` is faster with a packed weight. They depend on the processor's maker
-    and its vectors, because F.linear's library, MKL, has other kernels for each, and never on a clock, so that a run's numbers
-    do not vary. The tables, and how Intel's kernels were measured, are in results/bench. Other makers: not tried, none."""
+def packing_rule():
+    """Returns (numbers of rows, least size of a weight) from which `packed_linear` is faster with a packed weight. They depend on
+    the processor's maker, because F.linear's library, MKL, has other kernels for each, and never on a clock, so that a run's
+    numbers do not vary. The tables are in results/bench: of AMD's Zen 4, where packing always helps, and of Intel's Emerald
+    Rapids, where it helps with an output head from 4 rows. Other makers: not tried, nothing is packed."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as f:
             maker = next((line.split()[-1] for line in f if line.startswith("vendor_id")), "")
     except OSError:
         maker = ""
-    if maker == "AuthenticAMD":
-        return range(1, 2**31)
-    if maker == "GenuineIntel":
-        return range(3, 2**31 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 33)
-    return range(0)
+    return {"AuthenticAMD": (range(1, 2**31), 2**18), "GenuineIntel": (range(4, 2**31), 2**24)}.get(maker, (range(0), 0))
 
 
-def packing_pays(rows, steps, size):
-    """True if a CPU decodes this many rows and steps sooner with packed weights, of `size` bytes in all: `pack` takes as long as
-    some five steps save. The copy must fit an eighth of the machine's memory (what is free at the moment has no say, so that
+def packing_pays(rows, steps, weights):
+    """True if a CPU decodes this many rows and steps sooner with these weights packed: `pack` takes as long as some five to
+    eighteen steps save. The copy must fit an eighth of the machine's memory (what is free at the moment has no say, so that
     numbers do not vary)."""
-    faster = rows_for_packed()
+    faster, least = packing_rule()
     if steps < 16 or not faster or rows < faster.start or not torch.backends.mkldnn.is_available():
         return False
-    return size <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 8
+    size = sum(w.numel() * w.element_size() for w in weights if w.numel() >= least)
+    return 0 < size <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 8
 
 
 def pack(weight):
     """Returns a copy of weight [out, in] in the layout of the library oneDNN, for `packed_linear`; None for a small weight, with
     which it is not faster, and for other dtypes than float32."""
-    fits = weight.is_cpu and weight.dtype == torch.float32 and weight.numel() >= 2**18
+    fits = weight.is_cpu and weight.dtype == torch.float32 and weight.numel() >= packing_rule()[1]
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 64) if fits else None
 
 
 def packed_linear(x, weight, bias=None, packed=None):
     """Computes F.linear without gradients: x [..., in], weight [out, in] -> [..., out]; packed: the same weight from `pack`, or
     None. With it a product of few rows, as in decoding, mostly takes a quarter to nine tenths of F.linear's time."""
-    if packed is None or x.numel() // x.shape[-1] not in rows_for_packed():
+    if packed is None or x.numel() // x.shape[-1] not in packing_rule()[0]:
         return F.linear(x, weight, bias)
     return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
 

@@ -77,7 +77,7 @@ def test_bfloat16_sampling_is_close_to_the_full_forward_pass(family, shapes):
 @pytest.mark.parametrize("family", ["gpt2", "gptj", "llama"])
 def test_packed_weights_sample_as_plain_ones_and_are_made_anew_for_each_call(family, monkeypatch):
     """Every matrix of this model but the attention's output is large enough to be packed."""
-    monkeypatch.setattr("nanorlhf.kernels.rows_for_packed", lambda: range(1, 2**31))
+    monkeypatch.setattr("nanorlhf.kernels.packing_rule", lambda: (range(1, 2**31), 2**18))
     model = tiny(family, width=320, ffn=900, heads=5, kv_heads=5, head_dim=64, vocab_size=900, init_std=0.05)
     seen = []
     monkeypatch.setattr("nanorlhf.model.packed_linear", lambda x, w, b, p: (seen.append(p), packed_linear(x, w, b, p))[1])

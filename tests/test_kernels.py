@@ -298,7 +298,7 @@ packs = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="thi
 @packs
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_packed_weight_gives_the_same_product(monkeypatch, bias):
-    monkeypatch.setattr(kernels, "rows_for_packed", lambda: range(3, 50))
+    monkeypatch.setattr(kernels, "packing_rule", lambda: (range(3, 50), 2**18))
     generator = torch.Generator().manual_seed(0)
     weight, b = torch.randn(1100, 300, generator=generator), torch.randn(1100, generator=generator) if bias else None
     packed = kernels.pack(weight)
@@ -311,29 +311,33 @@ def test_a_packed_weight_gives_the_same_product(monkeypatch, bias):
         False, True, True, False]
 
 
-def test_small_weights_and_other_dtypes_are_not_packed():
+def test_small_weights_and_other_dtypes_are_not_packed(monkeypatch):
+    monkeypatch.setattr(kernels, "packing_rule", lambda: (range(1, 2**31), 2**18))
     assert kernels.pack(torch.zeros(511, 512)) is None and kernels.pack(torch.zeros(512, 512, dtype=torch.float64)) is None
+    assert kernels.pack(torch.zeros(512, 512)) is not None or not torch.backends.mkldnn.is_available()
 
 
-@pytest.mark.parametrize("maker, vectors, rows", [
-    ("AuthenticAMD", "AVX512", [1, 2, 64]), ("AuthenticAMD", "AVX2", [1, 2, 64]), ("GenuineIntel", "AVX512", [3, 64]),
-    ("GenuineIntel", "AVX2", [3, 32]), ("Somebody", "AVX2", []), (None, "DEFAULT", [])])
-def test_the_rows_for_packed_weights_depend_on_the_processor_only(monkeypatch, maker, vectors, rows):
+@pytest.mark.parametrize("maker, rows, least", [
+    ("AuthenticAMD", [1, 3, 4, 64], 2**18), ("GenuineIntel", [4, 64], 2**24), ("Somebody", [], 0), (None, [], 0)])
+def test_what_is_packed_depends_on_the_processor_only(monkeypatch, maker, rows, least):
     def cpuinfo(path, encoding):
         if maker is None:
             raise FileNotFoundError(path)
         return io.StringIO(f"processor\t: 0\nvendor_id\t: {maker}\ncpu family\t: 25\n")
     monkeypatch.setattr(kernels, "open", cpuinfo, raising=False)
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: vectors)
-    found = kernels.rows_for_packed.__wrapped__()
-    assert [n for n in (1, 2, 3, 32, 64) if n in found] == [n for n in (1, 2, 3, 32, 64) if rows and rows[0] <= n <= rows[-1]]
+    found, size = kernels.packing_rule.__wrapped__()
+    assert [n for n in (1, 3, 4, 64) if n in found] == rows and size == least
 
 
 @packs
 def test_packing_pays_from_some_steps_and_rows(monkeypatch):
-    monkeypatch.setattr(kernels, "rows_for_packed", lambda: range(3, 33))
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    cases = [(3, 16, 0), (500, 16, memory // 8), (2, 16, 0), (3, 15, 0), (3, 16, memory // 7)]
-    assert [kernels.packing_pays(*case) for case in cases] == [True, True, False, False, False]
-    monkeypatch.setattr(kernels, "rows_for_packed", lambda: range(0))
-    assert not kernels.packing_pays(16, 16, 0)
+    monkeypatch.setattr(kernels, "packing_rule", lambda: (range(3, 33), 2**18))
+    eighth = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 8
+    large = [torch.empty(2**18, device="meta")]
+    for rows, steps, weights, pays in ((3, 16, large, True), (500, 16, large, True), (2, 16, large, False), (3, 15, large, False),
+                                       (3, 16, [torch.empty(eighth // 4, device="meta")], True),
+                                       (3, 16, [torch.empty(eighth // 4 + 1, device="meta")], False),
+                                       (3, 16, [torch.empty(2**18 - 1, device="meta")], False)):
+        assert kernels.packing_pays(rows, steps, weights) == pays
+    monkeypatch.setattr(kernels, "packing_rule", lambda: (range(0), 0))
+    assert not kernels.packing_pays(16, 16, large)

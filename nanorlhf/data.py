@@ -22,7 +22,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from nanorlhf import ranks, reviews
-from nanorlhf.errors import DataError, UserError
+from nanorlhf.errors import DataError, UserError, one_line
 from nanorlhf.files import local_folder
 from nanorlhf.formats.chat import (ASSISTANT, answer_affixes, conversation, encode_for_reply, encode_turns, is_open,
                                    messages_of, without_oldest)
@@ -59,7 +59,7 @@ def load_records(path_or_name, kind, split="train", limit=None, skip_bad=False, 
         raise DataError(f"unknown record kind {kind!r}: want one of {', '.join(FIELDS)}")
     if path_or_name == "reviews":
         return _review_records(kind, split, limit if limit is not None else 4000 if split == "train" else 500, seed)
-    records, seen, bad, columns = [], 0, {} if bad is None else bad, column_names(columns)
+    records, seen, unread, bad, columns = [], 0, set(), {} if bad is None else bad, column_names(columns)
     missing = set(columns)
     for path in local_files(path_or_name):
         if not path.is_file():
@@ -71,7 +71,7 @@ def load_records(path_or_name, kind, split="train", limit=None, skip_bad=False, 
             seen += 1
             try:
                 missing -= row.keys() if missing and isinstance(row, dict) else set()
-                found = records_of(row, kind)
+                found = records_of(row, kind, unread)
                 for record in found if kind == "candidates" or not rows else ():
                     record.line, record.row = line, record.row if rows else None
                 records += rendered(tokenizer, found, kind) if tokenizer and found else found
@@ -88,6 +88,9 @@ def load_records(path_or_name, kind, split="train", limit=None, skip_bad=False, 
         print(f"{path_or_name}: skipped {sum(count for count, _ in bad.values())} of {seen} rows ({reasons})", file=sys.stderr)
     for name in sorted(missing):
         print(f"{path_or_name}: no row has the column {columns[name]}, which --columns names for {name}", file=sys.stderr)
+    if unread:
+        purpose = ", but a reward function may take them" if rows and kind in ("prompt", "ranked", "candidates") else ""
+        print(f"{path_or_name}: fields that are not read{purpose}: {one_line(', '.join(sorted(unread)))}", file=sys.stderr)
     if tokenizer:
         warn_if_words_are_glued(path_or_name, records, tokenizer)
         warn_if_turns_are_plain(path_or_name, records, tokenizer)

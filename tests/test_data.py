@@ -335,6 +335,8 @@ BAD = [  # row, kind, error message
      "tools is not read: leave the field out if the rows are right without it"),
     ({"system": "a", "messages": [SYSTEM, USER, BOT]}, "completion", "two system messages that differ"),
     ({"system": "a", "system_prompt": "b", "prompt": "p"}, "prompt", "two system messages that differ"),
+    ({"system": "a", "text": "t"}, "text", "system beside text is not read: put it into the text"),
+    ({"prompt": "p", "completion": "c", "weight": 0.5}, "completion", "weight is 0.5, neither 0 nor 1"),
     ({"history": [USER], "prompt": "p"}, "prompt", "history is not a list of [user, assistant] pairs"),
     ({"prompt": [Q], **FOUR}, "preference", "prompt is not the beginning of chosen"),
     ({"prompt": "q", **FOUR}, "preference", "prompt is not the beginning of chosen"),
@@ -371,6 +373,22 @@ def test_bad_rows_raise_with_file_and_line_or_are_skipped_and_counted(row, kind,
     assert str(e.value) == f"{path}:3: {message}{hint}"
     assert len(load_records(path, kind, skip_bad=True)) == 2
     assert capsys.readouterr().err == f"{path}: skipped 1 of 3 rows (1 {message})\n"
+
+
+def test_fields_that_are_not_read_are_named_once(tmp_path, capsys):
+    rows = [{"prompt": "p", "completion": "c", "input": "x", "id": 3, "lang": None, "label": True, "group": "g", "system": "s"},
+            {"prompt": "p", "completion": "c", "id": 4, "source": "web", "note": "", "score": 1.0},
+            {"prompt": "p", "completion": "", "skipped": 1}]
+    path = file_of(tmp_path, *rows)
+    for kind, rest in (("completion", ""), ("prompt", ", but a reward function may take them")):
+        load_records(path, kind, skip_bad=True)
+        assert f"{path}: fields that are not read{rest}: id, input, source\n" in capsys.readouterr().err
+    for row in (dict(instruction="i", output="o", input="x"), dict(instruction="i", response="o", context="x"), PAIR, RANKED):
+        load_records(file_of(tmp_path, row), "completion")
+        assert capsys.readouterr().err == ""
+    info = {"info": {"post": "p", "title": "t", "subreddit": "s"}, "summaries": [{"text": "a"}, {"text": "b"}], "choice": 0}
+    load_records(file_of(tmp_path, {**info, "system": "s", "worker": "w"}), "preference")
+    assert "not read: system, worker\n" in capsys.readouterr().err
 
 
 def test_only_a_newline_ends_a_line_and_gzip_arrays_and_boms_are_read(tmp_path):

@@ -171,7 +171,9 @@ def test_columns_have_other_names(tmp_path, capsys):
         dict(prompt="Q?", chosen=" yes", rejected=" no")]
     assert capsys.readouterr().err == ""
     load_records(file, "prompt", columns="prompt=question,answer=solution")
-    assert capsys.readouterr().err == f"{file}: no row has the column solution, which --columns names for answer\n"
+    assert capsys.readouterr().err == (
+        f"{file}: no row has the column solution, which --columns names for answer\n"
+        f"{file}: fields that are not read, but a reward function may take them: bad, good\n")
 
 
 def test_a_wrong_name_is_said_where_the_run_stops(tmp_path):

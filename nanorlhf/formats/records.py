@@ -33,9 +33,10 @@ LABELS = ("label", "kto_tag", "weight")            # read: NO for an answer that
 NO = ("false", "0", "0.0")
 REFUSED = ("tools", "functions", "documents", "image", "images", "video", "videos", "audio", "audios",
            "chat_template_kwargs")                 # unless they are empty
+SCORES = ("score", "score_chosen", "score_rejected")   # beside a choice that was made by them
 # Fields that mean something in a row with a prompt and responses, so other_columns leaves them out:
 MEANT = {"prompt", "completion", "chosen", "rejected", "responses", "scores", "finished", "messages", "conversations",
-         "instruction", "group", "score", "score_chosen", "score_rejected", *BEFORE}
+         "instruction", "group", *SCORES, *BEFORE}
 
 
 class Record(dict):
@@ -76,8 +77,9 @@ def is_json(value):
         return False
 
 
-def records_of(row, kind):
-    """Returns the records of `kind` that one row makes. Raises a DataError that says what is wrong with the row."""
+def records_of(row, kind, unread=None):
+    """Returns the records of `kind` that one row makes. Raises a DataError that says what is wrong with the row. unread: a set
+    that takes the names of fields that say something and had no part in it."""
     if isinstance(row, bytes):
         try:
             row = parse_json(row.decode())
@@ -97,10 +99,14 @@ def records_of(row, kind):
         raise DataError(f"no known record in the fields {names or '(none)'}")
     # Prefer the kind asked for, else the first that fits. A prompt is read by the fullest layout: it has a reference answer.
     fields, row_kind, read = min(fits, key=lambda reader: reader[1] == "text" if kind == "prompt" else reader[1] != kind)
+    if row_kind == "text" and (before := [name for name in BEFORE if row.get(name)]):
+        raise DataError(f"{before[0]} beside text is not read: put it into the text")
     record = read(row, *fields)
     unfit = record.pop("unfit", None)              # why only the prompt is of use
     if row_kind == "completion" and (labels := [n for n in LABELS if str(row.get(n)).lower() in NO]):
         unfit = f"{labels[0]} is {row[labels[0]]}: the answer is not to be imitated"
+    elif row_kind == "completion" and isinstance(row.get("weight"), (int, float)) and row["weight"] != 1:
+        unfit = f"weight is {row['weight']}, neither 0 nor 1"
     if unfit and kind != "prompt":
         raise DataError(unfit)
     if unfit:
@@ -128,6 +134,11 @@ def records_of(row, kind):
     converted = [Record(r) for r in converted]
     for r in converted if kind in ("prompt", "ranked", "candidates") else ():          # a reward sees these; others need no row
         r.row, r.read = whole, fields
+    if unread is not None:
+        heeded = {*fields, *SCORES, "group", *(BEFORE if read is not _read_summaries else ()),
+                  *(LABELS if row_kind == "completion" else ()), *(("input", "context") if "instruction" in fields else ()),
+                  *(("finished",) if row_kind == "candidates" else ())}
+        unread |= {name for name, value in row.items() if name not in heeded and value not in ("", [], {})}
     return converted
 
 

@@ -165,7 +165,7 @@ def sbert_diversity(texts, model="sentence-transformers/bert-large-nli-stsb-mean
     which needs the extra `eval`, or a function texts -> array [N, d]. The default is Kirk's."""
     encode = model if callable(model) else sbert_encoder(model)
     e = np.asarray(encode(texts), dtype=np.float64)
-    e /= np.linalg.norm(e, axis=1, keepdims=True)
+    e /= np.maximum(np.linalg.norm(e, axis=1, keepdims=True), 1e-12)                   # a vector of zeros is like no other
     return float(1 - np.mean([e[i] @ e[j] for i, j in itertools.combinations(range(len(e)), 2)]))
 
 

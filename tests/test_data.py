@@ -386,6 +386,8 @@ def test_fields_that_are_not_read_are_named_once(tmp_path, capsys):
     for row in (dict(instruction="i", output="o", input="x"), dict(instruction="i", response="o", context="x"), PAIR, RANKED):
         load_records(file_of(tmp_path, row), "completion")
         assert capsys.readouterr().err == ""
+    load_records(file_of(tmp_path, {"messages": [{**USER, "name": "Ann", "id": None}, {**BOT, "mask": 1, "weight": 1}]}), "completion")
+    assert "not read: mask of a message, name of a message\n" in capsys.readouterr().err
     info = {"info": {"post": "p", "title": "t", "subreddit": "s"}, "summaries": [{"text": "a"}, {"text": "b"}], "choice": 0}
     load_records(file_of(tmp_path, {**info, "system": "s", "worker": "w"}), "preference")
     assert "not read: system, worker\n" in capsys.readouterr().err

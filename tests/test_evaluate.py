@@ -140,6 +140,7 @@ def test_sbert_diversity_is_1_minus_the_mean_cosine_of_unordered_pairs():
     assert sbert_diversity(["x", "y"], encode) == pytest.approx(1.0)
     assert sbert_diversity(["x", "-x"], encode) == pytest.approx(2.0)
     assert sbert_diversity(["x", "y", "xy"], encode) == pytest.approx(1 - (0 + 2 * math.sqrt(0.5)) / 3)
+    assert sbert_diversity(["a", "b"], lambda texts: [[0.0, 0.0], [1.0, 0.0]]) == 1.0
 
 
 def test_nli_diversity_is_higher_for_contradictions():

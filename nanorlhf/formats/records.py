@@ -139,6 +139,9 @@ def records_of(row, kind, unread=None):
                   *(LABELS if row_kind == "completion" else ()), *(("input", "context") if "instruction" in fields else ()),
                   *(("finished",) if row_kind == "candidates" else ())}
         unread |= {name for name, value in row.items() if name not in heeded and value not in ("", [], {})}
+        unread |= {f"{name} of a message" for value in row.values() if isinstance(value, list) for m in value
+                   if isinstance(m, dict) and {"role", "from"} & m.keys() for name, said in m.items()
+                   if name not in ("role", "from", "content", "value", *TRAINED) and said not in (None, "", [], {})}
     return converted
 
 

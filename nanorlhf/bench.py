@@ -41,7 +41,7 @@ from nanorlhf.errors import UserError
 from nanorlhf.files import parse_json, write_json
 from nanorlhf.formats.sources import rows_in
 from nanorlhf.generate import generate
-from nanorlhf.kernels import token_logprobs
+from nanorlhf.kernels import pack, token_logprobs
 from nanorlhf.model import ModelConfig, Transformer, pick_device
 from nanorlhf.options import OneLineParser
 from nanorlhf.run import git_commit
@@ -256,9 +256,8 @@ def bench_linear(o, device, limits):
     for out, width in ((1152, 384), (384, 1536), (1536, 384), (8192, 384), (960, 576), (576, 576), (3072, 576), (576, 1536),
                        (49152, 576), (2304, 768), (768, 3072), (50257, 768)):
         weights = torch.randn(max(2, 2**24 // (out * width)), out, width)
-        pack = torch.ops.mkldnn._reorder_linear_weight
-        packed = [pack(w, 64) for w in weights]
-        pack_us = 1e6 * min(seconds(lambda: [pack(w, 64) for w in weights], device) for _ in range(3)) / len(weights)
+        packed = [pack(w, least=0) for w in weights]
+        pack_us = 1e6 * min(seconds(lambda: [pack(w, least=0) for w in weights], device) for _ in range(3)) / len(weights)
         for R in (1, 2, 4, 8, 16, 32, 64, 512):
             x = torch.randn(R, width)
             t = medians({"plain": lambda: [F.linear(x, w) for w in weights],

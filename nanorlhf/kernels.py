@@ -209,9 +209,9 @@ def packing_rule():
 
 
 def packing_pays(rows, steps, weights):
-    """True if a CPU decodes this many rows and steps sooner with these weights packed: `pack` takes as long as some five to
-    eighteen steps save. The copy must fit an eighth of the machine's memory (what is free at the moment has no say, so that
-    numbers do not vary)."""
+    """True if a CPU decodes this many rows and steps sooner with these weights packed: `pack` takes as long as some three to
+    eight steps save, and longer in memory that is new to the process. The copy must fit an eighth of the machine's memory (what
+    is free at the moment has no say, so that numbers do not vary)."""
     faster, least = packing_rule()
     if steps < 16 or not faster or rows < faster.start or not torch.backends.mkldnn.is_available():
         return False
@@ -219,10 +219,11 @@ def packing_pays(rows, steps, weights):
     return 0 < size <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 8
 
 
-def pack(weight):
-    """Returns a copy of weight [out, in] in the layout of the library oneDNN, for `packed_linear`; None for a small weight, with
-    which it is not faster, and for other dtypes than float32."""
-    fits = weight.is_cpu and weight.dtype == torch.float32 and weight.numel() >= packing_rule()[1]
+def pack(weight, least=None):
+    """Returns a copy of weight [out, in] in the layout of the library oneDNN, for `packed_linear`; None for other dtypes than
+    float32, and for weights of fewer than `least` numbers (None: of packing_rule), with which it is not faster."""
+    least = packing_rule()[1] if least is None else least
+    fits = weight.is_cpu and weight.dtype == torch.float32 and weight.numel() >= least
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 64) if fits else None
 
 

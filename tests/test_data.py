@@ -170,6 +170,8 @@ def test_other_columns_are_those_that_are_not_read(tmp_path):
     row = {"prompt": "hi", "system": "s", "history": [], "answer": 4, "label": False, "kto_tag": "x", "context": None, "messages": None}
     records = load_records(file_of(tmp_path, row), "prompt")
     assert other_columns(records) == [{"answer": 4, "kto_tag": "x", "context": None}]
+    dolly = {"instruction": "i", "context": "c", "response": "r", "category": "qa"}
+    assert other_columns(load_records(file_of(tmp_path, dolly), "prompt")) == [{"category": "qa"}]
     assert columns_of(records) == {name: [value] for name, value in row.items()}
     for label in (0, 1, 0.0, -1.5, True):
         assert other_columns(load_records(file_of(tmp_path, {"prompt": "hi", "label": label, "kto_tag": label}), "prompt")) == [{}]
@@ -336,7 +338,8 @@ BAD = [  # row, kind, error message
     ({"system": "a", "messages": [SYSTEM, USER, BOT]}, "completion", "two system messages that differ"),
     ({"system": "a", "system_prompt": "b", "prompt": "p"}, "prompt", "two system messages that differ"),
     ({"system": "a", "text": "t"}, "text", "system beside text is not read: put it into the text"),
-    ({"prompt": "p", "completion": "c", "weight": 0.5}, "completion", "weight is 0.5, neither 0 nor 1"),
+    *(({"prompt": "p", "completion": "c", "weight": weight}, "completion", f"weight is {weight!r}, neither 0 nor 1")
+      for weight in (0.5, 2, "0.5")),
     ({"history": [USER], "prompt": "p"}, "prompt", "history is not a list of [user, assistant] pairs"),
     ({"prompt": [Q], **FOUR}, "preference", "prompt is not the beginning of chosen"),
     ({"prompt": "q", **FOUR}, "preference", "prompt is not the beginning of chosen"),

@@ -30,7 +30,7 @@ ALPACA_INPUT_PROMPT = ("Below is an instruction that describes a task, paired wi
 BEFORE = ("system", "system_prompt", "history")    # read: what comes before the prompt
 TRAINED = ("weight", "train", "training", "loss")  # read, in a message: 0 or false if nothing is learned from this turn
 LABELS = ("label", "kto_tag", "weight")            # read: NO for an answer that is not to be imitated (KTO), as text as well
-NO = ("false", "0", "0.0")
+NO, YES = ("false", "0", "0.0"), ("true", "1", "1.0")
 REFUSED = ("tools", "functions", "documents", "image", "images", "video", "videos", "audio", "audios",
            "chat_template_kwargs")                 # unless they are empty
 SCORES = ("score", "score_chosen", "score_rejected")   # beside a choice that was made by them
@@ -52,12 +52,17 @@ def columns_of(records):
     return {name: [row.get(name) for row in rows] for name in names}
 
 
+def with_input(fields):
+    """Returns the fields that a layout reads: besides those that identify it, an instruction's input, by either of its names."""
+    return {*fields, "input", "context"} if "instruction" in fields else set(fields)
+
+
 def other_columns(records):
     """Returns for each record its group and the fields of its row that were not read, such as `answer`: they may be written
     beside new fields. A value that JSON cannot hold (NaN, half of a surrogate pair) is left out; one line on stderr says so."""
     columns, left_out = [], set()
     for record in records:
-        read = {"input", *record.read} if "instruction" in record.read else record.read
+        read = with_input(record.read)
         others = {name: value for name, value in (record.row or {}).items() if name not in MEANT and name not in read
                   and not (name in LABELS and isinstance(value, (int, float)))}
         others |= {name: record[name] for name in ("group",) if name in record}
@@ -105,8 +110,8 @@ def records_of(row, kind, unread=None):
     unfit = record.pop("unfit", None)              # why only the prompt is of use
     if row_kind == "completion" and (labels := [n for n in LABELS if str(row.get(n)).lower() in NO]):
         unfit = f"{labels[0]} is {row[labels[0]]}: the answer is not to be imitated"
-    elif row_kind == "completion" and isinstance(row.get("weight"), (int, float)) and row["weight"] != 1:
-        unfit = f"weight is {row['weight']}, neither 0 nor 1"
+    elif row_kind == "completion" and str(row.get("weight", 1)).lower() not in YES:
+        unfit = f"weight is {one_line(repr(row['weight']))}, neither 0 nor 1"
     if unfit and kind != "prompt":
         raise DataError(unfit)
     if unfit:
@@ -135,9 +140,8 @@ def records_of(row, kind, unread=None):
     for r in converted if kind in ("prompt", "ranked", "candidates") else ():          # a reward sees these; others need no row
         r.row, r.read = whole, fields
     if unread is not None:
-        heeded = {*fields, *SCORES, "group", *(BEFORE if read is not _read_summaries else ()),
-                  *(LABELS if row_kind == "completion" else ()), *(("input", "context") if "instruction" in fields else ()),
-                  *(("finished",) if row_kind == "candidates" else ())}
+        heeded = {*with_input(fields), *SCORES, "group", *(BEFORE if read is not _read_summaries else ()),
+                  *(LABELS if row_kind == "completion" else ()), *(("finished",) if row_kind == "candidates" else ())}
         unread |= {name for name, value in row.items() if name not in heeded and value not in ("", [], {})}
         unread |= {f"{name} of a message" for value in row.values() if isinstance(value, list) for m in value
                    if isinstance(m, dict) and {"role", "from"} & m.keys() for name, said in m.items()

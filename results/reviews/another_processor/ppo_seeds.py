@@ -7,6 +7,7 @@ from pathlib import Path
 from nanorlhf.__main__ import stages
 from nanorlhf.files import read_jsonl
 from nanorlhf.jobs import is_finished, run_jobs, stage_jobs
+from nanorlhf.metrics import t_quantile
 
 NEEDED = ("base", "sft", "comparisons", "comparisons_test", "comparisons_ood_near", "comparisons_ood_far", "rm", "ppo")
 
@@ -19,7 +20,8 @@ def main(first, count, out):
     print("| seed | KL to SFT | learned reward | gold |\n|---:|---:|---:|---:|")
     for seed, folder in folders.items():
         last = [row for row in read_jsonl(folder / "ppo" / "metrics.jsonl") if "eval/kl" in row][-1]
-        cells = (f"{last['eval/' + name]:.2f} ± {1.98 * last[f'eval/{name}_se']:.2f}" for name in ("kl", "reward", "gold"))
+        cells = (f"{last['eval/' + name]:.2f} ± {t_quantile(127) * last[f'eval/{name}_se']:.2f}"
+                 for name in ("kl", "reward", "gold"))
         print(f"| {seed} | {' | '.join(cells)} |")
 
 
